@@ -1,0 +1,32 @@
+"""racecore: RACE attention over millions of tokens, forward and backward, in linear time.
+
+>>> import numpy as np, racecore
+>>> rng = np.random.default_rng(0)
+>>> q, k, v = (rng.standard_normal((4096, 4, 64), dtype=np.float32) for _ in range(3))
+>>> racecore.attention(q, k, v, is_causal=True).shape
+(4096, 4, 64)
+
+Importing racecore loads NumPy and nothing heavier; kernels are compiled when first used.
+"""
+
+from racecore import errors, exact
+from racecore._version import __version__
+from racecore.attention import Gradients, StateGradient, attention_backward, attention_forward
+from racecore.attention import attention as attention
+from racecore.soft_lsh import SoftLSH
+from racecore.state import RaceState
+from racecore.threads import threads
+
+__all__ = [
+    "Gradients",
+    "RaceState",
+    "SoftLSH",
+    "StateGradient",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "errors",
+    "exact",
+    "threads",
+]

@@ -1,0 +1,159 @@
+"""Arrays of any library in, NumPy arrays inside, the caller's library out; and the dtype policy.
+
+Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where the storage is
+float64. Strides of any kind are legal and stay as they are; only a foreign byte order, or addresses and strides that
+are no multiple of the item size, cost a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+__all__ = ["as_numpy", "compute_dtype", "empty", "is_bfloat16", "is_supported", "restorer", "zeros"]
+
+DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"
+_ALIGNMENT = 64  # one cache line, and the widest vector store
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Return an uninitialised C-contiguous array whose data starts on a cache line."""
+    dtype = np.dtype(dtype)
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + n_bytes].view(dtype).reshape(shape)
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Return a zero-filled array. Large ones come from the system already zero and cost nothing until touched."""
+    return np.zeros(shape, dtype)
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """Tell whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
+    return dtype.name == "bfloat16"
+
+
+def is_supported(dtype: np.dtype) -> bool:
+    """Tell whether `dtype`, in either byte order, is one that the kernels can read."""
+    return is_bfloat16(dtype) or (dtype.kind == "f" and dtype.itemsize in (2, 4, 8))
+
+
+def compute_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype of the arithmetic for inputs stored as `dtype`."""
+    return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def as_numpy(array: Any, name: str) -> np.ndarray:
+    """View an array of any library as a NumPy array that the kernels can address.
+
+    Parameters
+    ----------
+    array : array
+        A NumPy array, or anything in host memory that speaks DLPack.
+    name : str
+        What the caller calls it; used in messages.
+
+    Returns
+    -------
+    numpy.ndarray
+        Native byte order, aligned, any strides. Shares memory with `array` wherever that is possible.
+
+    Raises
+    ------
+    TypeError
+        For anything else, naming what came.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its .data, and the mask as key_mask (True = take part)")
+    if not isinstance(array, np.ndarray):
+        array = _import(array, name)
+    array = np.asarray(array)
+    dtype = array.dtype
+    if not dtype.isnative:
+        array = array.astype(dtype.newbyteorder("="))
+    if not array.flags.aligned or any(s % dtype.itemsize for s in array.strides):
+        array = array.copy(order="C")
+    return array
+
+
+def _import(array: Any, name: str) -> np.ndarray:
+    """Bring an array of another library in through DLPack."""
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(
+            f"{name} must be a NumPy array or an array that speaks DLPack, got {type(array).__module__}."
+            f"{type(array).__qualname__}; convert it with numpy.asarray first"
+        )
+    if getattr(array, "requires_grad", False):
+        raise TypeError(
+            f"{name} is a tensor that requires a gradient, and gradients do not pass through DLPack: "
+            "pass the result of .detach() and call attention_backward yourself"
+        )
+    device = array.__dlpack_device__()[0]
+    if int(device) != 1:  # kDLCPU
+        raise TypeError(
+            f"{name} lives on a device (DLPack device type {int(device)}), and this version computes in host "
+            "memory only; copy it to the host first"
+        )
+    if "bfloat16" in str(array.dtype):
+        return _import_bfloat16(array, name)
+    return np.from_dlpack(array)
+
+
+def _import_bfloat16(array: Any, name: str) -> np.ndarray:
+    """NumPy's DLPack refuses bfloat16: exchange the same bits as 16-bit integers."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise TypeError(
+            f"{name} is bfloat16, which needs the ml_dtypes package: pip install 'racecore[bf16]'"
+        ) from None
+    library = _library(array)
+    if library == "torch":
+        bits = np.from_dlpack(array.view(sys.modules["torch"].int16))
+    elif library == "jax":
+        return np.asarray(array)  # jax gives ml_dtypes.bfloat16 without a copy
+    else:
+        raise TypeError(
+            f"{name}: bfloat16 from {library} is not supported; view it as uint16 and then as ml_dtypes.bfloat16"
+        )
+    return bits.view(ml_dtypes.bfloat16)
+
+
+def _library(array: Any) -> str:
+    """Name the package that defines the type of `array` (jaxlib's arrays belong to jax)."""
+    root = type(array).__module__.partition(".")[0]
+    return "jax" if root == "jaxlib" else root
+
+
+def restorer(array: Any) -> Callable[[np.ndarray], Any]:
+    """Return the function that turns a result into an array of the library that `array` comes from.
+
+    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and copies nothing.
+    """
+    if isinstance(array, np.ndarray):
+        return lambda result: result
+    library = _library(array)
+    module = sys.modules.get(library)
+    if library == "jax":
+        return sys.modules["jax"].numpy.asarray
+    if library == "torch":
+        return _to_torch
+    from_dlpack = getattr(module, "from_dlpack", None)
+    if from_dlpack is None and hasattr(array, "__array_namespace__"):
+        from_dlpack = array.__array_namespace__().from_dlpack
+    if from_dlpack is None:
+        raise TypeError(f"arrays of {library} can be read but not made: it has no from_dlpack; pass NumPy arrays")
+    return from_dlpack
+
+
+def _to_torch(result: np.ndarray) -> Any:
+    torch = sys.modules["torch"]
+    if is_bfloat16(result.dtype):
+        return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(result)

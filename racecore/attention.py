@@ -1,0 +1,398 @@
+"""RACE attention and its gradient: the pipeline, readable from top to bottom.
+
+check the arguments -> choose a backend -> cut into parts -> per part: sum keys and read out, or walk -> the caller's kind
+of array. Backward walks the same road and recomputes the hash; beyond the inputs only states are saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore import arrays, backends, inputs, plan
+from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.soft_lsh import SoftLSH
+from racecore.state import RaceState, check_initial_state, final_state
+
+__all__ = ["Gradients", "Saved", "StateGradient", "attention", "attention_backward", "attention_forward"]
+
+
+class StateGradient(NamedTuple):
+    """Gradient of a state, float64 arrays shaped as those of `RaceState`."""
+
+    mass: np.ndarray  # [B, G, L, R]
+    value_sum: np.ndarray  # [B, G, L, R, V]
+
+
+class Gradients(NamedTuple):
+    """What `attention_backward` returns; None where not asked for.
+
+    Attributes
+    ----------
+    query, key, value : array
+        Shapes, dtype and library of the inputs.
+    planes : numpy.ndarray
+        float64, shape of ``lsh.planes``.
+    beta : float or numpy.ndarray
+        A float, or float64 [H] where beta is per head.
+    state : StateGradient
+        Gradient of the initial state.
+    """
+
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    planes: np.ndarray | None = None
+    beta: Any = None
+    state: StateGradient | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What backward needs: the inputs themselves, not copies, and states at the boundaries of chunks.
+
+    Changing the inputs between forward and backward makes the gradients wrong.
+    """
+
+    problem: Problem
+    lsh: SoftLSH
+    wrt: frozenset[str]
+    backend: str
+    states: tuple[
+        list[np.ndarray] | None, ...
+    ]  # per part: chunk-boundary states; None where backward sums the keys again
+    initial: Sketch | None
+    sources: tuple[Any, Any, Any]  # query, key, value as the caller passed them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the inputs."""
+        arrays_held = [state for states in self.states if states is not None for state in states]
+        held = {id(array): array.nbytes for array in arrays_held}
+        return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    lsh: SoftLSH | None = None,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    initial_state: RaceState | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str | None = None,
+    out: np.ndarray | None = None,
+) -> Any:
+    """Compute RACE attention: linear time, a state of constant size.
+
+    Parameters
+    ----------
+    query : array, shape [B, Tq, H, D]
+    key : array, shape [B, Tk, G, D]
+    value : array, shape [B, Tk, G, V]
+        NumPy arrays, or host arrays of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or
+        float64. 3-D arrays mean that B is absent. H must be a multiple of G (grouped queries). Any strides are legal,
+        inputs are never written to. Rows are hashed as they come: neither normalised nor divided by sqrt(D).
+    lsh : SoftLSH, optional
+        The hash. None means ``SoftLSH.random(head_dim=D, n_tables=4, n_planes=4, beta=1.0, rng=0)``.
+    is_causal : bool
+        Query i sees keys 0 ... i only; needs Tq == Tk.
+    readout : {"ratio", "bucket_mean"}
+        "ratio" divides the weighted sum of values by the summed weight (the paper's Algorithms 1 and 2).
+        "bucket_mean" averages over tables the mean values of the buckets, each weighted with the query's probability,
+        with eps = 1e-6 (the authors' released kernels, which return L times this).
+    key_mask : bool array, shape [B, Tk], optional
+        True = the key takes part. What stands under False does not matter, not even NaN.
+    cu_seqlens : integers, shape [n + 1], optional
+        Boundaries of n sequences packed along the token axis (B is 1 or absent): starts at 0, ends at T, does not
+        decrease. Not together with `key_mask`.
+    initial_state : RaceState, optional
+        What came before the first token: it counts as tokens that every query sees. Its batch is B, or n with
+        `cu_seqlens`. It is not changed.
+    return_state : bool
+        Also return the state after the last token.
+    chunk_size : int, optional
+        Tokens in flight, rounded up to whole segments of 1,024. Bounds temporary memory, never changes a bit.
+    memory_limit : int or str, optional
+        The same bound as bytes of temporary memory, such as "512MB". At most one of the two.
+    backend : {"cpu", "reference"}, optional
+        None takes the fastest that runs here.
+    out : numpy.ndarray, optional
+        Where to write the result.
+
+    Returns
+    -------
+    out : array, shape [B, Tq, H, V]
+        In the query's dtype and library. Zero where a query sees no key.
+    state : RaceState
+        Only if `return_state`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What was expected, what came and what to do. Nothing has been changed then.
+    racecore.errors.BackendUnavailableError
+        The backend cannot run here; lists every backend with its reason.
+
+    Notes
+    -----
+    Source: RACE Attention (arXiv 2510.04008), Algorithm 1 (bidirectional) and Algorithm 2 (causal). Arithmetic is
+    float32 (float64 for float64 inputs); sums over tokens are carried in float64. Results have the same bits for any
+    number of threads, chunk size and memory limit.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1000, 2, 16), dtype=np.float32) for _ in range(3))
+    >>> attention(q, k, v, is_causal=True).shape
+    (1000, 2, 16)
+    """
+    problem, lsh, had_batch = inputs.check_attention(
+        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size, memory_limit=memory_limit,
+    )  # fmt: skip
+    check_initial_state(initial_state, problem, lsh)
+    chosen = backends.choose(backend)
+    result, result_4d, restore = _prepare_out(out, problem, had_batch, query)
+    final, _ = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=False)
+    if final is not None:
+        return restore(result), final_state(initial_state, final, problem, lsh)
+    return restore(result)
+
+
+def attention_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    lsh: SoftLSH | None = None,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    initial_state: RaceState | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str | None = None,
+    out: np.ndarray | None = None,
+    wrt: Any = None,
+) -> tuple[Any, ...]:
+    """Compute RACE attention and keep what `attention_backward` needs.
+
+    Parameters
+    ----------
+    query, key, value, lsh, is_causal, readout, key_mask, cu_seqlens, initial_state, return_state, chunk_size, \
+memory_limit, backend, out
+        As for `attention`.
+    wrt : str or sequence of str, optional
+        Which gradients will be wanted, of "query", "key", "value", "planes", "beta", "state". None means all (the
+        state's only where `initial_state` is given). Fewer can be cheaper.
+
+    Returns
+    -------
+    out : array, shape [B, Tq, H, V]
+    saved : Saved
+        Refers to the inputs (do not change them before backward) and holds states at the boundaries of chunks.
+    state : RaceState
+        Only if `return_state`.
+
+    Raises
+    ------
+    ValueError, TypeError, racecore.errors.BackendUnavailableError
+        As for `attention`.
+    """
+    wanted = inputs.check_wrt(wrt, initial_state is not None)
+    problem, lsh, had_batch = inputs.check_attention(
+        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size, memory_limit=memory_limit,
+    )  # fmt: skip
+    check_initial_state(initial_state, problem, lsh)
+    chosen = backends.choose(backend)
+    result, result_4d, restore = _prepare_out(out, problem, had_batch, query)
+    final, states = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=True)
+    initial = None if initial_state is None else initial_state.sketch.copy()
+    saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
+    if final is not None:
+        return restore(result), saved, final_state(initial_state, final, problem, lsh)
+    return restore(result), saved
+
+
+def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: Any = None) -> Gradients:
+    """Compute the gradients of what `attention_forward` computed.
+
+    Parameters
+    ----------
+    d_out : array, shape [B, Tq, H, V]
+        Gradient of the output, in any supported dtype.
+    saved : Saved
+        From `attention_forward`. May be used more than once.
+    d_state : object with .mass and .value_sum, optional
+        Gradient of the final state, shaped as that state.
+    out : object with .query, .key and .value, optional
+        NumPy arrays to write those gradients to, such as a `Gradients`; None entries are allocated.
+
+    Returns
+    -------
+    Gradients
+        query, key and value in the query's dtype and library; planes, beta and state in float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What was expected, what came and what to do.
+
+    Notes
+    -----
+    Derived by hand; see docs/math. Rows that see no key have zero gradients.
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must come from racecore.attention_forward, got {type(saved).__qualname__}")
+    problem, wrt = saved.problem, saved.wrt
+    shape = _out_shape(problem, _had_batch(saved))
+    g = inputs.check_d_out(d_out, shape, _stored(problem.query).dtype).reshape(_out_shape(problem, True))
+    d_final = inputs.check_d_state(d_state, problem)
+    results, grads = _gradient_buffers(saved, out, d_out)
+    d_initial = problem.new_sketch() if "state" in wrt else None
+    _backward(saved, g, d_final, d_initial, grads)
+    restore = [arrays.restorer(source) for source in saved.sources]
+    query, key, value = (None if array is None else put(array) for array, put in zip(results, restore, strict=True))
+    planes, beta = _hash_gradients(saved, grads.hash)
+    return Gradients(
+        query, key, value, planes, beta, None if d_initial is None else _state_gradient(d_initial, saved.lsh)
+    )
+
+
+def _forward(
+    problem: Problem, backend: backends.Backend, initial_state: RaceState | None, out: np.ndarray, *,
+    needs_final: bool, save: bool,
+) -> tuple[Sketch | None, list[list[np.ndarray] | None]]:  # fmt: skip
+    """Run part by part. Return the final states if they are wanted, and what to save for every part."""
+    first_states = None if initial_state is None else initial_state.sketch
+    final = problem.new_sketch() if needs_final else None
+    saved: list[list[np.ndarray] | None] = []
+    for first, last in plan.parts(problem):
+        part = problem.part(first, last)
+        sketch = final.part(first, last) if final is not None else part.new_sketch()
+        if first_states is not None:
+            sketch.flat[...] = first_states.flat[first:last]
+        if problem.is_causal:
+            states = backend.causal.walk(part, sketch, out, save and last == first + 1)
+        else:
+            backend.bidirectional.sum_keys(part, sketch)
+            backend.bidirectional.read_out(part, sketch, out)
+            states = [sketch.flat.copy() if final is not None and save else sketch.flat] if save else []
+        # Many short sequences have many states: summing their keys again costs less than keeping those.
+        saved.append(states if last == first + 1 else None)
+    return final, saved
+
+
+def _backward(
+    saved: Saved, d_out: np.ndarray, d_final: Sketch | None, d_initial: Sketch | None, grads: GradientBuffers
+) -> None:
+    """Run part by part, in an order of additions that depends on the sequences alone."""
+    problem, backend = saved.problem, backends.choose(saved.backend)
+    ranges = list(enumerate(plan.parts(problem)))
+    for index, (first, last) in reversed(ranges) if problem.is_causal else ranges:
+        part, states = problem.part(first, last), saved.states[index]
+        d_sketch = part.new_sketch() if d_initial is None else d_initial.part(first, last)
+        if d_final is not None:
+            d_sketch.flat[...] = d_final.flat[first:last]
+        if states is None:
+            states = [_states_again(saved, part, first, last)]
+        if problem.is_causal:
+            backend.causal.walk_backward(part, states, d_out, d_sketch, grads)
+        else:
+            sketch = Sketch(states[0], problem.n_buckets)
+            backend.bidirectional.read_out_backward(part, sketch, d_out, d_sketch, grads)
+            backend.bidirectional.sum_keys_backward(part, d_sketch, grads)
+
+
+def _states_again(saved: Saved, part: Problem, first: int, last: int) -> np.ndarray:
+    """Recompute what backward starts from in a part of several sequences."""
+    sketch = part.new_sketch()
+    if saved.initial is not None:
+        sketch.flat[...] = saved.initial.flat[first:last]
+    if not part.is_causal:
+        backends.choose(saved.backend).bidirectional.sum_keys(part, sketch)
+    return sketch.flat
+
+
+def _prepare_out(out: Any, problem: Problem, had_batch: bool, query: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Return the result array in the caller's shape, a 4-D view of it, and what hands it over."""
+    q, k, v = _stored(problem.query), _stored(problem.key), _stored(problem.value)
+    shape = _out_shape(problem, had_batch)
+    sources = {"query": q, "key": k, "value": v, "key_mask": problem.key_mask}
+    result = inputs.check_out(out, "out", shape, q.dtype, sources)
+    return result, result if had_batch else result[None], arrays.restorer(query if out is None else out)
+
+
+def _gradient_buffers(saved: Saved, out: Any, d_out: Any) -> tuple[list[np.ndarray | None], GradientBuffers]:
+    """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
+    problem, had_batch = saved.problem, _had_batch(saved)
+    stored = {"query": problem.query, "key": problem.key, "value": problem.value}
+    sources = {**stored, "d_out": d_out, "key_mask": problem.key_mask}
+    results: list[np.ndarray | None] = []
+    for name, array in stored.items():
+        shape = _stored(array).shape
+        given = getattr(out, name, None)
+        if name not in saved.wrt:
+            if given is not None:
+                raise ValueError(f"out.{name} was given, but wrt of attention_forward does not name {name!r}")
+            results.append(None)
+            continue
+        result = inputs.check_out(
+            given, f"out.{name}", shape if had_batch else shape[1:], _stored(array).dtype, sources
+        )
+        sources[f"out.{name}"] = result
+        results.append(result)
+    buffers = [r if r is None or had_batch else r[None] for r in results]
+    n_numbers = problem.planes.shape[1] * problem.planes.shape[2] * problem.planes.shape[3] + 1
+    needs_hash = bool(saved.wrt & {"planes", "beta"})
+    hash_gradient = np.zeros((2, problem.n_state_heads, n_numbers)) if needs_hash else None
+    return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
+
+
+def _hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.ndarray | None, Any]:
+    """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
+    if hash_gradient is None:
+        return None, None
+    total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1]
+    planes: np.ndarray | None = None
+    beta: Any = None
+    if "planes" in saved.wrt:
+        per_head = total[:, :-1].reshape(saved.problem.planes.shape)
+        planes = per_head if saved.lsh.planes.ndim == 4 else per_head.sum(axis=0)
+    if "beta" in saved.wrt:
+        beta = total[:, -1].copy() if np.ndim(saved.lsh.beta) else float(total[:, -1].sum())
+    return planes, beta
+
+
+def _state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
+    n, m, _ = sketch.flat.shape
+    mass = sketch.mass.reshape(n, m, lsh.n_tables, lsh.n_buckets)
+    return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, -1 if sketch.flat.size else 0))
+
+
+def _out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:
+    shape = (*_stored(problem.query).shape[:3], problem.value_dim)
+    return shape if had_batch else shape[1:]
+
+
+def _had_batch(saved: Saved) -> bool:
+    return len(saved.sources[0].shape) == 4
+
+
+def _stored(array: np.ndarray | None) -> np.ndarray:
+    """Tell the type checker, and anyone who breaks it, that an attention problem has both sides."""
+    if array is None:
+        raise TypeError("this problem lacks its queries or its keys")
+    return array

@@ -1,0 +1,80 @@
+"""The O(T^2) angular kernel that RACE estimates: for judging the approximation, not for long inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from racecore import inputs
+
+__all__ = ["angular_attention"]
+
+_ROWS = 256  # queries at once: bounds the memory to _ROWS x Tk similarities per head
+
+
+def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_causal: bool = False) -> Any:
+    """Compute attention under the sharpened angular kernel, exactly and in quadratic time.
+
+    ``sim(q, k) = (1 - arccos(cos(q, k)) / pi)**power`` and ``out = sum sim v / sum sim``. With hard hashes (large beta) and
+    many tables, `racecore.attention` with P planes converges to this with ``power = P``.
+
+    Parameters
+    ----------
+    query : array, shape [B, Tq, H, D]
+    key : array, shape [B, Tk, G, D]
+    value : array, shape [B, Tk, G, V]
+        As for `racecore.attention`; rows of zeros count as orthogonal to everything.
+    power : float
+        The sharpness; positive.
+    is_causal : bool
+        Query i sees keys 0 ... i only; needs Tq == Tk.
+
+    Returns
+    -------
+    array, shape [B, Tq, H, V]
+        In the query's dtype and library; zeros where there is no key. Arithmetic is float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `racecore.attention`, and for a power that is not a positive number.
+
+    Notes
+    -----
+    Source: RACE Attention (arXiv 2510.04008), section 3, the kernel before its estimation.
+    """
+    if not (isinstance(power, (int, float, np.number)) and np.isfinite(power) and power > 0):
+        raise ValueError(f"power must be a positive number, got {power!r}")
+    problem, _, had_batch = inputs.check_attention(
+        query, key, value, None, is_causal=is_causal, readout="ratio", key_mask=None, cu_seqlens=None,
+        chunk_size=None, memory_limit=None,
+    )  # fmt: skip
+    q, k, v = (inputs.arrays.as_numpy(x, "input").astype(np.float64) for x in (query, key, value))
+    if not had_batch:
+        q, k, v = q[None], k[None], v[None]
+    repeats = problem.n_heads // problem.n_kv_heads
+    q, k = _unit_rows(q), _unit_rows(k)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            g = h // repeats
+            for begin in range(0, q.shape[1], _ROWS):
+                rows = slice(begin, begin + _ROWS)
+                out[b, rows, h] = _rows(q[b, rows, h], k[b, :, g], v[b, :, g], power, begin if is_causal else None)
+    dtype = inputs.arrays.as_numpy(query, "query").dtype
+    return inputs.arrays.restorer(query)((out if had_batch else out[0]).astype(dtype))
+
+
+def _rows(q: np.ndarray, k: np.ndarray, v: np.ndarray, power: float, first: int | None) -> np.ndarray:
+    """Return the outputs [n, V] of n queries, the first of which is token `first` where attention is causal."""
+    similarity = (1 - np.arccos(np.clip(q @ k.T, -1, 1)) / np.pi) ** power  # [n, Tk]
+    if first is not None:
+        similarity = np.where(np.arange(len(k)) <= first + np.arange(len(q))[:, None], similarity, 0)
+    total = similarity.sum(axis=1, keepdims=True)
+    return np.divide(similarity @ v, total, out=np.zeros((len(q), v.shape[1])), where=total > 0)
+
+
+def _unit_rows(x: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)

@@ -1,0 +1,82 @@
+"""Small result files: .npz archives with a kind, a version and a checksum, that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from racecore.errors import CorruptFileError
+
+__all__ = ["load", "replace_when_done", "save"]
+
+
+def save(path: str | os.PathLike[str], kind: str, version: int, **arrays: np.ndarray) -> None:
+    """Write named arrays with their kind, version and SHA-256."""
+    header = {"kind": np.array(kind), "version": np.array(version), "sha256": np.array(_digest(kind, version, arrays))}
+    with replace_when_done(path) as partial, open(partial, "wb") as file:
+        np.savez(file, allow_pickle=False, **header, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Read what `save` wrote; `names` are the arrays that must be there.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    racecore.errors.CorruptFileError
+        It is not such a file, comes from a newer version, or fails its checksum.
+    """
+    wrong = f"{os.fspath(path)} is not a {kind} file"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            content: dict[str, Any] = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+        raise CorruptFileError(f"{wrong}, or it is damaged: {error}") from error
+    if str(content.get("kind")) != kind:
+        raise CorruptFileError(f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}")
+    found = int(content["version"]) if "version" in content else 0
+    if found > version:
+        raise CorruptFileError(
+            f"{os.fspath(path)} has version {found}; this racecore reads up to {version}: upgrade it"
+        )
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise CorruptFileError(f"{wrong}: it lacks {', '.join(missing)}")
+    arrays = {name: content[name] for name in names}
+    if str(content.get("sha256")) != _digest(kind, found, arrays):
+        raise CorruptFileError(f"{os.fspath(path)} is damaged: its content does not match its checksum")
+    return arrays
+
+
+def _digest(kind: str, version: int, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(f"{kind} {version}".encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replace_when_done(path: str | os.PathLike[str]) -> Any:
+    """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove it if not."""
+    target = os.path.abspath(os.fspath(path))
+    partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{secrets.token_hex(4)}.partial"
+    try:
+        yield partial
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise

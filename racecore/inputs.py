@@ -1,0 +1,343 @@
+"""Every check of what a caller passed, and every message about it. One frozen bundle (`Problem`) comes out."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from racecore import arrays
+from racecore.problem import Problem, Sketch
+from racecore.soft_lsh import SoftLSH
+
+if TYPE_CHECKING:
+    from racecore.state import RaceState
+
+__all__ = [
+    "READOUTS",
+    "check_append",
+    "check_attend",
+    "check_attention",
+    "check_d_out",
+    "check_d_state",
+    "check_out",
+    "check_wrt",
+    "parse_bytes",
+]
+
+READOUTS = ("ratio", "bucket_mean")
+WRT = ("query", "key", "value", "planes", "beta", "state")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def check_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    lsh: SoftLSH | None,
+    *,
+    is_causal: bool,
+    readout: str,
+    key_mask: Any,
+    cu_seqlens: Any,
+    chunk_size: int | None,
+    memory_limit: int | str | None,
+) -> tuple[Problem, SoftLSH, bool]:
+    """Check the arguments of `racecore.attention`.
+
+    Returns
+    -------
+    problem : Problem
+        With 4-D arrays.
+    lsh : SoftLSH
+        The hash, the default one where None was passed.
+    had_batch : bool
+        False where the caller passed 3-D arrays.
+    """
+    q, k, v = (arrays.as_numpy(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    q, k, v, had_batch = _checked_shapes(q, k, v)
+    _check_dtypes(query=q, key=k, value=v)
+    lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
+    _check_readout(readout)
+    if not isinstance(is_causal, (bool, np.bool_)):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if is_causal and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"is_causal needs as many queries as keys, got Tq = {q.shape[1]} and Tk = {k.shape[1]}; to continue a "
+            "sequence, pass the new tokens alone and the past as initial_state"
+        )
+    mask = _checked_mask(key_mask, k)
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError(
+            "key_mask and cu_seqlens were both given; use one: drop the masked tokens and adapt cu_seqlens"
+        )
+    sequences = _sequence_table(cu_seqlens, q, k)
+    per_head = lsh.n_heads is not None
+    planes, beta = lsh.per_head(q.shape[2] if per_head else k.shape[2])
+    tokens, workspace = _checked_limits(chunk_size, memory_limit)
+    problem = Problem(
+        query=q, key=k, value=v, planes=planes, beta=beta, key_mask=mask, sequences=sequences,
+        n_heads=q.shape[2], n_kv_heads=k.shape[2], value_dim=v.shape[3], is_causal=bool(is_causal), readout=readout,
+        dtype=arrays.compute_dtype(q.dtype), chunk_tokens=tokens, workspace_bytes=workspace,
+    )  # fmt: skip
+    return problem, lsh, had_batch
+
+
+def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    shapes = f"query {q.shape}, key {k.shape}, value {v.shape}"
+    if not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
+        raise ValueError(
+            "query, key and value must all be [B, T, heads, dim], or all [T, heads, dim] without a batch axis; "
+            f"got {shapes}"
+        )
+    had_batch = q.ndim == 4
+    if not had_batch:
+        q, k, v = q[None], k[None], v[None]
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch size; got {shapes}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"key and value must agree in tokens and heads; got {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"query and key must have the same head dim D (last axis); got {shapes}")
+    if 0 in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]):
+        raise ValueError(f"heads and head dims must not be 0 (tokens and batch may); got {shapes}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads (axis order is "
+            f"[batch, tokens, heads, dim]); got {shapes}"
+        )
+    return q, k, v, had_batch
+
+
+def _check_readout(readout: str) -> None:
+    if readout not in READOUTS:
+        raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
+
+
+def _check_dtypes(**named: np.ndarray) -> None:
+    for name, array in named.items():
+        if not arrays.is_supported(array.dtype):
+            raise TypeError(
+                f"{name} must be {arrays.DTYPE_NAMES}, got {array.dtype}; convert it with .astype(numpy.float32)"
+            )
+    dtypes = [array.dtype for array in named.values()]
+    if len(set(dtypes)) > 1:
+        raise TypeError(
+            f"{', '.join(named)} must have one dtype, got {', '.join(map(str, dtypes))}; convert them with .astype"
+        )
+
+
+def _checked_lsh(lsh: SoftLSH | None, head_dim: int, n_heads: int) -> SoftLSH:
+    if lsh is None:
+        return SoftLSH.random(head_dim=head_dim, n_tables=4, n_planes=4, beta=1.0, rng=0)
+    if not isinstance(lsh, SoftLSH):
+        raise TypeError(f"lsh must be a racecore.SoftLSH or None, got {type(lsh).__qualname__}")
+    if lsh.head_dim != head_dim:
+        raise ValueError(
+            f"lsh hashes rows of {lsh.head_dim} values, query and key have {head_dim}; make one for {head_dim}"
+        )
+    if lsh.n_heads not in (None, n_heads):
+        raise ValueError(f"lsh has planes or beta for {lsh.n_heads} query heads, the query has {n_heads}")
+    return lsh
+
+
+def _checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
+    if key_mask is None:
+        return None
+    mask = arrays.as_numpy(key_mask, "key_mask")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"key_mask must be bool (True = the key takes part), got {mask.dtype}; compare it to get bools")
+    batch, n_keys = k.shape[:2]
+    if mask.shape == (n_keys,) and batch == 1:
+        mask = mask[None]
+    if mask.shape != (batch, n_keys):
+        raise ValueError(f"key_mask must have shape [B, Tk] = {(batch, n_keys)}, got {mask.shape}")
+    return mask
+
+
+def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Return int64 [N, 5]: batch index, query begin and end, key begin and end."""
+    batch, n_queries, n_keys = q.shape[0], q.shape[1], k.shape[1]
+    if cu_seqlens is None:
+        table = np.zeros((batch, 5), np.int64)
+        table[:, 0] = np.arange(batch)
+        table[:, 2], table[:, 4] = n_queries, n_keys
+        return table
+    if isinstance(cu_seqlens, (list, tuple)):
+        cu_seqlens = np.asarray(cu_seqlens)
+    bounds = arrays.as_numpy(cu_seqlens, "cu_seqlens")
+    if bounds.dtype.kind not in "iu":
+        raise TypeError(f"cu_seqlens must be integers, got {bounds.dtype}")
+    if bounds.ndim != 1 or len(bounds) < 1:
+        raise ValueError(f"cu_seqlens must have shape [n_sequences + 1], got {bounds.shape}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs all sequences along one token axis: B must be 1 or absent, got B = {batch}")
+    if n_queries != n_keys:
+        raise ValueError(f"cu_seqlens needs as many queries as keys, got Tq = {n_queries} and Tk = {n_keys}")
+    bounds = bounds.astype(np.int64)
+    if bounds[0] != 0 or bounds[-1] != n_keys:
+        raise ValueError(f"cu_seqlens must start at 0 and end at T = {n_keys}, got {bounds[0]} ... {bounds[-1]}")
+    steps = np.diff(bounds)
+    if (steps < 0).any():
+        where = int(np.argmax(steps < 0))
+        raise ValueError(f"cu_seqlens must not decrease, got {bounds[where]}, {bounds[where + 1]} at index {where}")
+    begin, end = bounds[:-1], bounds[1:]
+    return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
+
+
+def _checked_limits(chunk_size: int | None, memory_limit: int | str | None) -> tuple[int | None, int]:
+    default = Problem.workspace_bytes
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, np.integer)):
+            raise TypeError(f"chunk_size must be an integer number of tokens, got {chunk_size!r}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+        if memory_limit is not None:
+            raise ValueError("chunk_size and memory_limit both bound the temporary memory; give one of them")
+        return int(chunk_size), default
+    return None, default if memory_limit is None else parse_bytes(memory_limit)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Turn 1_000_000, "512MB" (10^6), "1 GiB" (2^30) or "64M" into a number of bytes.
+
+    Raises
+    ------
+    ValueError
+        For what cannot be read so, or is not positive.
+    """
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        n_bytes = int(size)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(size).lower())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"a memory size is a number of bytes or text such as '512MB' or '1GiB', got {size!r}")
+        n_bytes = int(float(match[1]) * _UNITS[match[2]])
+    if n_bytes < 1:
+        raise ValueError(f"a memory size must be positive, got {size!r}")
+    return n_bytes
+
+
+def check_wrt(wrt: Any, has_initial_state: bool) -> frozenset[str]:
+    """Return the set of gradients that are wanted; None means all of them (the state's only if one was passed)."""
+    if wrt is None:
+        return frozenset(WRT if has_initial_state else WRT[:-1])
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    unknown = [name for name in names if name not in WRT]
+    if unknown:
+        raise ValueError(f"wrt must name some of {', '.join(WRT)}; got {', '.join(map(repr, unknown))}")
+    return frozenset(names)
+
+
+def check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: dict[str, Any]) -> np.ndarray:
+    """Check an array that the caller gave for a result, or make one where None was given."""
+    if out is None:
+        return arrays.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(out).__module__}.{type(out).__qualname__}")
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {out.shape} and {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    if not out.dtype.isnative or not out.flags.aligned or any(s % dtype.itemsize for s in out.strides):
+        raise ValueError(f"{name} must be aligned and in native byte order")
+    if out.size and 0 in (s for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
+    for other, array in sources.items():
+        if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
+            raise ValueError(
+                f"{name} overlaps {other} in memory; inputs are never written to, so give it memory of its own"
+            )
+    return out
+
+
+def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Check the gradient of the output: shape of the output, any supported dtype (converted to the output's)."""
+    array = arrays.as_numpy(d_out, "d_out")
+    if array.shape != shape:
+        raise ValueError(f"d_out must have the shape of the output, {shape}, got {array.shape}")
+    if not arrays.is_supported(array.dtype):
+        raise TypeError(f"d_out must be {arrays.DTYPE_NAMES}, got {array.dtype}")
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
+    """Check the gradient of the final state (.mass and .value_sum shaped as the state's); None means zero and stays None."""
+    if d_state is None:
+        return None
+    sketch = problem.new_sketch()
+    tables, buckets = problem.planes.shape[1], 1 << problem.planes.shape[2]
+    shape = (len(problem.sequences), problem.n_state_heads, tables, buckets)
+    for name, wanted, target in (
+        ("mass", shape, sketch.mass),
+        ("value_sum", (*shape, problem.value_dim), sketch.value_sum),
+    ):
+        array = getattr(d_state, name, None)
+        if array is None:
+            raise TypeError(
+                f"d_state must have .mass and .value_sum, as a RaceState has; {type(d_state).__qualname__} lacks .{name}"
+            )
+        array = arrays.as_numpy(array, f"d_state.{name}")
+        if array.shape != wanted:
+            raise ValueError(f"d_state.{name} must have shape {wanted}, got {array.shape}")
+        target[...] = array.reshape(target.shape)
+    return sketch
+
+
+def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
+    """Check the arguments of `RaceState.append`."""
+    k, v = arrays.as_numpy(key, "key"), arrays.as_numpy(value, "value")
+    wanted_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
+    wanted_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
+    k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
+    if not (_fits(k.shape, wanted_k) and _fits(v.shape, wanted_v) and k.shape[1] == v.shape[1]):
+        raise ValueError(
+            f"key and value must have shapes {_text(wanted_k)} and {_text(wanted_v)} for this state, got {k.shape} and {v.shape}"
+        )
+    _check_dtypes(key=k, value=v)
+    return _state_problem(state, None, k, v, key_mask=_checked_mask(key_mask, k))
+
+
+def check_attend(state: RaceState, query: Any, readout: str) -> Problem:
+    """Check the arguments of `RaceState.attend`."""
+    q = _with_batch(arrays.as_numpy(query, "query"), state.batch)
+    wanted = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
+    if not _fits(q.shape, wanted):
+        raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")
+    if q.shape[2] % state.n_kv_heads or q.shape[2] == 0:
+        raise ValueError(f"the query's heads must be a multiple of the state's {state.n_kv_heads}, got {q.shape[2]}")
+    _check_dtypes(query=q)
+    _check_readout(readout)
+    return _state_problem(state, q, None, None, readout=readout)
+
+
+def _state_problem(
+    state: RaceState, q: np.ndarray | None, k: np.ndarray | None, v: np.ndarray | None, *,
+    key_mask: np.ndarray | None = None, readout: str = "ratio",
+) -> Problem:  # fmt: skip
+    """Bundle a one-sided problem: only keys to sum, or only queries to answer."""
+    side = q if q is not None else k
+    if side is None:
+        raise TypeError("a problem needs a query or a key")
+    planes, beta = state.lsh.per_head(state.mass.shape[1])
+    sequences = np.zeros((state.batch, 5), np.int64)
+    sequences[:, 0] = np.arange(state.batch)
+    sequences[:, 2 if q is not None else 4] = side.shape[1]
+    return Problem(
+        query=q, key=k, value=v, planes=planes, beta=beta, key_mask=key_mask, sequences=sequences,
+        n_heads=side.shape[2] if q is not None else state.mass.shape[1], n_kv_heads=state.n_kv_heads,
+        value_dim=state.value_dim, is_causal=False, readout=readout, dtype=arrays.compute_dtype(side.dtype),
+    )  # fmt: skip
+
+
+def _with_batch(array: np.ndarray, batch: int) -> np.ndarray:
+    return array[None] if array.ndim == 3 and batch == 1 else array
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True))
+
+
+def _text(wanted: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, wanted))}]"

@@ -1,0 +1,275 @@
+"""Causal attention by segments: Numba kernels; see `reference` for the token-by-token form.
+
+One long sequence keeps every core busy, because its segments run side by side. Forward: sum every segment's keys, scan
+the sums into the state before each segment, then walk all segments at once. Backward: the same scan from the saved states;
+a forward walk for the queries, which also sums what each segment adds to the gradients of earlier states; a scan from the
+end; a backward walk for keys and values. States are never recovered by subtraction.
+
+Inside a block of tokens, pairs of a key and a later query are weighed directly, as in plain attention; everything before
+the block comes from the state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from racecore import arrays, plan, progress
+from racecore.jit import helper, kernel
+from racecore.ops.bidirectional.cpu import segment_sums
+from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY, VALUE, load, store
+from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
+from racecore.ops.products import accumulate, expand, project
+from racecore.ops.readout import weigh, weigh_backward
+from racecore.ops.scratch import Scratch, new_scratch
+from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
+from racecore.ops.states import add_block, drop_masked, load_keep
+from racecore.plan import BLOCK
+from racecore.problem import GradientBuffers, Problem, Sketch
+
+__all__ = ["walk", "walk_backward"]
+
+
+def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool) -> list[np.ndarray]:
+    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from first to final state.
+
+    Returns
+    -------
+    list of float64 arrays
+        The states before every chunk, which the backward pass starts from; empty unless `keep_checkpoints`.
+    """
+    checkpoints = []
+    for chunk in plan.chunks(part, "key"):
+        if keep_checkpoints:
+            checkpoints.append(sketch.flat.copy())
+        states, _ = segment_sums(part, chunk)
+        scan(chunk[:, 0], states, sketch.flat)
+        progress.advance(launch(_walk, make_call(part, chunk, out=out), states))
+    return checkpoints
+
+
+@kernel
+def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
+    """Walk along segments, each from the state before it, states [n, M, S*(1+V)]."""
+    w = new_scratch(call)
+    heads = call.planes.shape[0] // call.n_kv_heads
+    repeats = call.n_heads // call.planes.shape[0]
+    mass, value_sum = _running_state(call, heads, w)
+    for task in range(first, last):
+        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        _, b, begin, end, _ = call.segments[index]
+        _start(states[index], g * heads, mass, value_sum)
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            load_keep(call.mask, b, t, n, w.keep)
+            load(call.table, KEY, b, t, g, n, w.k, w.keep)
+            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            for j in range(heads):
+                m = g * heads + j
+                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                drop_masked(call.mask, w.keep, n, w.phi_k)
+                _running_mass(w.phi_k, n, mass[j], w.mass)
+                for h in range(m * repeats, (m + 1) * repeats):
+                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
+                    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+                    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                    w.o[:] = 0
+                    expand(w.rho, value_sum[j], w.rho.shape[0], n, w.o, False)
+                    w.pairs[:] = 0
+                    expand(w.phi_k, w.rho, w.rho.shape[0], n, w.pairs, False)  # pairs[key, query]
+                    expand(w.pairs, w.v, n, n, w.o, True)
+                    store(call.table, OUT, b, t, h, n, w.o)
+                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j], False)
+
+
+@helper
+def _running_state(call: Call, heads: int, w: Scratch) -> tuple[np.ndarray, np.ndarray]:
+    """Make room for the states of the heads of a task: masses in float64, value sums in the dtype of the arithmetic."""
+    n_buckets, width = w.value_sum.shape
+    return np.empty((heads, n_buckets)), np.empty((heads, n_buckets, width), call.planes.dtype)
+
+
+@helper
+def _start(states: np.ndarray, first_head: int, mass: np.ndarray, value_sum: np.ndarray) -> None:
+    """Take over the states before (or gradients after) a segment."""
+    n_buckets, width = value_sum.shape[1:]
+    for j in range(mass.shape[0]):
+        state = states[first_head + j]
+        mass[j, :] = state[:n_buckets]
+        value_sum[j] = state[n_buckets:].reshape((n_buckets, width))
+
+
+@helper
+def _running_mass(phi_k: np.ndarray, n: int, mass: np.ndarray, masses: np.ndarray) -> None:
+    """Fill masses[:, i] with the masses up to and including token i, and advance `mass` by the block."""
+    for s in range(phi_k.shape[0]):
+        total = mass[s]
+        for i in range(n):
+            total += phi_k[s, i]
+            masses[s, i] = total
+        mass[s] = total
+
+
+def walk_backward(
+    part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+) -> None:
+    """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
+    wants_hash = grads.hash is not None
+    for chunk, checkpoint in zip(reversed(plan.chunks(part, "key")), reversed(checkpoints), strict=True):
+        call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
+        owners, no_owners = chunk[:, 0], np.zeros_like(chunk[:, 0])
+        states, _ = segment_sums(part, chunk)
+        scan(owners, states, checkpoint.copy())
+        hash_parts = empty_hash_parts(part, chunk, wants_hash)
+        n_blocks = int(chunk[-1, 4] - (chunk[-1, 2] - chunk[-1, 3]) // BLOCK)
+        read = arrays.empty((n_blocks, part.n_heads, 2, part.n_buckets, BLOCK), part.dtype)  # rho and d_mass
+        d_sums = arrays.empty(states.shape, np.float64)
+        n_tokens = launch(_walk_queries_backward, call, states, read, d_sums, hash_parts)
+        if grads.hash is not None:
+            scan(no_owners, hash_parts, grads.hash[:1], reverse=True)
+        progress.advance(n_tokens)
+        scan(owners, d_sums, d_sketch.flat, reverse=True)
+        launch(_walk_keys_backward, call, d_sums, read, hash_parts)
+        if grads.hash is not None:
+            scan(no_owners, hash_parts, grads.hash[1:], reverse=True)
+        progress.advance(n_tokens)
+
+
+@kernel
+def _walk_queries_backward(
+    call: Call, first: int, last: int, states: np.ndarray, read: np.ndarray, d_sums: np.ndarray, hash_parts: np.ndarray
+) -> None:
+    """Walk forward again for the gradients of queries; keep rho and d_mass of every token in `read`, sum them in d_sums."""
+    w = new_scratch(call)
+    n_numbers = hash_parts.shape[2]
+    heads = call.planes.shape[0] // call.n_kv_heads
+    repeats = call.n_heads // call.planes.shape[0]
+    mass, value_sum = _running_state(call, heads, w)
+    for task in range(first, last):
+        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        _, b, begin, end, block = call.segments[index]
+        _start(states[index], g * heads, mass, value_sum)
+        d_sums[index, g * heads : (g + 1) * heads] = 0
+        hash_parts[index, g * heads : (g + 1) * heads] = 0
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            load_keep(call.mask, b, t, n, w.keep)
+            load(call.table, KEY, b, t, g, n, w.k, w.keep)
+            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            for j in range(heads):
+                m = g * heads + j
+                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                drop_masked(call.mask, w.keep, n, w.phi_k)
+                _running_mass(w.phi_k, n, mass[j], w.mass)
+                for h in range(m * repeats, (m + 1) * repeats):
+                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
+                    load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
+                    _read_block_backward(call, m, n, value_sum[j], w)
+                    add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
+                    read[block, h, 0, :, :n] = w.rho[:, :n]
+                    read[block, h, 1, :, :n] = w.d_mass[:, :n]
+                    # phi_q = hash_block(q)
+                    w.d_q[:] = 0
+                    hash_block_backward(
+                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_q,
+                        hash_parts[index, m] if n_numbers else d_sums[index, m, :0],
+                    )  # fmt: skip
+                    store(call.table, D_QUERY, b, t, h, n, w.d_q)
+                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j], False)
+            block += 1
+
+
+@helper
+def _read_block_backward(call: Call, m: int, n: int, value_sum: np.ndarray, w: Scratch) -> None:
+    """Hash the queries of a block, weigh them, and invert the read-out: fills rho, d_mass and d_phi (of the queries)."""
+    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+    # o[i] = sum_s rho[s, i] * (value_sum[s] + sum_{j <= i} phi_k[s, j] * v[j])
+    project(value_sum, w.g, n, w.d_phi)
+    project(w.v, w.g, n, w.d_pairs)  # <v[j], g[i]>
+    _clear_future(w.d_pairs, n)
+    accumulate(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi, False)
+    # rho = weigh(phi_q, mass)
+    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, n, call.n_tables, call.bucket_mean, w.d_mass)
+
+
+@helper
+def _clear_future(pairs: np.ndarray, n: int) -> None:
+    """Set to zero the pairs [key, query] in which the query comes before the key."""
+    for j in range(n):
+        pairs[j, :j] = 0
+
+
+@kernel
+def _walk_keys_backward(
+    call: Call, first: int, last: int, d_states: np.ndarray, read: np.ndarray, hash_parts: np.ndarray
+) -> None:
+    """Walk backward for the gradients of keys and values, each segment from the gradient of the state after it."""
+    w = new_scratch(call)
+    n_buckets, n_numbers = w.phi_k.shape[0], hash_parts.shape[2]
+    heads = call.planes.shape[0] // call.n_kv_heads
+    repeats = call.n_heads // call.planes.shape[0]
+    d_mass, d_value_sum = _running_state(call, heads, w)
+    for task in range(first, last):
+        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        _, b, begin, end, first_block = call.segments[index]
+        _start(d_states[index], g * heads, d_mass, d_value_sum)
+        hash_parts[index, g * heads : (g + 1) * heads] = 0
+        for i_block in range((end - begin - 1) // BLOCK, -1, -1):
+            t = begin + i_block * BLOCK
+            n = min(BLOCK, end - t)
+            load_keep(call.mask, b, t, n, w.keep)
+            load(call.table, KEY, b, t, g, n, w.k, w.keep)
+            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            w.d_k[:] = 0
+            w.d_v[:] = 0
+            for j in range(heads):
+                m = g * heads + j
+                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                drop_masked(call.mask, w.keep, n, w.phi_k)
+                # what later blocks read: value_sum += phi_k @ v
+                project(d_value_sum[j], w.v, n, w.d_phi)
+                expand(w.phi_k, d_value_sum[j], n_buckets, n, w.d_v, False)
+                for h in range(m * repeats, (m + 1) * repeats):
+                    load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
+                    rho = read[first_block + i_block, h, 0]
+                    _add_pairs_backward(rho, n, w)
+                    accumulate(rho, w.g, n_buckets, n, d_value_sum[j], False)
+                # what queries of this block and later ones divide by: mass += phi_k
+                _running_mass_backward(
+                    read[first_block + i_block, m * repeats : (m + 1) * repeats, 1], n, d_mass[j], w.d_phi
+                )
+                # phi_k = hash_block(k)
+                hash_block_backward(
+                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_k,
+                    hash_parts[index, m] if n_numbers else d_states[index, m, :0],
+                )  # fmt: skip
+            store(call.table, D_KEY, b, t, g, n, w.d_k)
+            store(call.table, D_VALUE, b, t, g, n, w.d_v)
+
+
+@helper
+def _add_pairs_backward(rho: np.ndarray, n: int, w: Scratch) -> None:
+    """Invert, within a block, o[i] += sum_{j <= i} pairs[j, i] * v[j] with pairs = phi_k.T @ rho: adds to d_v and d_phi."""
+    w.pairs[:] = 0
+    expand(w.phi_k, rho, rho.shape[0], n, w.pairs, False)
+    accumulate(w.pairs, w.g, n, n, w.d_v, True)
+    project(w.v, w.g, n, w.d_pairs)
+    _clear_future(w.d_pairs, n)
+    for j in range(n):
+        for s in range(rho.shape[0]):
+            total = rho.dtype.type(0)
+            for i in range(n):
+                total += rho[s, i] * w.d_pairs[j, i]
+            w.d_phi[s, j] += total
+
+
+@helper
+def _running_mass_backward(d_masses: np.ndarray, n: int, d_mass: np.ndarray, d_phi: np.ndarray) -> None:
+    """Add to d_phi[:, j] what tokens i >= j of this block, d_masses [heads, S, n], and later blocks, d_mass, ask of mass."""
+    for s in range(d_phi.shape[0]):
+        total = d_mass[s]
+        for i in range(n - 1, -1, -1):
+            for h in range(d_masses.shape[0]):
+                total += d_masses[h, s, i]
+            d_phi[s, i] += total
+        d_mass[s] = total

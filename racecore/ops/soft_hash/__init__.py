@@ -1,0 +1,1 @@
+"""Soft locality-sensitive hashing: rows to bucket probabilities, and its gradient."""

@@ -1,0 +1,211 @@
+"""The soft hash of a block of tokens, by the factorised softmax; Numba.
+
+The logits are linear in the corner, so the softmax over corners is a product over planes,
+``phi[r] = prod_p sigmoid(2 * beta * c_r[p] * tanh(u_p))``: P sigmoids and about 2R products in place of R exponentials
+(derived in docs/math). Arrays of a block are laid out [planes or buckets, tokens], so that all of it is vector code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from racecore.jit import helper, kernel
+from racecore.ops.elementary import exp_of_nonpositive, tanh
+from racecore.ops.products import accumulate, expand, project
+from racecore.plan import BLOCK
+from racecore.threads import run
+
+__all__ = ["soft_hash", "soft_hash_backward"]
+
+
+@helper
+def hash_block(
+    x: np.ndarray, n: int, planes: np.ndarray, beta: float, n_tables: int, factors: np.ndarray, phi: np.ndarray
+) -> None:
+    """Hash n rows x [n, D] with planes [L*P, D] into phi [S, n].
+
+    `factors` [3, L*P, n] keeps tanh(u), sigmoid(2 beta tanh(u)) and sigmoid(-2 beta tanh(u)) for the way back.
+    """
+    one = phi.dtype.type(1)
+    tanh_u, plus, minus = factors[0], factors[1], factors[2]
+    project(planes, x, n, tanh_u)
+    for k in range(planes.shape[0]):
+        for i in range(n):
+            t = tanh(tanh_u[k, i])
+            z = 2 * beta * t
+            e = exp_of_nonpositive(-abs(z))
+            high = one / (one + e)
+            low = e * high  # sigmoid(-|z|) without cancellation
+            tanh_u[k, i] = t
+            plus[k, i] = high if z >= 0 else low
+            minus[k, i] = low if z >= 0 else high
+    n_planes = planes.shape[0] // n_tables
+    for table in range(n_tables):
+        _corner_products(plus, minus, table * n_planes, n_planes, n, phi[table << n_planes : (table + 1) << n_planes])
+
+
+@helper
+def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, n: int, phi: np.ndarray) -> None:
+    """Fill phi [R, n] of one table, plane by plane: row r splits into rows 2r (minus) and 2r + 1 (plus)."""
+    phi[0, :n] = 1
+    for p in range(n_planes):
+        a, b = plus[first + p], minus[first + p]
+        for r in range((1 << p) - 1, -1, -1):  # downwards, so that no row is overwritten before it is read
+            source, even, odd = phi[r], phi[2 * r], phi[2 * r + 1]
+            for i in range(n):
+                value = source[i]
+                odd[i] = value * a[i]
+                even[i] = value * b[i]
+
+
+@helper
+def hash_block_backward(
+    d_phi: np.ndarray, x: np.ndarray, n: int, planes: np.ndarray, beta: float, n_tables: int,
+    factors: np.ndarray, phi: np.ndarray, d_u: np.ndarray, d_x: np.ndarray, d_hash: np.ndarray,
+) -> None:  # fmt: skip
+    """Invert `hash_block`: add to d_x [n, D] and to d_hash, L*P*D numbers for planes and one for beta.
+
+    An empty d_hash means that this gradient is not wanted. `d_phi` [S, n] is overwritten; `d_u` [L*P, n] is scratch.
+    """
+    tanh_u, plus, minus = factors[0], factors[1], factors[2]
+    n_rows, head_dim = planes.shape
+    n_planes = n_rows // n_tables
+    wants_hash = d_hash.shape[0] > 0
+    for s in range(d_phi.shape[0]):
+        for i in range(n):
+            d_phi[s, i] *= phi[s, i]
+    # phi[s] = prod_p plus[p] or minus[p]
+    for table in range(n_tables):
+        _corner_products_backward(
+            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, n, d_u
+        )
+    # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
+    if wants_hash:
+        d_beta = 0.0
+        for k in range(n_rows):
+            total = d_phi.dtype.type(0)
+            for i in range(n):
+                total += d_u[k, i] * tanh_u[k, i]
+            d_beta += total
+        d_hash[n_rows * head_dim] += d_beta
+    for k in range(n_rows):
+        for i in range(n):
+            t = tanh_u[k, i]
+            d_u[k, i] *= beta * (1 - t) * (1 + t)
+    # u = planes @ x.T
+    expand(d_u, planes, n_rows, n, d_x, False)
+    if wants_hash:
+        accumulate(d_u, x, n_rows, n, d_hash[: n_rows * head_dim].reshape((n_rows, head_dim)), False)
+
+
+@helper
+def _corner_products_backward(
+    weighted: np.ndarray, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, n: int, d_y: np.ndarray
+) -> None:
+    """From weighted = d_phi * phi [R, n] of one table, overwritten, to d_y [P, n], y = beta * tanh(u).
+
+    With s1, s0 the sums of `weighted` over corners that have the plane's bit set or not,
+    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the last bit away serves plane after plane.
+    """
+    for p in range(n_planes - 1, -1, -1):
+        row, a, b = d_y[first + p], plus[first + p], minus[first + p]
+        row[:n] = 0
+        for r in range(1 << p):
+            even, odd, merged = weighted[2 * r], weighted[2 * r + 1], weighted[r]
+            for i in range(n):
+                s0, s1 = even[i], odd[i]
+                row[i] += 2 * (s1 * b[i] - s0 * a[i])
+                merged[i] = s0 + s1
+
+
+@kernel
+def _hash_rows(
+    x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int, out: np.ndarray
+) -> None:
+    """Hash rows first ... last - 1 of x [N, M, D] into out [N, M, S]."""
+    n_rows = planes.shape[1]
+    factors = np.empty((3, n_rows, BLOCK), x.dtype)
+    phi = np.empty((out.shape[2], BLOCK), x.dtype)
+    block = np.empty((BLOCK, x.shape[2]), x.dtype)
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        for m in range(x.shape[1]):
+            block[:n] = x[start : start + n, m]
+            hash_block(block, n, planes[m], beta[m], n_tables, factors, phi)
+            for i in range(n):
+                for s in range(out.shape[2]):
+                    out[start + i, m, s] = phi[s, i]
+
+
+@kernel
+def _hash_rows_backward(
+    d_phi: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int,
+    first: int, last: int, d_x: np.ndarray, d_hash: np.ndarray,
+) -> None:  # fmt: skip
+    """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
+    n_rows = planes.shape[1]
+    factors = np.empty((3, n_rows, BLOCK), x.dtype)
+    phi = np.empty((d_phi.shape[2], BLOCK), x.dtype)
+    d_block_phi = np.empty_like(phi)
+    d_u = np.empty((n_rows, BLOCK), x.dtype)
+    block = np.empty((BLOCK, x.shape[2]), x.dtype)
+    d_block = np.empty_like(block)
+    for start in range(first, last, BLOCK):
+        n = min(BLOCK, last - start)
+        for m in range(x.shape[1]):
+            block[:n] = x[start : start + n, m]
+            d_block[:] = 0
+            for i in range(n):
+                for s in range(d_phi.shape[2]):
+                    d_block_phi[s, i] = d_phi[start + i, m, s]
+            hash_block(block, n, planes[m], beta[m], n_tables, factors, phi)
+            hash_block_backward(
+                d_block_phi,
+                block,
+                n,
+                planes[m],
+                beta[m],
+                n_tables,
+                factors,
+                phi,
+                d_u,
+                d_block,
+                d_hash[start // BLOCK, m],
+            )
+            d_x[start : start + n, m] = d_block[:n]
+
+
+def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """Return phi [..., M, S] of the rows x [..., M, D], with planes [M, L, P, D] and beta [M]."""
+    rows, w, b, n_tables = _flat(x, planes, beta)
+    out = np.empty((*rows.shape[:2], n_tables << planes.shape[2]), x.dtype)
+    run(
+        lambda i, j: _hash_rows(rows, w, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out),
+        -(-len(rows) // BLOCK),
+        64,
+    )
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def soft_hash_backward(
+    d_phi: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return d_x [..., M, D], d_planes [M, L, P, D] and d_beta [M], the last two in float64."""
+    rows, w, b, n_tables = _flat(x, planes, beta)
+    d_rows = np.ascontiguousarray(d_phi.reshape(*rows.shape[:2], -1), x.dtype)
+    d_x = np.empty_like(rows)
+    n_blocks = -(-len(rows) // BLOCK)
+    d_hash = np.zeros((n_blocks, len(w), w[0].size + 1))
+    run(
+        lambda i, j: _hash_rows_backward(d_rows, rows, w, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash),
+        n_blocks, 64,
+    )  # fmt: skip
+    total = d_hash.sum(axis=0)
+    return d_x.reshape(x.shape), total[:, :-1].reshape(planes.shape), total[:, -1]
+
+
+def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return x [N, M, D], planes [M, L*P, D] and beta [M] in the dtype of x, and L."""
+    rows = np.ascontiguousarray(x.reshape(-1, *x.shape[-2:]))
+    w = np.ascontiguousarray(planes.reshape(len(planes), -1, planes.shape[-1]), x.dtype)
+    return rows, w, np.ascontiguousarray(beta, x.dtype), planes.shape[1]

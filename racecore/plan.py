@@ -1,0 +1,110 @@
+"""How a problem is cut: sequences into parts, parts into chunks, chunks into segments.
+
+A *segment* is up to 1,024 tokens of one sequence. Segments start at fixed places, whatever the limits are, and every
+sum over tokens adds whole segments in their order: that is why results keep their bits for any chunk size, memory limit
+and number of threads. A *chunk* is a run of segments whose temporary results fit the workspace. A *part* is a run of
+whole sequences that share one chunk, or a single long sequence of several chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from racecore.problem import Problem
+
+__all__ = ["BLOCK", "SEGMENT", "chunks", "parts", "segment_bytes"]
+
+SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
+BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
+
+
+def segment_bytes(problem: Problem) -> tuple[int, int]:
+    """Return the workspace that the backward pass needs per segment and, on top, per block of its tokens.
+
+    A segment needs the state before it, the gradient of the state after it, and its share of the gradients of planes and
+    beta; a causal block needs two numbers per token, query head and bucket that its second pass reads again.
+    """
+    n_rows = problem.planes.shape[1] * problem.planes.shape[2]
+    head_dim = problem.planes.shape[3]
+    state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
+    hash_share = problem.n_state_heads * (n_rows * head_dim + 1) * 8
+    block = 2 * problem.n_heads * problem.n_buckets * BLOCK * problem.dtype.itemsize if problem.is_causal else 0
+    return 2 * state + 2 * hash_share, block
+
+
+def parts(problem: Problem) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) ranges of sequences that are treated together.
+
+    Raises
+    ------
+    ValueError
+        The workspace cannot hold even one segment; the message names the smallest that can.
+    """
+    lengths = _lengths(problem)
+    per_segment, per_block = segment_bytes(problem)
+    smallest = per_segment + per_block * (SEGMENT // BLOCK)
+    if problem.workspace_bytes < smallest and problem.workspace_bytes != Problem.workspace_bytes:
+        raise ValueError(
+            f"memory_limit is {problem.workspace_bytes:,} bytes, but one segment of {SEGMENT} tokens needs {smallest:,} "
+            f"bytes of temporary memory here; the smallest memory_limit that works is {smallest}"
+        )
+    costs = -(-lengths // SEGMENT) * per_segment + -(-lengths // BLOCK) * per_block
+    first = bytes_used = tokens_used = 0
+    for index, (cost, length) in enumerate(zip(costs.tolist(), lengths.tolist(), strict=True)):
+        too_many = problem.chunk_tokens is not None and tokens_used + length > problem.chunk_tokens
+        if index > first and (too_many or bytes_used + cost > problem.workspace_bytes):
+            yield first, index
+            first, bytes_used, tokens_used = index, 0, 0
+        bytes_used += cost
+        tokens_used += length
+    if len(lengths) > first:
+        yield first, len(lengths)
+
+
+def chunks(part: Problem, side: str) -> list[np.ndarray]:
+    """Return the segments of a part, chunk by chunk.
+
+    Parameters
+    ----------
+    part : Problem
+        Its sequences are those of one range that `parts` gave.
+    side : {"query", "key"}
+        Whose tokens to cut.
+
+    Returns
+    -------
+    list of int64 arrays, shape [n, 5]
+        Per segment: sequence (counted within the part), batch index, first token, token after the last, and the number
+        of blocks of this chunk that come before it.
+    """
+    begin, end = (part.sequences[:, 1], part.sequences[:, 2]) if side == "query" else (
+        part.sequences[:, 3], part.sequences[:, 4])  # fmt: skip
+    counts = -(-(end - begin) // SEGMENT)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.empty((len(owner), 5), np.int64)
+    table[:, 0] = owner
+    table[:, 1] = part.sequences[owner, 0]
+    table[:, 2] = begin[owner] + index * SEGMENT
+    table[:, 3] = np.minimum(table[:, 2] + SEGMENT, end[owner])
+    step = len(table) if len(counts) > 1 else _segments_per_chunk(part)
+    pieces = [table[start : start + step] for start in range(0, len(table), max(step, 1))]
+    for piece in pieces:
+        n_blocks = -(-(piece[:, 3] - piece[:, 2]) // BLOCK)
+        piece[:, 4] = np.cumsum(n_blocks) - n_blocks
+    return pieces
+
+
+def _segments_per_chunk(part: Problem) -> int:
+    if part.chunk_tokens is not None:
+        return -(-part.chunk_tokens // SEGMENT)
+    per_segment, per_block = segment_bytes(part)
+    return max(1, part.workspace_bytes // (per_segment + per_block * (SEGMENT // BLOCK)))
+
+
+def _lengths(problem: Problem) -> np.ndarray:
+    """Tokens of every sequence, the longer side where queries and keys differ in number."""
+    _, q_begin, q_end, k_begin, k_end = problem.sequences.T
+    return np.maximum(q_end - q_begin, k_end - k_begin)

@@ -1,0 +1,105 @@
+"""The frozen bundle that the operations work on: checked arrays, planes per state head, and the table of sequences.
+
+Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L tables, P planes,
+R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G, or M = H where planes or beta are given
+per query head. State head m reads key/value head m // (M/G) and serves query heads m*(H/M) ... (m+1)*(H/M) - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from racecore import arrays
+
+__all__ = ["BUCKET_MEAN_EPS", "GradientBuffers", "Problem", "Sketch"]
+
+BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors' released kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a state is read."""
+
+    query: np.ndarray | None  # [B, Tq, H, D], any strides
+    key: np.ndarray | None  # [B, Tk, G, D]
+    value: np.ndarray | None  # [B, Tk, G, V]
+    planes: np.ndarray  # [M, L, P, D] float64, broadcast where heads share them
+    beta: np.ndarray  # [M] float64
+    key_mask: np.ndarray | None  # [B, Tk] bool, True = take part
+    sequences: np.ndarray  # [N, 5] int64: batch index, query begin, query end, key begin, key end
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    value_dim: int  # V
+    is_causal: bool
+    readout: str  # "ratio" or "bucket_mean"
+    dtype: np.dtype  # of the arithmetic
+    chunk_tokens: int | None = None  # at most so many tokens in flight, rounded up to whole segments
+    workspace_bytes: int = 64 << 20  # at most so much temporary memory
+
+    @property
+    def n_state_heads(self) -> int:
+        """M."""
+        return self.planes.shape[0]
+
+    @property
+    def n_buckets(self) -> int:
+        """S = L * 2^P, over all tables."""
+        return self.planes.shape[1] << self.planes.shape[2]
+
+    def part(self, first: int, last: int) -> Problem:
+        """Return the same problem with only the sequences first ... last - 1."""
+        return replace(self, sequences=self.sequences[first:last])
+
+    def new_sketch(self) -> Sketch:
+        """Return the empty state of every sequence."""
+        shape = (len(self.sequences), self.n_state_heads, self.n_buckets * (1 + self.value_dim))
+        return Sketch(arrays.zeros(shape, np.float64), self.n_buckets)
+
+
+class Sketch:
+    """States in one float64 array [N, M, S*(1+V)], so that one scan serves masses and value sums.
+
+    The first S numbers of a row are `mass`, the others `value_sum`; both properties are views.
+    """
+
+    __slots__ = ("flat", "n_buckets")
+
+    def __init__(self, flat: np.ndarray, n_buckets: int) -> None:
+        self.flat = flat
+        self.n_buckets = n_buckets
+
+    @property
+    def mass(self) -> np.ndarray:
+        """[N, M, S]."""
+        return self.flat[..., : self.n_buckets]
+
+    @property
+    def value_sum(self) -> np.ndarray:
+        """[N, M, S, V]."""
+        n, m, width = self.flat.shape
+        value_dim = width // self.n_buckets - 1
+        return self.flat[..., self.n_buckets :].reshape(n, m, self.n_buckets, value_dim)
+
+    def part(self, first: int, last: int) -> Sketch:
+        """Return a view of the states of the sequences first ... last - 1."""
+        return Sketch(self.flat[first:last], self.n_buckets)
+
+    def copy(self) -> Sketch:
+        """Return an independent copy."""
+        return Sketch(self.flat.copy(), self.n_buckets)
+
+
+@dataclass(eq=False)
+class GradientBuffers:
+    """Where the backward passes write. None means not asked for.
+
+    The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the order of their
+    additions, and so their bits, independent of how the work is cut into chunks.
+    """
+
+    query: np.ndarray | None  # [B, Tq, H, D]
+    key: np.ndarray | None  # [B, Tk, G, D]
+    value: np.ndarray | None  # [B, Tk, G, V]
+    hash: np.ndarray | None  # [2, M, L*P*D + 1] float64: planes, and beta in the last place
