@@ -37,11 +37,11 @@ def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str
     """
     wrong = f"{os.fspath(path)} is not a {kind} file"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             content: dict[str, Any] = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise CorruptFileError(f"{wrong}, or it is damaged: {error}") from error
     if str(content.get("kind")) != kind:
         raise CorruptFileError(f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from racecore.problem import Problem
 
-__all__ = ["BLOCK", "SEGMENT", "chunks", "parts", "segment_bytes"]
+__all__ = ["BLOCK", "SEGMENT", "chunks", "count_blocks", "parts", "segment_bytes"]
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
@@ -95,6 +95,11 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
         n_blocks = -(-(piece[:, 3] - piece[:, 2]) // BLOCK)
         piece[:, 4] = np.cumsum(n_blocks) - n_blocks
     return pieces
+
+
+def count_blocks(chunk: np.ndarray) -> int:
+    """Return the number of blocks of all segments of a chunk."""
+    return int((-(-(chunk[:, 3] - chunk[:, 2]) // BLOCK)).sum())
 
 
 def _segments_per_chunk(part: Problem) -> int:

@@ -28,6 +28,7 @@ def sum_keys(part: Problem, sketch: Sketch) -> None:
     for chunk in plan.chunks(part, "key"):
         sums, n_tokens = segment_sums(part, chunk)
         scan(chunk[:, 0], sums, sketch.flat)
+        del sums  # before the next chunk asks for as much
         progress.advance(n_tokens)
 
 
@@ -68,6 +69,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
         n_tokens = launch(_sum_keys_backward, call, d_sketch.flat, hash_parts)
         if grads.hash is not None:
             scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[1:])
+        del hash_parts
         progress.advance(n_tokens)
 
 
@@ -145,6 +147,7 @@ def read_out_backward(
         scan(chunk[:, 0], d_sums, d_sketch.flat)
         if grads.hash is not None:
             scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[:1])
+        del d_sums, hash_parts
         progress.advance(n_tokens)
 
 

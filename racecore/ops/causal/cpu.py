@@ -23,7 +23,7 @@ from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import Scratch, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.ops.states import add_block, drop_masked, load_keep
-from racecore.plan import BLOCK
+from racecore.plan import BLOCK, count_blocks
 from racecore.problem import GradientBuffers, Problem, Sketch
 
 __all__ = ["walk", "walk_backward"]
@@ -41,10 +41,14 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
     for chunk in plan.chunks(part, "key"):
         if keep_checkpoints:
             checkpoints.append(sketch.flat.copy())
-        states, _ = segment_sums(part, chunk)
-        scan(chunk[:, 0], states, sketch.flat)
-        progress.advance(launch(_walk, make_call(part, chunk, out=out), states))
+        _walk_chunk(part, chunk, sketch, out)
     return checkpoints
+
+
+def _walk_chunk(part: Problem, chunk: np.ndarray, sketch: Sketch, out: np.ndarray) -> None:
+    states, _ = segment_sums(part, chunk)
+    scan(chunk[:, 0], states, sketch.flat)
+    progress.advance(launch(_walk, make_call(part, chunk, out=out), states))
 
 
 @kernel
@@ -113,25 +117,30 @@ def walk_backward(
     part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
-    wants_hash = grads.hash is not None
     for chunk, checkpoint in zip(reversed(plan.chunks(part, "key")), reversed(checkpoints), strict=True):
-        call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
-        owners, no_owners = chunk[:, 0], np.zeros_like(chunk[:, 0])
-        states, _ = segment_sums(part, chunk)
-        scan(owners, states, checkpoint.copy())
-        hash_parts = empty_hash_parts(part, chunk, wants_hash)
-        n_blocks = int(chunk[-1, 4] - (chunk[-1, 2] - chunk[-1, 3]) // BLOCK)
-        read = arrays.empty((n_blocks, part.n_heads, 2, part.n_buckets, BLOCK), part.dtype)  # rho and d_mass
-        d_sums = arrays.empty(states.shape, np.float64)
-        n_tokens = launch(_walk_queries_backward, call, states, read, d_sums, hash_parts)
-        if grads.hash is not None:
-            scan(no_owners, hash_parts, grads.hash[:1], reverse=True)
-        progress.advance(n_tokens)
-        scan(owners, d_sums, d_sketch.flat, reverse=True)
-        launch(_walk_keys_backward, call, d_sums, read, hash_parts)
-        if grads.hash is not None:
-            scan(no_owners, hash_parts, grads.hash[1:], reverse=True)
-        progress.advance(n_tokens)
+        _walk_chunk_backward(part, chunk, checkpoint, d_out, d_sketch, grads)
+
+
+def _walk_chunk_backward(
+    part: Problem, chunk: np.ndarray, checkpoint: np.ndarray, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+) -> None:
+    call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
+    owners, no_owners = chunk[:, 0], np.zeros_like(chunk[:, 0])
+    states, _ = segment_sums(part, chunk)
+    scan(owners, states, checkpoint.copy())
+    hash_parts = empty_hash_parts(part, chunk, grads.hash is not None)
+    d_sums = arrays.empty(states.shape, np.float64)
+    read = arrays.empty((count_blocks(chunk), part.n_heads, 2, part.n_buckets, BLOCK), part.dtype)  # rho and d_mass
+    n_tokens = launch(_walk_queries_backward, call, states, read, d_sums, hash_parts)
+    if grads.hash is not None:
+        scan(no_owners, hash_parts, grads.hash[:1], reverse=True)
+    progress.advance(n_tokens)
+    # every later token read the sums of this segment
+    scan(owners, d_sums, d_sketch.flat, reverse=True)
+    launch(_walk_keys_backward, call, d_sums, read, hash_parts)
+    if grads.hash is not None:
+        scan(no_owners, hash_parts, grads.hash[1:], reverse=True)
+    progress.advance(n_tokens)
 
 
 @kernel

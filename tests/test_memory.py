@@ -1,0 +1,61 @@
+"""Memory that a call takes beyond its inputs and outputs: bounded, whatever the length."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys, threading, time
+import numpy as np, racecore
+
+def anonymous():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
+
+causal, log2_tokens, options = json.loads(sys.argv[1])
+rng = np.random.default_rng(0)
+x = rng.standard_normal((4, 1 << log2_tokens, 1, 64), dtype=np.float32)
+short = x[:, :100]
+racecore.attention_backward(short[3], racecore.attention_forward(*short[:3], is_causal=causal, **options)[1])
+results = np.zeros((4, 1 << log2_tokens, 1, 64), np.float32) + 1
+peak = base = anonymous()
+done = False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+_, saved = racecore.attention_forward(*x[:3], is_causal=causal, out=results[0], **options)
+racecore.attention_backward(x[3], saved, out=racecore.Gradients(*results[1:]))
+done = True
+watcher.join()
+print(json.dumps({"workspace": peak - base, "saved": saved.nbytes}))
+"""
+
+
+def measure(causal, log2_tokens, **options):
+    arguments = json.dumps([causal, log2_tokens, options])
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_million_tokens_take_little_beyond_inputs_and_outputs(causal):
+    used = measure(causal, 20)
+    assert used["workspace"] <= 150e6  # promised: 300 MB
+    assert used["saved"] <= 5e6
+
+
+def test_memory_limit_is_kept():
+    used = measure(True, 16, memory_limit="8MB")
+    assert used["workspace"] <= 8e6 + 4e6  # blocks of the threads, and what Python itself takes

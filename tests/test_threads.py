@@ -1,0 +1,102 @@
+"""The thread pool: every task once, errors and interrupts surface, forks start afresh."""
+
+import os
+import threading
+import time
+
+import pytest
+
+import racecore
+from racecore.threads import default_count, run
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 8])
+@pytest.mark.parametrize(("n_tasks", "step"), [(0, 1), (1, 1), (7, 3), (100, 1), (100, 100), (5, 1000)])
+def test_every_task_runs_once(n_threads, n_tasks, step):
+    seen = []
+    with racecore.threads(n_threads):
+        run(lambda first, last: seen.extend(range(first, last)), n_tasks, step)
+    assert sorted(seen) == list(range(n_tasks))
+
+
+def test_several_threads_take_part():
+    names = set()
+    barrier = threading.Barrier(3, timeout=30)
+
+    def meet(first, last):
+        names.add(threading.get_ident())
+        barrier.wait()
+
+    with racecore.threads(3):
+        run(meet, 3, 1)
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_an_error_is_raised_after_all_have_stopped(n_threads):
+    running = []
+
+    def launch(first, last):
+        running.append(first)
+        try:
+            time.sleep(0.01)
+            if first == 3:
+                raise OSError("disk on fire")
+        finally:
+            running.remove(first)
+
+    with racecore.threads(n_threads), pytest.raises(OSError, match="disk on fire"):
+        run(launch, 1000, 1)
+    assert running == []
+
+
+def test_concurrent_callers_do_not_wait_for_each_other():
+    results = []
+
+    def caller(offset):
+        seen = []
+        with racecore.threads(4):
+            run(lambda first, last: seen.append(first), 200, 1)
+        results.append(sorted(seen) == list(range(200)))
+
+    callers = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(30)
+    assert results == [True] * 8
+
+
+def test_the_setting_belongs_to_the_block_and_the_thread():
+    seen = {}
+
+    def count(name):
+        identities = set()
+        run(lambda first, last: (time.sleep(0.005), identities.add(threading.get_ident())), 20, 1)
+        seen[name] = len(identities)
+
+    with racecore.threads(1):
+        count("inside")
+        with racecore.threads(4):
+            count("nested")
+        count("inside again")
+    assert seen["inside"] == seen["inside again"] == 1
+    assert seen["nested"] > 1
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", True])
+def test_bad_counts(n):
+    with pytest.raises(ValueError, match="positive integer"), racecore.threads(n):
+        pass
+
+
+def test_default_count(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    processors = len(os.sched_getaffinity(0))
+    assert default_count() == processors
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert default_count() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000,2")
+    assert default_count() == processors
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert default_count() == processors
