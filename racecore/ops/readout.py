@@ -5,7 +5,7 @@ Either way a token's output is ``sum_s rho[s] * value_sum[s]`` with ``rho = phi 
     ratio         factor = 1 / sum_s phi[s] * mass[s]      zero where the denominator vanishes
     bucket_mean   factor[s] = 1 / (L * (mass[s] + eps))
 
-`mass` has a column per token, because a causal query has masses of its own. The plain twins are `weights` and
+All columns of a block are computed, also those past its last token, which nobody reads. `mass` has a column per token, because a causal query has masses of its own. The plain twins are `weights` and
 `weights_backward` in `ops.rows`.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore.jit import helper
+from racecore.plan import BLOCK
 from racecore.problem import BUCKET_MEAN_EPS
 
 __all__ = ["weigh", "weigh_backward"]
@@ -24,7 +25,7 @@ _TINY64 = float(np.finfo(np.float64).tiny)
 
 @helper
 def weigh(
-    phi: np.ndarray, mass: np.ndarray, n: int, n_tables: int, bucket_mean: bool, factor: np.ndarray, rho: np.ndarray
+    phi: np.ndarray, mass: np.ndarray, n_tables: int, bucket_mean: bool, factor: np.ndarray, rho: np.ndarray
 ) -> None:
     """Fill factor [S, n] and rho [S, n] from phi [S, n] and mass [S, n]."""
     one = phi.dtype.type(1)
@@ -32,27 +33,27 @@ def weigh(
     if bucket_mean:
         eps, tables = phi.dtype.type(BUCKET_MEAN_EPS), phi.dtype.type(n_tables)
         for s in range(n_buckets):
-            for i in range(n):
+            for i in range(BLOCK):
                 factor[s, i] = one / (tables * (mass[s, i] + eps))
                 rho[s, i] = phi[s, i] * factor[s, i]
         return
     den = factor[0]
-    den[:n] = 0
+    den[:] = 0
     for s in range(n_buckets):
-        for i in range(n):
+        for i in range(BLOCK):
             den[i] += phi[s, i] * mass[s, i]
     tiny = _TINY32 if phi.itemsize == 4 else _TINY64
-    for i in range(n):
+    for i in range(BLOCK):
         den[i] = phi.dtype.type(0) if den[i] < tiny else one / den[i]  # NaN is not below anything: it stays visible
     for s in range(n_buckets - 1, -1, -1):
-        for i in range(n):
+        for i in range(BLOCK):
             factor[s, i] = den[i]
             rho[s, i] = phi[s, i] * den[i]
 
 
 @helper
 def weigh_backward(
-    h: np.ndarray, phi: np.ndarray, mass: np.ndarray, factor: np.ndarray, rho: np.ndarray, n: int, n_tables: int,
+    h: np.ndarray, phi: np.ndarray, mass: np.ndarray, factor: np.ndarray, rho: np.ndarray, n_tables: int,
     bucket_mean: bool, d_mass: np.ndarray,
 ) -> None:  # fmt: skip
     """From h = d_rho [S, n], which becomes d_phi, fill also d_mass [S, n], token by token."""
@@ -61,19 +62,19 @@ def weigh_backward(
         # factor = 1 / (L * (mass + eps)); rho = phi * factor
         tables = phi.dtype.type(n_tables)
         for s in range(n_buckets):
-            for i in range(n):
+            for i in range(BLOCK):
                 d_mass[s, i] = -rho[s, i] * h[s, i] * factor[s, i] * tables
                 h[s, i] *= factor[s, i]
         return
     # factor = 1 / sum_s phi * mass; rho = phi * factor
     d_den = d_mass[0]
-    d_den[:n] = 0
+    d_den[:] = 0
     for s in range(n_buckets):
-        for i in range(n):
+        for i in range(BLOCK):
             d_den[i] -= rho[s, i] * h[s, i]
-    for i in range(n):
+    for i in range(BLOCK):
         d_den[i] *= factor[0, i]
     for s in range(n_buckets - 1, -1, -1):
-        for i in range(n):
+        for i in range(BLOCK):
             h[s, i] = h[s, i] * factor[s, i] + d_den[i] * mass[s, i]
             d_mass[s, i] = d_den[i] * phi[s, i]

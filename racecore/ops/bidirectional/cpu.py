@@ -129,7 +129,7 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
                     n = min(BLOCK, end - t)
                     load(call.table, QUERY, b, t, h, n, w.q, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
-                    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
                     expand(w.rho, w.value_sum, w.rho.shape[0], n, w.o, False)
                     store(call.table, OUT, b, t, h, n, w.o)
@@ -172,12 +172,12 @@ def _read_out_backward(
                     load(call.table, QUERY, b, t, h, n, w.q, w.ones)
                     load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
-                    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     # out = rho.T @ value_sum
                     project(w.value_sum, w.g, n, w.d_phi)
                     # rho = weigh(phi_q, mass)
                     weigh_backward(
-                        w.d_phi, w.phi_q, w.mass, w.factor, w.rho, n, call.n_tables, call.bucket_mean, w.d_mass
+                        w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass
                     )
                     add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
                     # phi_q = hash_block(q)

@@ -75,7 +75,7 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
                 for h in range(m * repeats, (m + 1) * repeats):
                     load(call.table, QUERY, b, t, h, n, w.q, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
-                    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
                     expand(w.rho, value_sum[j], w.rho.shape[0], n, w.o, False)
                     w.pairs[:] = 0
@@ -191,14 +191,14 @@ def _walk_queries_backward(
 def _read_block_backward(call: Call, m: int, n: int, value_sum: np.ndarray, w: Scratch) -> None:
     """Hash the queries of a block, weigh them, and invert the read-out: fills rho, d_mass and d_phi (of the queries)."""
     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
-    weigh(w.phi_q, w.mass, n, call.n_tables, call.bucket_mean, w.factor, w.rho)
+    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * (value_sum[s] + sum_{j <= i} phi_k[s, j] * v[j])
     project(value_sum, w.g, n, w.d_phi)
     project(w.v, w.g, n, w.d_pairs)  # <v[j], g[i]>
     _clear_future(w.d_pairs, n)
     accumulate(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi, False)
     # rho = weigh(phi_q, mass)
-    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, n, call.n_tables, call.bucket_mean, w.d_mass)
+    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
 
 
 @helper

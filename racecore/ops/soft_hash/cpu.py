@@ -25,37 +25,40 @@ def hash_block(
     """Hash n rows x [n, D] with planes [L*P, D] into phi [S, n].
 
     `factors` [3, L*P, n] keeps tanh(u), sigmoid(2 beta tanh(u)) and sigmoid(-2 beta tanh(u)) for the way back.
+    Element-wise loops run over whole blocks: a constant length vectorises better, and nobody reads columns past n.
     """
-    one = phi.dtype.type(1)
+    # Typed constants throughout: an integer literal would turn float32 arithmetic into float64.
+    zero, one = phi.dtype.type(0), phi.dtype.type(1)
+    twice_beta = beta + beta
     tanh_u, plus, minus = factors[0], factors[1], factors[2]
     project(planes, x, n, tanh_u)
     for k in range(planes.shape[0]):
-        for i in range(n):
+        for i in range(BLOCK):
             t = tanh(tanh_u[k, i])
-            z = 2 * beta * t
+            z = twice_beta * t
             e = exp_of_nonpositive(-abs(z))
             high = one / (one + e)
             low = e * high  # sigmoid(-|z|) without cancellation
             tanh_u[k, i] = t
-            plus[k, i] = high if z >= 0 else low
-            minus[k, i] = low if z >= 0 else high
+            plus[k, i] = high if z >= zero else low
+            minus[k, i] = low if z >= zero else high
     n_planes = planes.shape[0] // n_tables
     for table in range(n_tables):
-        _corner_products(plus, minus, table * n_planes, n_planes, n, phi[table << n_planes : (table + 1) << n_planes])
+        _corner_products(plus, minus, table * n_planes, n_planes, phi[table << n_planes : (table + 1) << n_planes])
 
 
 @helper
-def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, n: int, phi: np.ndarray) -> None:
-    """Fill phi [R, n] of one table, plane by plane: row r splits into rows 2r (minus) and 2r + 1 (plus)."""
-    phi[0, :n] = 1
-    for p in range(n_planes):
-        a, b = plus[first + p], minus[first + p]
-        for r in range((1 << p) - 1, -1, -1):  # downwards, so that no row is overwritten before it is read
-            source, even, odd = phi[r], phi[2 * r], phi[2 * r + 1]
-            for i in range(n):
-                value = source[i]
-                odd[i] = value * a[i]
-                even[i] = value * b[i]
+def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, phi: np.ndarray) -> None:
+    """Fill phi [R, BLOCK] of one table, plane by plane from the least significant bit: every plane doubles the rows."""
+    phi[0] = 1
+    for bit in range(n_planes):
+        a, b = plus[first + n_planes - 1 - bit], minus[first + n_planes - 1 - bit]
+        for r in range(1 << bit):
+            low, high = phi[r], phi[r + (1 << bit)]
+            for i in range(BLOCK):
+                value = low[i]
+                high[i] = value * a[i]
+                low[i] = value * b[i]
 
 
 @helper
@@ -69,15 +72,15 @@ def hash_block_backward(
     """
     tanh_u, plus, minus = factors[0], factors[1], factors[2]
     n_rows, head_dim = planes.shape
-    n_planes = n_rows // n_tables
+    n_planes, one = n_rows // n_tables, phi.dtype.type(1)
     wants_hash = d_hash.shape[0] > 0
     for s in range(d_phi.shape[0]):
-        for i in range(n):
+        for i in range(BLOCK):
             d_phi[s, i] *= phi[s, i]
     # phi[s] = prod_p plus[p] or minus[p]
     for table in range(n_tables):
         _corner_products_backward(
-            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, n, d_u
+            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, d_u
         )
     # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
     if wants_hash:
@@ -89,9 +92,9 @@ def hash_block_backward(
             d_beta += total
         d_hash[n_rows * head_dim] += d_beta
     for k in range(n_rows):
-        for i in range(n):
+        for i in range(BLOCK):
             t = tanh_u[k, i]
-            d_u[k, i] *= beta * (1 - t) * (1 + t)
+            d_u[k, i] *= beta * (one - t) * (one + t)
     # u = planes @ x.T
     expand(d_u, planes, n_rows, n, d_x, False)
     if wants_hash:
@@ -100,22 +103,24 @@ def hash_block_backward(
 
 @helper
 def _corner_products_backward(
-    weighted: np.ndarray, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, n: int, d_y: np.ndarray
+    weighted: np.ndarray, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, d_y: np.ndarray
 ) -> None:
-    """From weighted = d_phi * phi [R, n] of one table, overwritten, to d_y [P, n], y = beta * tanh(u).
+    """From weighted = d_phi * phi [R, BLOCK] of one table, overwritten, to d_y [P, BLOCK], y = beta * tanh(u).
 
     With s1, s0 the sums of `weighted` over corners that have the plane's bit set or not,
-    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the last bit away serves plane after plane.
+    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after plane.
     """
-    for p in range(n_planes - 1, -1, -1):
+    for p in range(n_planes):
         row, a, b = d_y[first + p], plus[first + p], minus[first + p]
-        row[:n] = 0
-        for r in range(1 << p):
-            even, odd, merged = weighted[2 * r], weighted[2 * r + 1], weighted[r]
-            for i in range(n):
-                s0, s1 = even[i], odd[i]
-                row[i] += 2 * (s1 * b[i] - s0 * a[i])
-                merged[i] = s0 + s1
+        half = 1 << (n_planes - 1 - p)
+        row[:] = 0
+        for r in range(half):
+            low, high = weighted[r], weighted[r + half]
+            for i in range(BLOCK):
+                s0, s1 = low[i], high[i]
+                d = s1 * b[i] - s0 * a[i]
+                row[i] += d + d
+                low[i] = s0 + s1
 
 
 @kernel
