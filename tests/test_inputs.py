@@ -94,9 +94,22 @@ def test_out_must_not_overlap_an_input():
         racecore.attention(buffer[0], buffer[1], buffer[2], out=buffer[0])
 
 
+def test_out_may_interleave_with_the_inputs():
+    """One packed buffer for query, key, value and output is common, and legal: no element is shared."""
+    packed = np.random.default_rng(0).standard_normal((2, 30, 4, 2, 6)).astype(np.float32)
+    inputs_before = packed[:, :, :3].copy()
+    out = packed[:, :, 3]
+    result = racecore.attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], out=out)
+    assert result is out
+    np.testing.assert_array_equal(packed[:, :, :3], inputs_before)
+    np.testing.assert_array_equal(out, racecore.attention(*np.moveaxis(inputs_before, 2, 0)))
+
+
 def test_backward_names_what_is_wrong():
     _, saved = racecore.attention_forward(q, k, v, lsh, wrt=("query", "value"))
-    with pytest.raises(ValueError, match=r"d_out must have the shape of the output, \(2, 8, 4, 5\), got \(2, 8, 4, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"d_out must have the shape of the output, \(2, 8, 4, 5\), got \(2, 8, 4, 6\)"
+    ):
         racecore.attention_backward(q, saved)
     with pytest.raises(TypeError, match="saved must come from racecore.attention_forward, got int"):
         racecore.attention_backward(q, 3)
@@ -145,7 +158,15 @@ def test_a_bad_call_leaves_out_alone():
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
-    [("512MB", 512_000_000), ("1GiB", 2**30), ("1 gb", 10**9), ("64M", 64_000_000), (1234, 1234), ("1.5k", 1500), ("7", 7)],
+    [
+        ("512MB", 512_000_000),
+        ("1GiB", 2**30),
+        ("1 gb", 10**9),
+        ("64M", 64_000_000),
+        (1234, 1234),
+        ("1.5k", 1500),
+        ("7", 7),
+    ],
 )
 def test_parse_bytes(text, n_bytes):
     assert inputs.parse_bytes(text) == n_bytes

@@ -42,54 +42,53 @@ def test_tanh(dtype, tolerance):
     assert np.isnan(_apply_tanh(np.array([np.nan], dtype))[0])
 
 
-SIZES = [(1, 1, 1), (4, 3, 5), (7, 32, 60), (9, 17, 96), (64, 32, 130)]  # K, n, D
+SIZES = [(1, 1, 1), (4, 3, 5), (7, 32, 60), (9, 17, 96), (64, 32, 130), (8, 8, 16), (13, 5, 24)]  # K, n, D
 
 
 @pytest.mark.parametrize(("n_rows", "n", "width"), SIZES)
-def test_products(n_rows, n, width):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-4)])
+def test_products(n_rows, n, width, dtype, tolerance):
     rng = np.random.default_rng(0)
-    m, x, c = rng.standard_normal((n_rows, width)), rng.standard_normal((n, width)), rng.standard_normal((n_rows, n))
-    result = np.full((n_rows, n), np.nan)
-    products.project(m, x, n, result)
-    np.testing.assert_allclose(result, m @ x.T, atol=1e-12)
+    m, x, c = (rng.standard_normal(shape).astype(dtype) for shape in ((n_rows, width), (n, width), (n_rows, n)))
+    result = np.full((n_rows, n), np.nan, dtype)
+    products.project(m, x, n_rows, n, result)
+    np.testing.assert_allclose(result, m @ x.T, atol=tolerance)
     result = x.copy()
-    products.expand(c, m, n_rows, n, result, False)
-    np.testing.assert_allclose(result, x + c.T @ m, atol=1e-12)
+    products.expand(c, m, n_rows, n, result)
+    np.testing.assert_allclose(result, x + c.T @ m, atol=tolerance)
     result = m.copy()
-    products.accumulate(c, x, n_rows, n, result, False)
-    np.testing.assert_allclose(result, m + c @ x, atol=1e-12)
+    products.accumulate(c, x, n_rows, n, result)
+    np.testing.assert_allclose(result, m + c @ x, atol=tolerance)
 
 
+@pytest.mark.parametrize("width", [9, 16, 48])
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 31, 32])
-def test_triangular_products(n):
+def test_causal_expand(n, width):
     rng = np.random.default_rng(0)
-    c, x, start = rng.standard_normal((n, n)), rng.standard_normal((n, 9)), rng.standard_normal((n, 9))
+    c, x, start = np.triu(rng.standard_normal((n, n))), rng.standard_normal((n, width)), rng.standard_normal((n, width))
     result = start.copy()
-    products.expand(c, x, n, n, result, True)
-    np.testing.assert_allclose(result, start + np.triu(c).T @ x, atol=1e-12)
-    result = start.copy()
-    products.accumulate(c, x, n, n, result, True)
-    np.testing.assert_allclose(result, start + np.triu(c) @ x, atol=1e-12)
+    products.expand_causal(c, x, n, result)
+    np.testing.assert_allclose(result, start + c.T @ x, atol=1e-12)
 
 
-def test_causal_expand_never_reads_the_future():
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_causal_expand_never_reads_the_future(poison):
     n = 13
-    c, x = np.ones((n, n)), np.ones((n, 5))
-    x[7:] = np.nan
-    c[7:] = np.nan
-    result = np.zeros((n, 5))
-    products.expand(c, x, n, n, result, True)
+    c, x = np.triu(np.ones((n, n))), np.ones((n, 16))
+    x[7:] = poison
+    result = np.zeros((n, 16))
+    products.expand_causal(c, x, n, result)
     assert np.isfinite(result[:7]).all()
-    assert np.isnan(result[7:]).all()
+    assert not np.isfinite(result[7:]).any()
 
 
 @numba.njit
 def _round_trip(table, n, width, out):
     ones = np.ones(n, np.float32)
     block = np.empty((n, width), np.float32)
-    blocks.load(table, 0, 1, 2, 1, n, block, ones)
+    blocks.load(table, 0, (1, 2, 1), n, width, block, ones)
     out[:] = block
-    blocks.store(table, 1, 1, 2, 1, n, block)
+    blocks.store(table, 1, (1, 2, 1), n, width, block)
 
 
 @pytest.mark.parametrize("step", [1, 2, -1])
@@ -124,7 +123,7 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 
 @numba.njit
 def _store_only(table, block):
-    blocks.store(table, 0, 0, 0, 0, block.shape[0], block)
+    blocks.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -137,7 +136,9 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype):
     numbers = np.arange(1 << 15, dtype=np.uint16).view(dtype).astype(np.float32)
     numbers = np.sort(numbers[np.isfinite(numbers)])
     ties = numbers[:-1] / 2 + numbers[1:] / 2
-    values = np.concatenate([random, -random, ties, numbers, [65519.996, 65520, 6e4, np.inf, -np.inf]]).astype(np.float32)
+    values = np.concatenate([random, -random, ties, numbers, [65519.996, 65520, 6e4, np.inf, -np.inf]]).astype(
+        np.float32
+    )
     target = np.zeros((1, 1, 1, values.size), dtype)
     _store_only(blocks.describe(target), values[None])
     np.testing.assert_array_equal(target[0, 0, 0].view(np.uint16), values.astype(dtype).view(np.uint16))

@@ -156,23 +156,28 @@ def _size(code: int) -> int:
 
 
 @helper
-def load(table: np.ndarray, line: int, b: int, t: int, h: int, n: int, block: np.ndarray, keep: np.ndarray) -> None:
-    """Fill block[:n] with rows (b, t ... t + n - 1, h) of an array; rows that `keep` marks 0 become zeros, unread."""
+def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray) -> None:
+    """Fill block[:n, :width] with rows (b, t ... t + n - 1, h) of an array, place = (b, t, h).
+
+    Rows that `keep` marks 0 become zeros, unread.
+    """
+    b, t, h = place
     code = table[line, _CODE]
     first = table[line, 0] + _size(code) * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
     for i in range(n):
         if keep[i] != 0:
-            _load_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i])
+            _load_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i, :width])
         else:
-            block[i, :] = 0
+            block[i, :width] = 0
 
 
 @helper
-def store(table: np.ndarray, line: int, b: int, t: int, h: int, n: int, block: np.ndarray) -> None:
-    """Write block[:n] to rows (b, t ... t + n - 1, h) of an array; nothing where the array is absent."""
+def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray) -> None:
+    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array; nothing where the array is absent."""
+    b, t, h = place
     code = table[line, _CODE]
     if code < 0:
         return
     first = table[line, 0] + _size(code) * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
     for i in range(n):
-        _store_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i])
+        _store_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i, :width])

@@ -14,10 +14,11 @@ import numpy as np
 from racecore import arrays
 from racecore.jit import kernel
 from racecore.ops.blocks import describe
+from racecore.ops.products import padded
 from racecore.problem import Problem
 from racecore.threads import run
 
-__all__ = ["Call", "empty_hash_parts", "launch", "make_call", "scan"]
+__all__ = ["Call", "empty_hash_parts", "launch", "make_call", "pad_planes", "scan"]
 
 _TOKENS_PER_LAUNCH = 4096  # rows of query heads: about a millisecond, so that Ctrl-C and idle threads wait no longer
 _COLUMNS_PER_LAUNCH = 1 << 15
@@ -28,10 +29,11 @@ class Call(NamedTuple):
 
     table: np.ndarray  # int64 [8, 6], see ops.blocks
     segments: np.ndarray  # int64 [n, 5], see plan.chunks
-    planes: np.ndarray  # [M, L*P, D] in the dtype of the arithmetic
+    planes: np.ndarray  # [M, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
     beta: np.ndarray  # [M], likewise
     mask: np.ndarray  # uint8 [B, Tk], or [0, 0] for none
     n_tables: int  # L
+    head_dim: int  # D
     n_heads: int  # H
     n_kv_heads: int  # G
     value_dim: int  # V
@@ -49,7 +51,6 @@ def make_call(
     d_value: np.ndarray | None = None,
 ) -> Call:
     """Bundle the arguments for the segments of one chunk."""
-    m, n_tables, n_planes, head_dim = part.planes.shape
     if part.key_mask is None:
         mask = np.zeros((0, 0), np.uint8)
     else:
@@ -57,15 +58,24 @@ def make_call(
     return Call(
         table=describe(part.query, part.key, part.value, out, d_out, d_query, d_key, d_value),
         segments=chunk,
-        planes=np.ascontiguousarray(part.planes, part.dtype).reshape(m, n_tables * n_planes, head_dim),
+        planes=pad_planes(part.planes, part.dtype),
         beta=np.ascontiguousarray(part.beta, part.dtype),
         mask=mask,
-        n_tables=n_tables,
+        n_tables=part.planes.shape[1],
+        head_dim=part.planes.shape[3],
         n_heads=part.n_heads,
         n_kv_heads=part.n_kv_heads,
         value_dim=part.value_dim,
         bucket_mean=part.readout == "bucket_mean",
     )
+
+
+def pad_planes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return planes [M, L, P, D] as [M, L*P, padded D], the padding zero."""
+    m, n_tables, n_planes, head_dim = planes.shape
+    wide = np.zeros((m, n_tables * n_planes, padded(head_dim)), dtype)
+    wide[:, :, :head_dim] = planes.reshape(m, n_tables * n_planes, head_dim)
+    return wide
 
 
 def launch(function: Any, call: Call, *arguments: Any) -> int:

@@ -1,93 +1,154 @@
 """The three small matrix products that everything else is made of.
 
-Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the first-level cache:
+Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the nearest caches:
 
     project     C = M @ X.T      projections on planes, gradients of weights           [K, n]
-    expand      X = C.T @ M      outputs from states, rows from their coefficients      [n, D]
+    expand      X += C.T @ M     outputs from states, rows from their coefficients      [n, D]
     accumulate  M += C @ X       sums over the tokens of a block                        [K, D]
 
 K counts planes or buckets, n tokens, D columns of a row. Coefficients are stored with the token as the last axis, so that
-element-wise work on them is vector code too. Inner loops run over whole rows, several rows at once, which the compiler
-turns into fused multiply-adds. The plain twins are the NumPy expressions above.
+element-wise work on them is vector code too. The plain twins are the NumPy expressions above. Here matrices are covered
+with the register tiles of `ops.tiles`; widths that are no multiple of a vector leave columns to plain loops, so scratch
+arrays are padded (`padded`) with columns of zeros.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from racecore.jit import helper
+from racecore.ops import tiles
 
-__all__ = ["accumulate", "expand", "project"]
+__all__ = ["accumulate", "expand", "expand_causal", "padded", "project"]
+
+_VECTOR_BYTES = 64
+_PADDING = 16  # columns: a vector of float32, two of float64
 
 
 @helper
-def project(m: np.ndarray, x: np.ndarray, n: int, c: np.ndarray) -> None:
-    """c[k, i] = <m[k], x[i]> for every row k of m and i < n."""
-    n_rows, width = m.shape
-    zero = c.dtype.type(0)
+def padded(width: int) -> int:
+    """Return the width rounded up to whole vectors."""
+    return -(-width // _PADDING) * _PADDING
+
+
+@helper
+def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray) -> None:
+    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n."""
+    size, width, like = m.itemsize, m.shape[1], m[0, 0]
+    m_row, x_row, c_row = m.shape[1], x.shape[1], c.shape[1]
+    count = width * size // _VECTOR_BYTES
     k = 0
-    while k + 4 <= n_rows:
-        m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
-        for i in range(n):
-            row = x[i]
-            s0, s1, s2, s3 = zero, zero, zero, zero
-            for d in range(width):
-                s0 += m0[d] * row[d]
-                s1 += m1[d] * row[d]
-                s2 += m2[d] * row[d]
-                s3 += m3[d] * row[d]
-            c[k, i], c[k + 1, i], c[k + 2, i], c[k + 3, i] = s0, s1, s2, s3
-        k += 4
     while k < n_rows:
-        m0 = m[k]
-        for i in range(n):
-            row = x[i]
-            s0 = zero
-            for d in range(width):
-                s0 += m0[d] * row[d]
-            c[k, i] = s0
-        k += 1
-
-
-@helper
-def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: np.ndarray, causal: bool) -> None:
-    """x[i] += sum_k c[k, i] * m[k] over k < n_rows, for every i < n; over k <= i only if `causal`.
-
-    The causal sum never touches rows behind token i: not even NaN or infinity there can reach it.
-    """
-    width = m.shape[1]
-    for i in range(n):
-        row = x[i]
-        stop = min(i + 1, n_rows) if causal else n_rows
-        k = 0
-        while k + 4 <= stop:
-            c0, c1, c2, c3 = c[k, i], c[k + 1, i], c[k + 2, i], c[k + 3, i]
-            m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
-            for d in range(width):
-                row[d] += c0 * m0[d] + c1 * m1[d] + c2 * m2[d] + c3 * m3[d]
-            k += 4
-        while k < stop:
-            c0, m0 = c[k, i], m[k]
-            for d in range(width):
-                row[d] += c0 * m0[d]
-            k += 1
-
-
-@helper
-def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray, anticausal: bool) -> None:
-    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows; over i >= k only if `anticausal`."""
-    width = x.shape[1]
-    for k in range(n_rows):
-        row = m[k]
-        i = k if anticausal else 0
-        while i + 4 <= n:
-            c0, c1, c2, c3 = c[k, i], c[k, i + 1], c[k, i + 2], c[k, i + 3]
-            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-            for d in range(width):
-                row[d] += c0 * x0[d] + c1 * x1[d] + c2 * x2[d] + c3 * x3[d]
-            i += 4
+        i = 0
+        mk = m.ctypes.data + size * k * m_row
         while i < n:
-            c0, x0 = c[k, i], x[i]
-            for d in range(width):
-                row[d] += c0 * x0[d]
-            i += 1
+            xi = x.ctypes.data + size * i * x_row
+            ci = c.ctypes.data + size * (k * c_row + i)
+            if k + 4 <= n_rows and i + 4 <= n:
+                tiles.dot_4x4(mk, m_row, xi, x_row, ci, c_row, count, like)
+            elif k + 4 <= n_rows:
+                tiles.dot_4x1(mk, m_row, xi, x_row, ci, c_row, count, like)
+            elif i + 4 <= n:
+                tiles.dot_1x4(mk, m_row, xi, x_row, ci, c_row, count, like)
+            else:
+                tiles.dot_1x1(mk, m_row, xi, x_row, ci, c_row, count, like)
+            i += 4 if i + 4 <= n else 1
+        k += 4 if k + 4 <= n_rows else 1
+    for d in range(count * _VECTOR_BYTES // size, width):
+        for k in range(n_rows):
+            for i in range(n):
+                c[k, i] += m[k, d] * x[i, d]
+
+
+@helper
+def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: np.ndarray) -> None:
+    """x[i] += sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
+    _add_product(
+        c.ctypes.data, 1, c.shape[1], m.ctypes.data, m.shape[1], x.ctypes.data, x.shape[1], n, n_rows, m.shape[1],
+        m.itemsize, m[0, 0],
+    )  # fmt: skip
+    for d in range(m.shape[1] - m.shape[1] % (_VECTOR_BYTES // m.itemsize), m.shape[1]):
+        for i in range(n):
+            for k in range(n_rows):
+                x[i, d] += c[k, i] * m[k, d]
+
+
+@helper
+def expand_causal(c: np.ndarray, m: np.ndarray, n: int, x: np.ndarray) -> None:
+    """x[i] += sum_{k <= i} c[k, i] * m[k], for every i < n; c[k, i] must be 0 for k > i.
+
+    Rows of m behind token i never reach x[i], not even as NaN: where m is not finite, plain loops stop at k = i.
+    """
+    size = m.itemsize
+    if m.shape[1] * size % _VECTOR_BYTES == 0 and _is_finite(m, n):
+        for i in range(0, n, 8):
+            rows = min(8, n - i)
+            _add_product(
+                c.ctypes.data + size * i, 1, c.shape[1], m.ctypes.data, m.shape[1], x.ctypes.data + size * i * x.shape[1],
+                x.shape[1], rows, i + rows, m.shape[1], size, m[0, 0],
+            )  # fmt: skip
+        return
+    for i in range(n):
+        for k in range(i + 1):
+            for d in range(m.shape[1]):
+                x[i, d] += c[k, i] * m[k, d]
+
+
+@helper
+def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
+    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
+    _add_product(
+        c.ctypes.data, c.shape[1], 1, x.ctypes.data, x.shape[1], m.ctypes.data, m.shape[1], n_rows, n, m.shape[1],
+        m.itemsize, m[0, 0],
+    )  # fmt: skip
+    for d in range(m.shape[1] - m.shape[1] % (_VECTOR_BYTES // m.itemsize), m.shape[1]):
+        for k in range(n_rows):
+            for i in range(n):
+                m[k, d] += c[k, i] * x[i, d]
+
+
+@helper
+def _is_finite(m: np.ndarray, n: int) -> bool:
+    """Tell whether the first n rows hold neither NaN nor infinity."""
+    zero = m.dtype.type(0)
+    total = zero
+    for i in range(n):
+        for d in range(m.shape[1]):
+            total += m[i, d] * zero
+    return total == zero
+
+
+@helper
+def _add_product(
+    a: int, a_row: int, a_step: int, b: int, b_step: int, c: int, c_row: int, n_rows: int, count: int, width: int,
+    size: int, like: Any,
+) -> None:  # fmt: skip
+    """c[r, d] += sum_k a[r, k] * b[k, d] over all whole vectors of columns; addresses, and strides in elements."""
+    lanes = _VECTOR_BYTES // size
+    d = 0
+    while d + lanes <= width:
+        bd, r = b + size * d, 0
+        two = d + 2 * lanes <= width
+        while r < n_rows:
+            ar, cr, left = a + size * r * a_row, c + size * (r * c_row + d), n_rows - r
+            if left >= 8:
+                if two:
+                    tiles.outer_8x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                else:
+                    tiles.outer_8x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                r += 8
+            elif left >= 4:
+                if two:
+                    tiles.outer_4x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                else:
+                    tiles.outer_4x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                r += 4
+            else:
+                if two:
+                    tiles.outer_1x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                else:
+                    tiles.outer_1x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                r += 1
+        d += 2 * lanes if two else lanes

@@ -8,13 +8,17 @@ import numpy as np
 
 from racecore.jit import helper
 from racecore.ops.cpu_call import Call
+from racecore.ops.products import padded
 from racecore.plan import BLOCK
 
 __all__ = ["Scratch", "new_scratch"]
 
 
 class Scratch(NamedTuple):
-    """Rows have the token first, [BLOCK, D] or [BLOCK, V]; coefficients have it last, [planes or buckets, BLOCK]."""
+    """Rows have the token first, [BLOCK, D] or [BLOCK, V]; coefficients have it last, [planes or buckets, BLOCK].
+
+    D and V are padded to whole vectors here; the padding is zero and stays zero.
+    """
 
     q: np.ndarray  # [BLOCK, D]
     k: np.ndarray
@@ -37,7 +41,8 @@ class Scratch(NamedTuple):
     rho: np.ndarray
     value_sum: np.ndarray  # [S, V]
     block_sum: np.ndarray
-    pairs: np.ndarray  # [BLOCK, BLOCK]: a number per key (row) and query (column) of the block
+    d_planes: np.ndarray  # [L*P, D]
+    pairs: np.ndarray  # [BLOCK, BLOCK]: a number per key and query of the block
     d_pairs: np.ndarray
 
 
@@ -45,15 +50,17 @@ class Scratch(NamedTuple):
 def new_scratch(call: Call) -> Scratch:
     """Make the arrays for one launch."""
     dtype = call.planes.dtype
-    n_rows, head_dim = call.planes.shape[1:]
+    n_rows, wide_d = call.planes.shape[1:]  # the planes come padded
+    wide_v = padded(call.value_dim)
     n_buckets = call.n_tables << (n_rows // call.n_tables)
-    x = np.empty((4, BLOCK, head_dim), dtype)
-    y = np.empty((4, BLOCK, call.value_dim), dtype)
+    x = np.zeros((4, BLOCK, wide_d), dtype)
+    y = np.zeros((4, BLOCK, wide_v), dtype)
     c = np.empty((7, n_buckets, BLOCK), dtype)
-    s = np.empty((2, n_buckets, call.value_dim), dtype)
+    s = np.zeros((2, n_buckets, wide_v), dtype)
     w = np.empty((2, BLOCK, BLOCK), dtype)
     return Scratch(
         x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], np.ones(BLOCK, dtype), np.ones(BLOCK, dtype),
         np.empty((3, n_rows, BLOCK), dtype), np.empty((n_rows, BLOCK), dtype),
-        c[0], c[1], c[2], c[3], c[4], c[5], c[6], s[0], s[1], w[0], w[1],
+        c[0], c[1], c[2], c[3], c[4], c[5], c[6], s[0], s[1],
+        np.zeros((n_rows, wide_d), dtype), w[0], w[1],
     )  # fmt: skip

@@ -32,9 +32,10 @@ def add_block(
     mass_terms: np.ndarray, c: np.ndarray, x: np.ndarray, n: int, block_sum: np.ndarray, total: np.ndarray
 ) -> None:
     """Add a block to a float64 state: sum_i mass_terms[s, i] to its masses, sum_i c[s, i] * x[i] to its value sums."""
-    n_buckets, width = block_sum.shape
+    n_buckets = block_sum.shape[0]
+    width = total.shape[0] // n_buckets - 1
     block_sum[:] = 0
-    accumulate(c, x, n_buckets, n, block_sum, False)
+    accumulate(c, x, n_buckets, n, block_sum)
     for s in range(n_buckets):
         mass = 0.0
         for i in range(n):
@@ -48,7 +49,8 @@ def add_block(
 @helper
 def widen(state: np.ndarray, mass: np.ndarray, value_sum: np.ndarray) -> None:
     """Round a float64 state to the dtype of the arithmetic, its masses repeated for every token of a block."""
-    n_buckets, width = value_sum.shape
+    n_buckets = value_sum.shape[0]
+    width = state.shape[0] // n_buckets - 1
     for s in range(n_buckets):
         mass[s, :] = state[s]
         for d in range(width):

@@ -50,8 +50,8 @@ def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, b, t, g, n, w.k, w.keep)
-            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for m in range(g * heads, (g + 1) * heads):
                 hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
@@ -85,8 +85,8 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, b, t, g, n, w.k, w.keep)
-            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             w.d_k[:] = 0
             w.d_v[:] = 0
             for m in range(g * heads, (g + 1) * heads):
@@ -95,17 +95,17 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
                 hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                project(w.block_sum, w.v, n, w.d_phi)
-                expand(w.phi_k, w.block_sum, n_buckets, n, w.d_v, False)
+                project(w.block_sum, w.v, w.rho.shape[0], n, w.d_phi)
+                expand(w.phi_k, w.block_sum, n_buckets, n, w.d_v)
                 # mass += phi_k
                 w.d_phi[:] += w.d_mass
                 # phi_k = hash_block(k)
                 hash_block_backward(
-                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_k,
+                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_planes, w.d_k,
                     hash_parts[index, m] if n_numbers else d_states[owner, m, :0],
                 )  # fmt: skip
-            store(call.table, D_KEY, b, t, g, n, w.d_k)
-            store(call.table, D_VALUE, b, t, g, n, w.d_v)
+            store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k)
+            store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v)
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
@@ -127,12 +127,12 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
             for h in range(m * repeats, (m + 1) * repeats):
                 for t in range(begin, end, BLOCK):
                     n = min(BLOCK, end - t)
-                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
+                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
-                    expand(w.rho, w.value_sum, w.rho.shape[0], n, w.o, False)
-                    store(call.table, OUT, b, t, h, n, w.o)
+                    expand(w.rho, w.value_sum, w.rho.shape[0], n, w.o)
+                    store(call.table, OUT, (b, t, h), n, call.value_dim, w.o)
 
 
 def read_out_backward(
@@ -169,21 +169,19 @@ def _read_out_backward(
             for h in range(m * repeats, (m + 1) * repeats):
                 for t in range(begin, end, BLOCK):
                     n = min(BLOCK, end - t)
-                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
-                    load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
+                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
+                    load(call.table, D_OUT, (b, t, h), n, call.value_dim, w.g, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     # out = rho.T @ value_sum
-                    project(w.value_sum, w.g, n, w.d_phi)
+                    project(w.value_sum, w.g, w.rho.shape[0], n, w.d_phi)
                     # rho = weigh(phi_q, mass)
-                    weigh_backward(
-                        w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass
-                    )
+                    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
                     add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
                     # phi_q = hash_block(q)
                     w.d_q[:] = 0
                     hash_block_backward(
-                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_q,
+                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_planes, w.d_q,
                         hash_parts[index, m] if n_numbers else d_sums[index, m, :0],
                     )  # fmt: skip
-                    store(call.table, D_QUERY, b, t, h, n, w.d_q)
+                    store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q)

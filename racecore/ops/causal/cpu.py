@@ -18,7 +18,7 @@ from racecore.jit import helper, kernel
 from racecore.ops.bidirectional.cpu import segment_sums
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY, VALUE, load, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.products import accumulate, expand, project
+from racecore.ops.products import accumulate, expand, expand_causal, project
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import Scratch, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
@@ -65,41 +65,44 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, b, t, g, n, w.k, w.keep)
-            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for j in range(heads):
                 m = g * heads + j
                 hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 _running_mass(w.phi_k, n, mass[j], w.mass)
                 for h in range(m * repeats, (m + 1) * repeats):
-                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
+                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
                     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
-                    expand(w.rho, value_sum[j], w.rho.shape[0], n, w.o, False)
+                    expand(w.rho, value_sum[j], w.rho.shape[0], n, w.o)
                     w.pairs[:] = 0
-                    expand(w.phi_k, w.rho, w.rho.shape[0], n, w.pairs, False)  # pairs[key, query]
-                    expand(w.pairs, w.v, n, n, w.o, True)
-                    store(call.table, OUT, b, t, h, n, w.o)
-                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j], False)
+                    expand(w.phi_k, w.rho, w.rho.shape[0], n, w.pairs)  # pairs[key, query]
+                    _clear_before(w.pairs, n)
+                    expand_causal(w.pairs, w.v, n, w.o)
+                    store(call.table, OUT, (b, t, h), n, call.value_dim, w.o)
+                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j])
 
 
 @helper
 def _running_state(call: Call, heads: int, w: Scratch) -> tuple[np.ndarray, np.ndarray]:
     """Make room for the states of the heads of a task: masses in float64, value sums in the dtype of the arithmetic."""
     n_buckets, width = w.value_sum.shape
-    return np.empty((heads, n_buckets)), np.empty((heads, n_buckets, width), call.planes.dtype)
+    return np.empty((heads, n_buckets)), np.zeros((heads, n_buckets, width), call.planes.dtype)
 
 
 @helper
 def _start(states: np.ndarray, first_head: int, mass: np.ndarray, value_sum: np.ndarray) -> None:
     """Take over the states before (or gradients after) a segment."""
-    n_buckets, width = value_sum.shape[1:]
+    n_buckets = value_sum.shape[1]
+    width = states.shape[1] // n_buckets - 1
     for j in range(mass.shape[0]):
         state = states[first_head + j]
         mass[j, :] = state[:n_buckets]
-        value_sum[j] = state[n_buckets:].reshape((n_buckets, width))
+        for s in range(n_buckets):
+            value_sum[j, s, :width] = state[n_buckets + s * width : n_buckets + (s + 1) * width]
 
 
 @helper
@@ -122,7 +125,12 @@ def walk_backward(
 
 
 def _walk_chunk_backward(
-    part: Problem, chunk: np.ndarray, checkpoint: np.ndarray, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+    part: Problem,
+    chunk: np.ndarray,
+    checkpoint: np.ndarray,
+    d_out: np.ndarray,
+    d_sketch: Sketch,
+    grads: GradientBuffers,
 ) -> None:
     call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
     owners, no_owners = chunk[:, 0], np.zeros_like(chunk[:, 0])
@@ -162,16 +170,16 @@ def _walk_queries_backward(
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, b, t, g, n, w.k, w.keep)
-            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for j in range(heads):
                 m = g * heads + j
                 hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 _running_mass(w.phi_k, n, mass[j], w.mass)
                 for h in range(m * repeats, (m + 1) * repeats):
-                    load(call.table, QUERY, b, t, h, n, w.q, w.ones)
-                    load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
+                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
+                    load(call.table, D_OUT, (b, t, h), n, call.value_dim, w.g, w.ones)
                     _read_block_backward(call, m, n, value_sum[j], w)
                     add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
                     read[block, h, 0, :, :n] = w.rho[:, :n]
@@ -179,11 +187,11 @@ def _walk_queries_backward(
                     # phi_q = hash_block(q)
                     w.d_q[:] = 0
                     hash_block_backward(
-                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_q,
+                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_planes, w.d_q,
                         hash_parts[index, m] if n_numbers else d_sums[index, m, :0],
                     )  # fmt: skip
-                    store(call.table, D_QUERY, b, t, h, n, w.d_q)
-                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j], False)
+                    store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q)
+                accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j])
             block += 1
 
 
@@ -193,19 +201,26 @@ def _read_block_backward(call: Call, m: int, n: int, value_sum: np.ndarray, w: S
     hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * (value_sum[s] + sum_{j <= i} phi_k[s, j] * v[j])
-    project(value_sum, w.g, n, w.d_phi)
-    project(w.v, w.g, n, w.d_pairs)  # <v[j], g[i]>
-    _clear_future(w.d_pairs, n)
-    accumulate(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi, False)
+    project(value_sum, w.g, w.rho.shape[0], n, w.d_phi)
+    project(w.v, w.g, n, n, w.d_pairs)  # <v[j], g[i]>
+    _clear_before(w.d_pairs, n)
+    accumulate(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi)
     # rho = weigh(phi_q, mass)
     weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
 
 
 @helper
-def _clear_future(pairs: np.ndarray, n: int) -> None:
-    """Set to zero the pairs [key, query] in which the query comes before the key."""
-    for j in range(n):
-        pairs[j, :j] = 0
+def _clear_before(pairs: np.ndarray, n: int) -> None:
+    """Set pairs[i, j] to zero for j < i."""
+    for i in range(n):
+        pairs[i, :i] = 0
+
+
+@helper
+def _clear_after(pairs: np.ndarray, n: int) -> None:
+    """Set pairs[i, j] to zero for j > i."""
+    for i in range(n):
+        pairs[i, i + 1 :] = 0
 
 
 @kernel
@@ -227,8 +242,8 @@ def _walk_keys_backward(
             t = begin + i_block * BLOCK
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, b, t, g, n, w.k, w.keep)
-            load(call.table, VALUE, b, t, g, n, w.v, w.keep)
+            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             w.d_k[:] = 0
             w.d_v[:] = 0
             for j in range(heads):
@@ -236,40 +251,36 @@ def _walk_keys_backward(
                 hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # what later blocks read: value_sum += phi_k @ v
-                project(d_value_sum[j], w.v, n, w.d_phi)
-                expand(w.phi_k, d_value_sum[j], n_buckets, n, w.d_v, False)
+                project(d_value_sum[j], w.v, n_buckets, n, w.d_phi)
+                expand(w.phi_k, d_value_sum[j], n_buckets, n, w.d_v)
                 for h in range(m * repeats, (m + 1) * repeats):
-                    load(call.table, D_OUT, b, t, h, n, w.g, w.ones)
+                    load(call.table, D_OUT, (b, t, h), n, call.value_dim, w.g, w.ones)
                     rho = read[first_block + i_block, h, 0]
                     _add_pairs_backward(rho, n, w)
-                    accumulate(rho, w.g, n_buckets, n, d_value_sum[j], False)
+                    accumulate(rho, w.g, n_buckets, n, d_value_sum[j])
                 # what queries of this block and later ones divide by: mass += phi_k
                 _running_mass_backward(
                     read[first_block + i_block, m * repeats : (m + 1) * repeats, 1], n, d_mass[j], w.d_phi
                 )
                 # phi_k = hash_block(k)
                 hash_block_backward(
-                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_k,
+                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_planes, w.d_k,
                     hash_parts[index, m] if n_numbers else d_states[index, m, :0],
                 )  # fmt: skip
-            store(call.table, D_KEY, b, t, g, n, w.d_k)
-            store(call.table, D_VALUE, b, t, g, n, w.d_v)
+            store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k)
+            store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v)
 
 
 @helper
 def _add_pairs_backward(rho: np.ndarray, n: int, w: Scratch) -> None:
     """Invert, within a block, o[i] += sum_{j <= i} pairs[j, i] * v[j] with pairs = phi_k.T @ rho: adds to d_v and d_phi."""
     w.pairs[:] = 0
-    expand(w.phi_k, rho, rho.shape[0], n, w.pairs, False)
-    accumulate(w.pairs, w.g, n, n, w.d_v, True)
-    project(w.v, w.g, n, w.d_pairs)
-    _clear_future(w.d_pairs, n)
-    for j in range(n):
-        for s in range(rho.shape[0]):
-            total = rho.dtype.type(0)
-            for i in range(n):
-                total += rho[s, i] * w.d_pairs[j, i]
-            w.d_phi[s, j] += total
+    expand(w.phi_k, rho, rho.shape[0], n, w.pairs)  # pairs[key, query]
+    _clear_before(w.pairs, n)
+    accumulate(w.pairs, w.g, n, n, w.d_v)
+    project(w.g, w.v, n, n, w.d_pairs)  # d_pairs[query, key]
+    _clear_after(w.d_pairs, n)
+    accumulate(rho, w.d_pairs, rho.shape[0], n, w.d_phi)
 
 
 @helper

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore.jit import helper, kernel
+from racecore.ops.cpu_call import pad_planes
 from racecore.ops.elementary import exp_of_nonpositive, tanh
 from racecore.ops.products import accumulate, expand, project
 from racecore.plan import BLOCK
@@ -31,7 +32,7 @@ def hash_block(
     zero, one = phi.dtype.type(0), phi.dtype.type(1)
     twice_beta = beta + beta
     tanh_u, plus, minus = factors[0], factors[1], factors[2]
-    project(planes, x, n, tanh_u)
+    project(planes, x, planes.shape[0], n, tanh_u)
     for k in range(planes.shape[0]):
         for i in range(BLOCK):
             t = tanh(tanh_u[k, i])
@@ -64,14 +65,16 @@ def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: 
 @helper
 def hash_block_backward(
     d_phi: np.ndarray, x: np.ndarray, n: int, planes: np.ndarray, beta: float, n_tables: int,
-    factors: np.ndarray, phi: np.ndarray, d_u: np.ndarray, d_x: np.ndarray, d_hash: np.ndarray,
+    factors: np.ndarray, phi: np.ndarray, d_u: np.ndarray, d_planes: np.ndarray, d_x: np.ndarray,
+    d_hash: np.ndarray,
 ) -> None:  # fmt: skip
     """Invert `hash_block`: add to d_x [n, D] and to d_hash, L*P*D numbers for planes and one for beta.
 
-    An empty d_hash means that this gradient is not wanted. `d_phi` [S, n] is overwritten; `d_u` [L*P, n] is scratch.
+    An empty d_hash means that this gradient is not wanted. `d_phi` [S, n] is overwritten; `d_u` [L*P, n] and
+    `d_planes` [L*P, D] are scratch. D may be padded in all but d_hash.
     """
     tanh_u, plus, minus = factors[0], factors[1], factors[2]
-    n_rows, head_dim = planes.shape
+    n_rows = planes.shape[0]
     n_planes, one = n_rows // n_tables, phi.dtype.type(1)
     wants_hash = d_hash.shape[0] > 0
     for s in range(d_phi.shape[0]):
@@ -90,15 +93,21 @@ def hash_block_backward(
             for i in range(n):
                 total += d_u[k, i] * tanh_u[k, i]
             d_beta += total
-        d_hash[n_rows * head_dim] += d_beta
+        d_hash[-1] += d_beta
     for k in range(n_rows):
         for i in range(BLOCK):
             t = tanh_u[k, i]
             d_u[k, i] *= beta * (one - t) * (one + t)
     # u = planes @ x.T
-    expand(d_u, planes, n_rows, n, d_x, False)
+    expand(d_u, planes, n_rows, n, d_x)
     if wants_hash:
-        accumulate(d_u, x, n_rows, n, d_hash[: n_rows * head_dim].reshape((n_rows, head_dim)), False)
+        head_dim = d_hash.shape[0] // n_rows  # the last number is beta's
+        d_planes[:] = 0
+        accumulate(d_u, x, n_rows, n, d_planes)
+        for k in range(n_rows):
+            row = d_hash[k * head_dim : (k + 1) * head_dim]
+            for d in range(head_dim):
+                row[d] += d_planes[k, d]
 
 
 @helper
@@ -131,11 +140,12 @@ def _hash_rows(
     n_rows = planes.shape[1]
     factors = np.empty((3, n_rows, BLOCK), x.dtype)
     phi = np.empty((out.shape[2], BLOCK), x.dtype)
-    block = np.empty((BLOCK, x.shape[2]), x.dtype)
+    head_dim = x.shape[2]
+    block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
     for start in range(first, last, BLOCK):
         n = min(BLOCK, last - start)
         for m in range(x.shape[1]):
-            block[:n] = x[start : start + n, m]
+            block[:n, :head_dim] = x[start : start + n, m]
             hash_block(block, n, planes[m], beta[m], n_tables, factors, phi)
             for i in range(n):
                 for s in range(out.shape[2]):
@@ -153,12 +163,14 @@ def _hash_rows_backward(
     phi = np.empty((d_phi.shape[2], BLOCK), x.dtype)
     d_block_phi = np.empty_like(phi)
     d_u = np.empty((n_rows, BLOCK), x.dtype)
-    block = np.empty((BLOCK, x.shape[2]), x.dtype)
-    d_block = np.empty_like(block)
+    head_dim = x.shape[2]
+    block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
+    d_block = np.zeros_like(block)
+    d_planes = np.zeros_like(planes[0])
     for start in range(first, last, BLOCK):
         n = min(BLOCK, last - start)
         for m in range(x.shape[1]):
-            block[:n] = x[start : start + n, m]
+            block[:n, :head_dim] = x[start : start + n, m]
             d_block[:] = 0
             for i in range(n):
                 for s in range(d_phi.shape[2]):
@@ -177,7 +189,7 @@ def _hash_rows_backward(
                 d_block,
                 d_hash[start // BLOCK, m],
             )
-            d_x[start : start + n, m] = d_block[:n]
+            d_x[start : start + n, m] = d_block[:n, :head_dim]
 
 
 def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -200,7 +212,7 @@ def soft_hash_backward(
     d_rows = np.ascontiguousarray(d_phi.reshape(*rows.shape[:2], -1), x.dtype)
     d_x = np.empty_like(rows)
     n_blocks = -(-len(rows) // BLOCK)
-    d_hash = np.zeros((n_blocks, len(w), w[0].size + 1))
+    d_hash = np.zeros((n_blocks, len(w), planes[0].size + 1))
     run(
         lambda i, j: _hash_rows_backward(d_rows, rows, w, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash),
         n_blocks, 64,
@@ -210,7 +222,6 @@ def soft_hash_backward(
 
 
 def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Return x [N, M, D], planes [M, L*P, D] and beta [M] in the dtype of x, and L."""
+    """Return x [N, M, D], planes [M, L*P, padded D] and beta [M] in the dtype of x, and L."""
     rows = np.ascontiguousarray(x.reshape(-1, *x.shape[-2:]))
-    w = np.ascontiguousarray(planes.reshape(len(planes), -1, planes.shape[-1]), x.dtype)
-    return rows, w, np.ascontiguousarray(beta, x.dtype), planes.shape[1]
+    return rows, pad_planes(planes, x.dtype), np.ascontiguousarray(beta, x.dtype), planes.shape[1]

@@ -1,0 +1,208 @@
+"""The one room where vector code is written by hand: register tiles for the small products in `ops.products`.
+
+Why: the compiler's own vector loops reach a third of what a core can do, because they load and store every sum at every
+step. A tile keeps its sums in registers while the contraction runs past them. What a tile does is said in plain Python
+beside it; `ops.products` puts tiles together and has plain loops for what is left over.
+
+How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code for one size of tile.
+The code uses generic vectors of 64 bytes, so it is right on every processor: LLVM splits them where registers are
+narrower. Sums are fused multiply-adds in a fixed order, so results keep their bits.
+
+Tiles take addresses and strides instead of arrays, since an array argument is seven words and a tile a few nanoseconds.
+Strides count elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = [
+    "dot_1x1",
+    "dot_1x4",
+    "dot_4x1",
+    "dot_4x4",
+    "outer_1x1",
+    "outer_1x2",
+    "outer_4x1",
+    "outer_4x2",
+    "outer_8x1",
+    "outer_8x2",
+]
+
+_VECTOR_BYTES = 64
+_FLAGS = ("contract",)  # lets multiply and add fuse, and nothing else
+
+
+class _Emitter:
+    """LLVM code for one tile: typed loads and stores at addresses, and a counted loop that carries the sums."""
+
+    def __init__(self, builder: Any, element: Any) -> None:
+        self.builder = builder
+        self.element = element
+        self.size = 8 if isinstance(element, ir.DoubleType) else 4
+        self.lanes = _VECTOR_BYTES // self.size
+        self.vector = ir.VectorType(element, self.lanes)
+        self.word = ir.IntType(64)
+
+    def address(self, base: Any, *offsets: Any) -> Any:
+        """Return base + itemsize * sum of the offsets, each a value or a Python int."""
+        for offset in offsets:
+            if isinstance(offset, int):
+                scaled = ir.Constant(self.word, offset * self.size)
+            else:
+                scaled = self.builder.mul(offset, ir.Constant(self.word, self.size))
+            base = self.builder.add(base, scaled)
+        return base
+
+    def times(self, stride: Any, factor: int) -> Any:
+        return self.builder.mul(stride, ir.Constant(self.word, factor))
+
+    def load(self, address: Any, kind: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=self.size)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=self.size)
+
+    def splat(self, number: Any) -> Any:
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(one, undefined, zeros)
+
+    def fma(self, a: Any, b: Any, total: Any) -> Any:
+        product = self.builder.fmul(a, b, flags=_FLAGS)
+        return self.builder.fadd(product, total, flags=_FLAGS)
+
+    def loop(self, count: Any, start: list[Any], addresses: list[Any], steps: list[Any], body: Any) -> list[Any]:
+        """Run `body(addresses, sums) -> sums` `count` times, addresses growing by `steps`; return the last sums."""
+        builder = self.builder
+        before = builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(self.word)
+        moving = [builder.phi(self.word) for _ in addresses]
+        sums = [builder.phi(value.type) for value in start]
+        index.add_incoming(ir.Constant(self.word, 0), before)
+        for phi, value in zip(moving + sums, addresses + start, strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
+        builder.position_at_end(inside)
+        new_sums = body(moving, sums)
+        new_addresses = [builder.add(address, step) for address, step in zip(moving, steps, strict=True)]
+        end = builder.block
+        index.add_incoming(builder.add(index, ir.Constant(self.word, 1)), end)
+        for phi, value in zip(moving + sums, new_addresses + new_sums, strict=True):
+            phi.add_incoming(value, end)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return sums
+
+
+def _outer_tile(n_rows: int, n_vectors: int) -> Any:
+    """Return a tile that adds a product to n_rows x (n_vectors * lanes) numbers.
+
+    In plain Python, for every row r and column d of the tile::
+
+        c[r * c_row + d] += sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
+    """
+
+    @intrinsic
+    def tile(typing_context, a, a_row, a_step, b, b_step, c, c_row, count, like):  # type: ignore[no-untyped-def]
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, a_row, a_step, b, b_step, c, c_row, count, _ = arguments
+            emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+            places = [
+                emit.address(c, emit.times(c_row, r), v * emit.lanes) for r in range(n_rows) for v in range(n_vectors)
+            ]
+
+            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+                row = [emit.load(emit.address(addresses[1], v * emit.lanes), emit.vector) for v in range(n_vectors)]
+                new = []
+                for r in range(n_rows):
+                    factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element))
+                    new += [emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)]
+                return new
+
+            start = [emit.load(place, emit.vector) for place in places]
+            steps = [emit.times(a_step, emit.size), emit.times(b_step, emit.size)]
+            for value, place in zip(emit.loop(count, start, [a, b], steps, step), places, strict=True):
+                emit.store(value, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8, like), code
+
+    return tile
+
+
+def _dot_tile(n_rows: int, n_columns: int) -> Any:
+    """Return a tile of n_rows x n_columns dot products of rows, over whole vectors.
+
+    In plain Python, for every row r and column i of the tile::
+
+        c[r * c_row + i] = sum(m[r * m_row + d] * x[i * x_row + d] for d in range(count * lanes))
+    """
+
+    @intrinsic
+    def tile(typing_context, m, m_row, x, x_row, c, c_row, count, like):  # type: ignore[no-untyped-def]
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            m, m_row, x, x_row, c, c_row, count, _ = arguments
+            emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+
+            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+                rows = [emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector) for r in range(n_rows)]
+                new = list(sums)
+                for i in range(n_columns):
+                    column = emit.load(emit.address(addresses[1], emit.times(x_row, i)), emit.vector)
+                    for r in range(n_rows):
+                        new[r * n_columns + i] = emit.fma(rows[r], column, sums[r * n_columns + i])
+                return new
+
+            zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
+            vector_step = ir.Constant(emit.word, _VECTOR_BYTES)
+            sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], [vector_step] * 2, step)
+            for r in range(n_rows):
+                totals = _totals(emit, sums[r * n_columns : (r + 1) * n_columns])
+                emit.store(totals, emit.address(c, emit.times(c_row, r)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7, like), code
+
+    return tile
+
+
+def _totals(emit: _Emitter, vectors: list[Any]) -> Any:
+    """Add up the lanes of each of 1, 2, 4, ... vectors; return the totals as one vector.
+
+    Every round adds even lanes to odd ones, of two vectors at a time while there are two. Neighbours are added first,
+    however many vectors there are: a total has the same bits in every size of tile.
+    """
+    lanes_per_total = emit.lanes
+    while lanes_per_total > 1:
+        if len(vectors) > 1:
+            vectors = [_add_neighbours(emit, a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        else:
+            vectors = [_add_neighbours(emit, vectors[0], None)]
+        lanes_per_total //= 2
+    return vectors[0]
+
+
+def _add_neighbours(emit: _Emitter, a: Any, b: Any | None) -> Any:
+    """Return a[0] + a[1], a[2] + a[3], ..., then the same of b."""
+    n = a.type.count * (1 if b is None else 2)
+    index = ir.VectorType(ir.IntType(32), n // 2)
+    even, odd = (
+        emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, list(range(first, n, 2))))
+        for first in (0, 1)
+    )
+    return emit.builder.fadd(even, odd)
+
+
+# Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
+outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
+outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 1) for rows in (8, 4, 1))
+dot_4x4, dot_1x4, dot_4x1, dot_1x1 = _dot_tile(4, 4), _dot_tile(1, 4), _dot_tile(4, 1), _dot_tile(1, 1)
