@@ -62,7 +62,9 @@ def test_the_message_reaches_the_terminal_without_any_set_up(tmp_path):
         "import numpy as np; from racecore.ops.soft_hash import cpu\n"
         "cpu.soft_hash(np.ones((3, 1, 2), np.float32), np.ones((1, 1, 2, 2)), np.ones(1))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
     assert result.stderr.count("compiling") == 1
     assert result.stdout == ""
 

@@ -54,7 +54,7 @@ if __name__ == "__main__":
         print("right:", pool.map(child, range(6)) == [True] * 6)
 """
     if method == "spawn":  # a spawned child imports the main module, which must be a file
-        program = f"""
+        program = """
 import concurrent.futures, multiprocessing
 with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
     outs = list(pool.map(racecore.attention, [q, q], [k, k], [v, v]))

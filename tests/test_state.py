@@ -167,7 +167,12 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
 
 @pytest.mark.parametrize(
     ("key_shape", "value_shape"),
-    [((B, 3, G, D + 1), (B, 3, G, V)), ((B, 3, G, D), (B, 4, G, V)), ((B + 1, 3, G, D), (B + 1, 3, G, V)), ((3, D), (3, V))],
+    [
+        ((B, 3, G, D + 1), (B, 3, G, V)),
+        ((B, 3, G, D), (B, 4, G, V)),
+        ((B + 1, 3, G, D), (B + 1, 3, G, V)),
+        ((3, D), (3, V)),
+    ],
 )
 def test_a_bad_append_changes_nothing(key_shape, value_shape):
     _, key, value, state = make()

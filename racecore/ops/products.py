@@ -14,7 +14,7 @@ arrays are padded (`padded`) with columns of zeros.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,17 +62,47 @@ def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray) ->
                 c[k, i] += m[k, d] * x[i, d]
 
 
+class _Operand(NamedTuple):
+    """A matrix as the tiles take it: address of its first number, strides of rows and columns in elements."""
+
+    address: int
+    row: int
+    column: int
+
+
+@helper
+def _plain(m: np.ndarray) -> _Operand:
+    return _Operand(m.ctypes.data, m.shape[1], 1)
+
+
+@helper
+def _transposed(m: np.ndarray) -> _Operand:
+    return _Operand(m.ctypes.data, 1, m.shape[1])
+
+
+@helper
+def _from_row(m: _Operand, row: int, size: int) -> _Operand:
+    return _Operand(m.address + size * row * m.row, m.row, m.column)
+
+
 @helper
 def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: np.ndarray) -> None:
     """x[i] += sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
-    _add_product(
-        c.ctypes.data, 1, c.shape[1], m.ctypes.data, m.shape[1], x.ctypes.data, x.shape[1], n, n_rows, m.shape[1],
-        m.itemsize, m[0, 0],
-    )  # fmt: skip
-    for d in range(m.shape[1] - m.shape[1] % (_VECTOR_BYTES // m.itemsize), m.shape[1]):
+    whole = _add_product(_transposed(c), _plain(m), _plain(x), n, n_rows, m)
+    for d in range(whole, m.shape[1]):
         for i in range(n):
             for k in range(n_rows):
                 x[i, d] += c[k, i] * m[k, d]
+
+
+@helper
+def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
+    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
+    whole = _add_product(_plain(c), _plain(x), _plain(m), n_rows, n, x)
+    for d in range(whole, m.shape[1]):
+        for k in range(n_rows):
+            for i in range(n):
+                m[k, d] += c[k, i] * x[i, d]
 
 
 @helper
@@ -86,27 +116,13 @@ def expand_causal(c: np.ndarray, m: np.ndarray, n: int, x: np.ndarray) -> None:
         for i in range(0, n, 8):
             rows = min(8, n - i)
             _add_product(
-                c.ctypes.data + size * i, 1, c.shape[1], m.ctypes.data, m.shape[1], x.ctypes.data + size * i * x.shape[1],
-                x.shape[1], rows, i + rows, m.shape[1], size, m[0, 0],
+                _from_row(_transposed(c), i, size), _plain(m), _from_row(_plain(x), i, size), rows, i + rows, m
             )  # fmt: skip
         return
     for i in range(n):
         for k in range(i + 1):
             for d in range(m.shape[1]):
                 x[i, d] += c[k, i] * m[k, d]
-
-
-@helper
-def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
-    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
-    _add_product(
-        c.ctypes.data, c.shape[1], 1, x.ctypes.data, x.shape[1], m.ctypes.data, m.shape[1], n_rows, n, m.shape[1],
-        m.itemsize, m[0, 0],
-    )  # fmt: skip
-    for d in range(m.shape[1] - m.shape[1] % (_VECTOR_BYTES // m.itemsize), m.shape[1]):
-        for k in range(n_rows):
-            for i in range(n):
-                m[k, d] += c[k, i] * x[i, d]
 
 
 @helper
@@ -121,34 +137,39 @@ def _is_finite(m: np.ndarray, n: int) -> bool:
 
 
 @helper
-def _add_product(
-    a: int, a_row: int, a_step: int, b: int, b_step: int, c: int, c_row: int, n_rows: int, count: int, width: int,
-    size: int, like: Any,
-) -> None:  # fmt: skip
-    """c[r, d] += sum_k a[r, k] * b[k, d] over all whole vectors of columns; addresses, and strides in elements."""
+def _add_product(a: _Operand, b: _Operand, c: _Operand, n_rows: int, count: int, like: np.ndarray) -> int:
+    """c[r, d] += sum_k a[r, k] * b[k, d] for r < n_rows, k < count and d in whole vectors of a row of `like`.
+
+    Returns how many columns those are.
+    """
+    size, number = like.itemsize, like[0, 0]
     lanes = _VECTOR_BYTES // size
+    width = like.shape[1] // lanes * lanes
     d = 0
-    while d + lanes <= width:
-        bd, r = b + size * d, 0
+    while d < width:
+        b_address, r = b.address + size * d, 0
         two = d + 2 * lanes <= width
         while r < n_rows:
-            ar, cr, left = a + size * r * a_row, c + size * (r * c_row + d), n_rows - r
+            left = n_rows - r
+            a_address, c_address = a.address + size * r * a.row, c.address + size * (r * c.row + d)
+            tile = (a_address, a.row, a.column, b_address, b.row, c_address, c.row, count, number)
             if left >= 8:
                 if two:
-                    tiles.outer_8x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_8x2(*tile)
                 else:
-                    tiles.outer_8x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_8x1(*tile)
                 r += 8
             elif left >= 4:
                 if two:
-                    tiles.outer_4x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_4x2(*tile)
                 else:
-                    tiles.outer_4x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_4x1(*tile)
                 r += 4
             else:
                 if two:
-                    tiles.outer_1x2(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_1x2(*tile)
                 else:
-                    tiles.outer_1x1(ar, a_row, a_step, bd, b_step, cr, c_row, count, like)
+                    tiles.outer_1x1(*tile)
                 r += 1
         d += 2 * lanes if two else lanes
+    return width

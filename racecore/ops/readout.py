@@ -5,8 +5,8 @@ Either way a token's output is ``sum_s rho[s] * value_sum[s]`` with ``rho = phi 
     ratio         factor = 1 / sum_s phi[s] * mass[s]      zero where the denominator vanishes
     bucket_mean   factor[s] = 1 / (L * (mass[s] + eps))
 
-All columns of a block are computed, also those past its last token, which nobody reads. `mass` has a column per token, because a causal query has masses of its own. The plain twins are `weights` and
-`weights_backward` in `ops.rows`.
+`mass` has a column per token, because a causal query has masses of its own. All columns of a block are computed, also those
+past its last token, which nobody reads. The plain twins are `weights` and `weights_backward` in `ops.rows`.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import numpy as np
 from racecore.jit import helper
 from racecore.ops.cpu_call import Call
 from racecore.ops.products import padded
+from racecore.ops.soft_hash.cpu import Hash
 from racecore.plan import BLOCK
 
-__all__ = ["Scratch", "new_scratch"]
+__all__ = ["Scratch", "hash_of", "new_scratch"]
 
 
 class Scratch(NamedTuple):
@@ -30,7 +31,7 @@ class Scratch(NamedTuple):
     d_v: np.ndarray
     keep: np.ndarray  # [BLOCK]: 1 where a key takes part, else 0
     ones: np.ndarray
-    factors: np.ndarray  # [3, L*P, BLOCK], see hash_block
+    factors: np.ndarray  # [3, L*P, BLOCK], see Hash
     d_u: np.ndarray  # [L*P, BLOCK]
     phi_q: np.ndarray  # [S, BLOCK]
     phi_k: np.ndarray
@@ -44,6 +45,12 @@ class Scratch(NamedTuple):
     d_planes: np.ndarray  # [L*P, D]
     pairs: np.ndarray  # [BLOCK, BLOCK]: a number per key and query of the block
     d_pairs: np.ndarray
+
+
+@helper
+def hash_of(call: Call, m: int, w: Scratch) -> Hash:
+    """Return the hash of state head m with the arrays that it works in."""
+    return Hash(call.planes[m], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes)
 
 
 @helper

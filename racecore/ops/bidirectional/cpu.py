@@ -14,7 +14,7 @@ from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY,
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.products import expand, project
 from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import new_scratch
+from racecore.ops.scratch import hash_of, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.ops.states import add_block, drop_masked, load_keep, widen
 from racecore.plan import BLOCK
@@ -53,7 +53,7 @@ def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
             load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
             load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for m in range(g * heads, (g + 1) * heads):
-                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 add_block(w.phi_k, w.phi_k, w.v, n, w.block_sum, sums[index, m])
 
@@ -76,12 +76,12 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 @kernel
 def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
     w = new_scratch(call)
-    n_buckets, n_numbers = w.phi_k.shape[0], hash_parts.shape[2]
+    n_buckets = w.phi_k.shape[0]
     heads = call.planes.shape[0] // call.n_kv_heads
     for task in range(first, last):
         index, g = task // call.n_kv_heads, task % call.n_kv_heads
         owner, b, begin, end, _ = call.segments[index]
-        hash_parts[index : index + 1, g * heads : (g + 1) * heads] = 0
+        hash_parts[index, g * heads : (g + 1) * heads] = 0
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             load_keep(call.mask, b, t, n, w.keep)
@@ -92,7 +92,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
             for m in range(g * heads, (g + 1) * heads):
                 if t == begin or heads > 1:
                     widen(d_states[owner, m], w.d_mass, w.block_sum)  # block_sum: the gradient of value_sum
-                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
                 project(w.block_sum, w.v, w.rho.shape[0], n, w.d_phi)
@@ -100,10 +100,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
                 # mass += phi_k
                 w.d_phi[:] += w.d_mass
                 # phi_k = hash_block(k)
-                hash_block_backward(
-                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_planes, w.d_k,
-                    hash_parts[index, m] if n_numbers else d_states[owner, m, :0],
-                )  # fmt: skip
+                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, w.d_k, hash_parts[index, m])
             store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k)
             store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v)
 
@@ -128,7 +125,7 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
                 for t in range(begin, end, BLOCK):
                     n = min(BLOCK, end - t)
                     load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
-                    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
                     expand(w.rho, w.value_sum, w.rho.shape[0], n, w.o)
@@ -156,14 +153,13 @@ def _read_out_backward(
     call: Call, first: int, last: int, states: np.ndarray, d_sums: np.ndarray, hash_parts: np.ndarray
 ) -> None:
     w = new_scratch(call)
-    n_numbers = hash_parts.shape[2]
     heads = call.planes.shape[0] // call.n_kv_heads
     repeats = call.n_heads // call.planes.shape[0]
     for task in range(first, last):
         index, g = task // call.n_kv_heads, task % call.n_kv_heads
         owner, b, begin, end, _ = call.segments[index]
         d_sums[index, g * heads : (g + 1) * heads] = 0
-        hash_parts[index : index + 1, g * heads : (g + 1) * heads] = 0
+        hash_parts[index, g * heads : (g + 1) * heads] = 0
         for m in range(g * heads, (g + 1) * heads):
             widen(states[owner, m], w.mass, w.value_sum)
             for h in range(m * repeats, (m + 1) * repeats):
@@ -171,7 +167,7 @@ def _read_out_backward(
                     n = min(BLOCK, end - t)
                     load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
                     load(call.table, D_OUT, (b, t, h), n, call.value_dim, w.g, w.ones)
-                    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     # out = rho.T @ value_sum
                     project(w.value_sum, w.g, w.rho.shape[0], n, w.d_phi)
@@ -180,8 +176,5 @@ def _read_out_backward(
                     add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
                     # phi_q = hash_block(q)
                     w.d_q[:] = 0
-                    hash_block_backward(
-                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_planes, w.d_q,
-                        hash_parts[index, m] if n_numbers else d_sums[index, m, :0],
-                    )  # fmt: skip
+                    hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, w.d_q, hash_parts[index, m])
                     store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q)

@@ -20,7 +20,7 @@ from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY,
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.products import accumulate, expand, expand_causal, project
 from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import Scratch, new_scratch
+from racecore.ops.scratch import Scratch, hash_of, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.ops.states import add_block, drop_masked, load_keep
 from racecore.plan import BLOCK, count_blocks
@@ -69,12 +69,12 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
             load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for j in range(heads):
                 m = g * heads + j
-                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 _running_mass(w.phi_k, n, mass[j], w.mass)
                 for h in range(m * repeats, (m + 1) * repeats):
                     load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
-                    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     w.o[:] = 0
                     expand(w.rho, value_sum[j], w.rho.shape[0], n, w.o)
@@ -157,7 +157,6 @@ def _walk_queries_backward(
 ) -> None:
     """Walk forward again for the gradients of queries; keep rho and d_mass of every token in `read`, sum them in d_sums."""
     w = new_scratch(call)
-    n_numbers = hash_parts.shape[2]
     heads = call.planes.shape[0] // call.n_kv_heads
     repeats = call.n_heads // call.planes.shape[0]
     mass, value_sum = _running_state(call, heads, w)
@@ -174,7 +173,7 @@ def _walk_queries_backward(
             load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
             for j in range(heads):
                 m = g * heads + j
-                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 _running_mass(w.phi_k, n, mass[j], w.mass)
                 for h in range(m * repeats, (m + 1) * repeats):
@@ -186,10 +185,7 @@ def _walk_queries_backward(
                     read[block, h, 1, :, :n] = w.d_mass[:, :n]
                     # phi_q = hash_block(q)
                     w.d_q[:] = 0
-                    hash_block_backward(
-                        w.d_phi, w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q, w.d_u, w.d_planes, w.d_q,
-                        hash_parts[index, m] if n_numbers else d_sums[index, m, :0],
-                    )  # fmt: skip
+                    hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, w.d_q, hash_parts[index, m])
                     store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q)
                 accumulate(w.phi_k, w.v, w.phi_k.shape[0], n, value_sum[j])
             block += 1
@@ -198,7 +194,7 @@ def _walk_queries_backward(
 @helper
 def _read_block_backward(call: Call, m: int, n: int, value_sum: np.ndarray, w: Scratch) -> None:
     """Hash the queries of a block, weigh them, and invert the read-out: fills rho, d_mass and d_phi (of the queries)."""
-    hash_block(w.q, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_q)
+    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * (value_sum[s] + sum_{j <= i} phi_k[s, j] * v[j])
     project(value_sum, w.g, w.rho.shape[0], n, w.d_phi)
@@ -229,7 +225,7 @@ def _walk_keys_backward(
 ) -> None:
     """Walk backward for the gradients of keys and values, each segment from the gradient of the state after it."""
     w = new_scratch(call)
-    n_buckets, n_numbers = w.phi_k.shape[0], hash_parts.shape[2]
+    n_buckets = w.phi_k.shape[0]
     heads = call.planes.shape[0] // call.n_kv_heads
     repeats = call.n_heads // call.planes.shape[0]
     d_mass, d_value_sum = _running_state(call, heads, w)
@@ -248,7 +244,7 @@ def _walk_keys_backward(
             w.d_v[:] = 0
             for j in range(heads):
                 m = g * heads + j
-                hash_block(w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # what later blocks read: value_sum += phi_k @ v
                 project(d_value_sum[j], w.v, n_buckets, n, w.d_phi)
@@ -263,10 +259,7 @@ def _walk_keys_backward(
                     read[first_block + i_block, m * repeats : (m + 1) * repeats, 1], n, d_mass[j], w.d_phi
                 )
                 # phi_k = hash_block(k)
-                hash_block_backward(
-                    w.d_phi, w.k, n, call.planes[m], call.beta[m], call.n_tables, w.factors, w.phi_k, w.d_u, w.d_planes, w.d_k,
-                    hash_parts[index, m] if n_numbers else d_states[index, m, :0],
-                )  # fmt: skip
+                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, w.d_k, hash_parts[index, m])
             store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k)
             store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v)
 

@@ -7,6 +7,8 @@ The logits are linear in the corner, so the softmax over corners is a product ov
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from racecore.jit import helper, kernel
@@ -19,21 +21,32 @@ from racecore.threads import run
 __all__ = ["soft_hash", "soft_hash_backward"]
 
 
-@helper
-def hash_block(
-    x: np.ndarray, n: int, planes: np.ndarray, beta: float, n_tables: int, factors: np.ndarray, phi: np.ndarray
-) -> None:
-    """Hash n rows x [n, D] with planes [L*P, D] into phi [S, n].
+class Hash(NamedTuple):
+    """The hash of one state head, and the arrays of a block that it works in."""
 
-    `factors` [3, L*P, n] keeps tanh(u), sigmoid(2 beta tanh(u)) and sigmoid(-2 beta tanh(u)) for the way back.
+    planes: np.ndarray  # [L*P, D], D padded
+    beta: float
+    n_tables: int  # L
+    factors: (
+        np.ndarray
+    )  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), sigmoid(-2 beta tanh(u)); kept for the way back
+    d_u: np.ndarray  # [L*P, BLOCK]
+    d_planes: np.ndarray  # [L*P, D]
+
+
+@helper
+def hash_block(f: Hash, x: np.ndarray, n: int, phi: np.ndarray) -> None:
+    """Hash n rows x [n, D] into phi [S, n].
+
     Element-wise loops run over whole blocks: a constant length vectorises better, and nobody reads columns past n.
     """
     # Typed constants throughout: an integer literal would turn float32 arithmetic into float64.
     zero, one = phi.dtype.type(0), phi.dtype.type(1)
-    twice_beta = beta + beta
-    tanh_u, plus, minus = factors[0], factors[1], factors[2]
-    project(planes, x, planes.shape[0], n, tanh_u)
-    for k in range(planes.shape[0]):
+    twice_beta = f.beta + f.beta
+    tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
+    n_rows = f.planes.shape[0]
+    project(f.planes, x, n_rows, n, tanh_u)
+    for k in range(n_rows):
         for i in range(BLOCK):
             t = tanh(tanh_u[k, i])
             z = twice_beta * t
@@ -43,8 +56,8 @@ def hash_block(
             tanh_u[k, i] = t
             plus[k, i] = high if z >= zero else low
             minus[k, i] = low if z >= zero else high
-    n_planes = planes.shape[0] // n_tables
-    for table in range(n_tables):
+    n_planes = n_rows // f.n_tables
+    for table in range(f.n_tables):
         _corner_products(plus, minus, table * n_planes, n_planes, phi[table << n_planes : (table + 1) << n_planes])
 
 
@@ -64,50 +77,47 @@ def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: 
 
 @helper
 def hash_block_backward(
-    d_phi: np.ndarray, x: np.ndarray, n: int, planes: np.ndarray, beta: float, n_tables: int,
-    factors: np.ndarray, phi: np.ndarray, d_u: np.ndarray, d_planes: np.ndarray, d_x: np.ndarray,
-    d_hash: np.ndarray,
-) -> None:  # fmt: skip
+    f: Hash, d_phi: np.ndarray, x: np.ndarray, n: int, phi: np.ndarray, d_x: np.ndarray, d_hash: np.ndarray
+) -> None:
     """Invert `hash_block`: add to d_x [n, D] and to d_hash, L*P*D numbers for planes and one for beta.
 
-    An empty d_hash means that this gradient is not wanted. `d_phi` [S, n] is overwritten; `d_u` [L*P, n] and
-    `d_planes` [L*P, D] are scratch. D may be padded in all but d_hash.
+    `f` is as `hash_block` left it. An empty d_hash means that this gradient is not wanted. d_phi [S, n] is overwritten.
     """
-    tanh_u, plus, minus = factors[0], factors[1], factors[2]
-    n_rows = planes.shape[0]
-    n_planes, one = n_rows // n_tables, phi.dtype.type(1)
+    tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
+    n_rows, one = f.planes.shape[0], phi.dtype.type(1)
+    n_planes = n_rows // f.n_tables
     wants_hash = d_hash.shape[0] > 0
     for s in range(d_phi.shape[0]):
         for i in range(BLOCK):
             d_phi[s, i] *= phi[s, i]
     # phi[s] = prod_p plus[p] or minus[p]
-    for table in range(n_tables):
+    for table in range(f.n_tables):
         _corner_products_backward(
-            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, d_u
+            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, f.d_u
         )
     # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
     if wants_hash:
         d_beta = 0.0
         for k in range(n_rows):
-            total = d_phi.dtype.type(0)
+            total = phi.dtype.type(0)
             for i in range(n):
-                total += d_u[k, i] * tanh_u[k, i]
+                total += f.d_u[k, i] * tanh_u[k, i]
             d_beta += total
         d_hash[-1] += d_beta
     for k in range(n_rows):
         for i in range(BLOCK):
             t = tanh_u[k, i]
-            d_u[k, i] *= beta * (one - t) * (one + t)
+            f.d_u[k, i] *= f.beta * (one - t) * (one + t)
     # u = planes @ x.T
-    expand(d_u, planes, n_rows, n, d_x)
+    expand(f.d_u, f.planes, n_rows, n, d_x)
     if wants_hash:
         head_dim = d_hash.shape[0] // n_rows  # the last number is beta's
-        d_planes[:] = 0
-        accumulate(d_u, x, n_rows, n, d_planes)
+        f.d_planes[:] = 0
+        accumulate(f.d_u, x, n_rows, n, f.d_planes)
         for k in range(n_rows):
             row = d_hash[k * head_dim : (k + 1) * head_dim]
             for d in range(head_dim):
-                row[d] += d_planes[k, d]
+                row[d] += f.d_planes[k, d]
 
 
 @helper
@@ -132,21 +142,27 @@ def _corner_products_backward(
                 low[i] = s0 + s1
 
 
+@helper
+def _new_hash(planes: np.ndarray, beta: float, n_tables: int) -> Hash:
+    n_rows, dtype = planes.shape[0], planes.dtype
+    factors, d_u = np.empty((3, n_rows, BLOCK), dtype), np.empty((n_rows, BLOCK), dtype)
+    return Hash(planes, beta, n_tables, factors, d_u, np.empty_like(planes))
+
+
 @kernel
 def _hash_rows(
     x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int, out: np.ndarray
 ) -> None:
     """Hash rows first ... last - 1 of x [N, M, D] into out [N, M, S]."""
-    n_rows = planes.shape[1]
-    factors = np.empty((3, n_rows, BLOCK), x.dtype)
-    phi = np.empty((out.shape[2], BLOCK), x.dtype)
     head_dim = x.shape[2]
     block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
-    for start in range(first, last, BLOCK):
-        n = min(BLOCK, last - start)
-        for m in range(x.shape[1]):
+    phi = np.empty((out.shape[2], BLOCK), x.dtype)
+    for m in range(x.shape[1]):
+        f = _new_hash(planes[m], beta[m], n_tables)
+        for start in range(first, last, BLOCK):
+            n = min(BLOCK, last - start)
             block[:n, :head_dim] = x[start : start + n, m]
-            hash_block(block, n, planes[m], beta[m], n_tables, factors, phi)
+            hash_block(f, block, n, phi)
             for i in range(n):
                 for s in range(out.shape[2]):
                     out[start + i, m, s] = phi[s, i]
@@ -154,41 +170,26 @@ def _hash_rows(
 
 @kernel
 def _hash_rows_backward(
-    d_phi: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int,
-    first: int, last: int, d_x: np.ndarray, d_hash: np.ndarray,
+    d_out: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int,
+    d_x: np.ndarray, d_hash: np.ndarray,
 ) -> None:  # fmt: skip
     """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
-    n_rows = planes.shape[1]
-    factors = np.empty((3, n_rows, BLOCK), x.dtype)
-    phi = np.empty((d_phi.shape[2], BLOCK), x.dtype)
-    d_block_phi = np.empty_like(phi)
-    d_u = np.empty((n_rows, BLOCK), x.dtype)
     head_dim = x.shape[2]
     block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
     d_block = np.zeros_like(block)
-    d_planes = np.zeros_like(planes[0])
-    for start in range(first, last, BLOCK):
-        n = min(BLOCK, last - start)
-        for m in range(x.shape[1]):
+    phi = np.empty((d_out.shape[2], BLOCK), x.dtype)
+    d_phi = np.empty_like(phi)
+    for m in range(x.shape[1]):
+        f = _new_hash(planes[m], beta[m], n_tables)
+        for start in range(first, last, BLOCK):
+            n = min(BLOCK, last - start)
             block[:n, :head_dim] = x[start : start + n, m]
-            d_block[:] = 0
             for i in range(n):
-                for s in range(d_phi.shape[2]):
-                    d_block_phi[s, i] = d_phi[start + i, m, s]
-            hash_block(block, n, planes[m], beta[m], n_tables, factors, phi)
-            hash_block_backward(
-                d_block_phi,
-                block,
-                n,
-                planes[m],
-                beta[m],
-                n_tables,
-                factors,
-                phi,
-                d_u,
-                d_block,
-                d_hash[start // BLOCK, m],
-            )
+                for s in range(d_out.shape[2]):
+                    d_phi[s, i] = d_out[start + i, m, s]
+            hash_block(f, block, n, phi)
+            d_block[:] = 0
+            hash_block_backward(f, d_phi, block, n, phi, d_block, d_hash[start // BLOCK, m])
             d_x[start : start + n, m] = d_block[:n, :head_dim]
 
 

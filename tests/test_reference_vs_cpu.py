@@ -1,0 +1,126 @@
+"""The readable and the fast implementation have the same functions with the same arguments and the same results."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import PROBLEMS, Problem, relative_error, run_library
+
+import racecore
+from racecore import inputs
+from racecore.problem import GradientBuffers, Sketch
+
+OPERATIONS = sorted(path.name for path in (Path(racecore.__file__).parent / "ops").iterdir() if (path / "__init__.py").is_file())
+
+
+def implementations(operation: str) -> tuple[ModuleType, ModuleType]:
+    return tuple(importlib.import_module(f"racecore.ops.{operation}.{name}") for name in ("reference", "cpu"))  # type: ignore[return-value]
+
+
+def test_every_operation_is_found() -> None:
+    assert {"bidirectional", "causal", "soft_hash"} <= set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_same_public_functions_with_the_same_arguments(operation: str) -> None:
+    reference, cpu = implementations(operation)
+    assert reference.__all__ == cpu.__all__
+    assert reference.__all__
+    for name in reference.__all__:
+        mine, other = getattr(reference, name), getattr(cpu, name)
+        assert inspect.isfunction(mine), name  # plain functions: launching kernels is the business of the inside
+        assert inspect.isfunction(other), name
+        assert inspect.signature(mine) == inspect.signature(other), name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_forward_has_its_backward_right_under_it(operation: str) -> None:
+    for module in implementations(operation):
+        lines = {name: inspect.getsourcelines(getattr(module, name))[1] for name in module.__all__}
+        for name in module.__all__:
+            if not name.endswith("_backward"):
+                assert lines[name] < lines[f"{name}_backward"], f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float64, 1e-13), (np.float32, 2e-6)])
+@pytest.mark.parametrize("n_tokens", [0, 1, 31, 33, 100])
+def test_soft_hash(dtype: Any, limit: float, n_tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n_tokens, 2, 3, 6)).astype(dtype)
+    planes, beta = rng.standard_normal((3, 4, 3, 6)).astype(np.float32).astype(np.float64), np.array([0.5, 1.0, 4.0])
+    d_phi = rng.standard_normal((n_tokens, 2, 3, 4 * 8)).astype(dtype)
+    reference, cpu = implementations("soft_hash")
+    phi = cpu.soft_hash(x, planes, beta)
+    assert phi.dtype == dtype
+    assert phi.shape == d_phi.shape
+    assert relative_error(phi, reference.soft_hash(x, planes, beta)) < limit
+    found, expected = (module.soft_hash_backward(d_phi, x, planes, beta) for module in (cpu, reference))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) < 10 * limit
+
+
+def problem_of(arrays: Any, problem: Problem) -> Any:
+    checked, _, _ = inputs.check_attention(
+        arrays.query, arrays.key, arrays.value, racecore.SoftLSH(arrays.planes, arrays.beta), is_causal=problem.is_causal,
+        readout=problem.readout, key_mask=arrays.key_mask, cu_seqlens=None, chunk_size=None, memory_limit=None,
+    )  # fmt: skip
+    return checked
+
+
+def steps(module: ModuleType, arrays: Any, problem: Problem) -> dict[str, np.ndarray]:
+    """Call the functions of one module in the order in which the pipeline does, and keep everything they write."""
+    p = problem_of(arrays, problem)
+    rng = np.random.default_rng(0)
+    sketch, d_sketch = p.new_sketch(), p.new_sketch()
+    sketch.mass[...] = 1
+    d_sketch.flat[...] = rng.standard_normal(d_sketch.flat.shape)
+    out = np.full_like(arrays.d_out, np.nan)
+    d_query, d_key, d_value = (np.full(x.shape, np.nan, x.dtype) for x in (p.query, p.key, p.value))
+    d_hash = np.zeros((2, p.n_state_heads, arrays.planes[0].size * len(arrays.planes) + 1))
+    grads = GradientBuffers(d_query, d_key, d_value, d_hash)
+    results: dict[str, np.ndarray] = {}
+    if problem.is_causal:
+        checkpoints = module.walk(p, sketch, out, True)
+        results["checkpoint"] = checkpoints[0].copy()
+        results["state"] = sketch.flat
+        module.walk_backward(p, checkpoints, arrays.d_out, d_sketch, grads)
+    else:
+        module.sum_keys(p, sketch)
+        results["state"] = sketch.flat.copy()
+        module.read_out(p, sketch, out)
+        module.read_out_backward(p, Sketch(results["state"], p.n_buckets), arrays.d_out, d_sketch, grads)
+        results["d_state between"] = d_sketch.flat.copy()
+        module.sum_keys_backward(p, d_sketch, grads)
+    results |= {"out": out, "d_query": d_query, "d_key": d_key, "d_value": d_value, "d_hash": d_hash, "d_state": d_sketch.flat}
+    return results
+
+
+@pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
+@pytest.mark.parametrize("operation", ["bidirectional", "causal"])
+def test_same_results_function_by_function(operation: str, readout: str) -> None:
+    problem = Problem(0, 2, 100, 100, 4, 2, 6, 5, 3, 2, 1.2, 1.0, mask="random", readout=readout, is_causal=operation == "causal")
+    arrays = problem.arrays("float64")
+    reference, cpu = (steps(module, arrays, problem) for module in implementations(operation))
+    assert reference.keys() == cpu.keys()
+    for name, expected in reference.items():
+        assert relative_error(cpu[name], expected) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("problem", PROBLEMS[1::3], ids=lambda problem: f"problem{problem.seed}")
+def test_same_results_through_the_public_functions(problem: Problem, dtype: str) -> None:
+    """Closer to each other than either needs to be to the oracle."""
+    found, expected = (run_library(problem, dtype, backend=backend) for backend in ("cpu", "reference"))
+    assert (found.pop("backend"), expected.pop("backend")) == ("cpu", "reference")
+    floor = 0.01 * float(np.linalg.norm(problem.arrays(dtype).d_out.astype(np.float64)))
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        limit = 1e-11 if dtype == "float64" else 3e-5
+        assert relative_error(found[name], array, floor if name.startswith("d_") else 0.0) < limit, name
