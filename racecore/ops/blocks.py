@@ -20,12 +20,15 @@ from numba.extending import intrinsic
 
 from racecore import arrays
 from racecore.jit import exact_helper, helper
+from racecore.ops import tiles
 from racecore.ops.elementary import bits_of, float_of_bits
+from racecore.plan import BLOCK
 
 __all__ = ["D_KEY", "D_OUT", "D_QUERY", "D_VALUE", "KEY", "OUT", "QUERY", "VALUE", "describe", "load", "store"]
 
 QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = range(8)  # lines of the table
 _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
+_LINE = 64  # bytes of a cache line, and of a vector
 _CODE = 5  # column of the dtype's code; the address is in column 0, strides of b, t, h, d in 1 to 4
 
 
@@ -159,25 +162,49 @@ def _size(code: int) -> int:
 def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray) -> None:
     """Fill block[:n, :width] with rows (b, t ... t + n - 1, h) of an array, place = (b, t, h).
 
-    Rows that `keep` marks 0 become zeros, unread.
+    Rows that `keep` marks 0 become zeros, unread. The rows of the next block are asked for meanwhile.
     """
     b, t, h = place
-    code = table[line, _CODE]
-    first = table[line, 0] + _size(code) * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+    code, step = table[line, _CODE], table[line, 4]
+    size = _size(code)
+    row_step = size * table[line, 2]
+    address = table[line, 0] + size * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+    as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
     for i in range(n):
-        if keep[i] != 0:
-            _load_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i, :width])
-        else:
+        if step == 1:
+            for ahead in range(0, width * size, _LINE):
+                tiles.prefetch(address + BLOCK * row_step + ahead)
+        if keep[i] == 0:
             block[i, :width] = 0
+        elif as_it_is:
+            tiles.copy_row(block.ctypes.data + i * block.strides[0], address, width * size // _LINE)
+        else:
+            _load_row(address, step, code, block[i, :width])
+        address += row_step
 
 
 @helper
 def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray) -> None:
-    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array; nothing where the array is absent."""
+    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array; nothing where the array is absent.
+
+    Rows that fill cache lines are written around the caches: nobody reads them soon.
+    """
     b, t, h = place
-    code = table[line, _CODE]
+    code, step = table[line, _CODE], table[line, 4]
     if code < 0:
         return
-    first = table[line, 0] + _size(code) * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+    size = _size(code)
+    row_step = size * table[line, 2]
+    address = table[line, 0] + size * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+    as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
+    fills_lines = as_it_is and address % _LINE == 0 and row_step % _LINE == 0
     for i in range(n):
-        _store_row(first + _size(code) * i * table[line, 2], table[line, 4], code, block[i, :width])
+        if fills_lines:
+            tiles.stream_row(address, block.ctypes.data + i * block.strides[0], width * size // _LINE)
+        elif as_it_is:
+            tiles.copy_row(address, block.ctypes.data + i * block.strides[0], width * size // _LINE)
+        else:
+            _store_row(address, step, code, block[i, :width])
+        address += row_step
+    if fills_lines:
+        tiles.fence()

@@ -21,16 +21,20 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "copy_row",
     "dot_1x1",
     "dot_1x4",
     "dot_4x1",
     "dot_4x4",
+    "fence",
     "outer_1x1",
     "outer_1x2",
     "outer_4x1",
     "outer_4x2",
     "outer_8x1",
     "outer_8x2",
+    "prefetch",
+    "stream_row",
 ]
 
 _VECTOR_BYTES = 64
@@ -201,6 +205,65 @@ def _add_neighbours(emit: _Emitter, a: Any, b: Any | None) -> Any:
     )
     return emit.builder.fadd(even, odd)
 
+
+def _row_copy(streaming: bool) -> Any:
+    """Return a copy of `count` whole vectors; `streaming` writes around the caches, to an address on a cache line.
+
+    Streaming saves reading the target first. Follow the last one with `fence` before another thread may look.
+    """
+
+    @intrinsic
+    def copy(typing_context, target, source, count):  # type: ignore[no-untyped-def]
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            target, source, count = arguments
+            emit = _Emitter(builder, ir.FloatType())
+
+            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+                value = emit.load(addresses[1], emit.vector)
+                pointer = builder.inttoptr(addresses[0], emit.vector.as_pointer())
+                store = builder.store(value, pointer, align=_VECTOR_BYTES if streaming else emit.size)
+                if streaming:
+                    one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+                    store.set_metadata("nontemporal", one)
+                return sums
+
+            vector_step = ir.Constant(emit.word, _VECTOR_BYTES)
+            emit.loop(count, [], [target, source], [vector_step] * 2, step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), code
+
+    return copy
+
+
+@intrinsic
+def fence(typing_context):  # type: ignore[no-untyped-def]
+    """Make streamed rows visible to other threads before anything that follows."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
+def prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at an address to be brought into the second-level cache. Any address is legal."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+copy_row, stream_row = _row_copy(False), _row_copy(True)
 
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
 outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
