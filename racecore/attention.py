@@ -377,9 +377,8 @@ def _hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.
 
 
 def _state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
-    n, m, _ = sketch.flat.shape
-    mass = sketch.mass.reshape(n, m, lsh.n_tables, lsh.n_buckets)
-    return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, -1 if sketch.flat.size else 0))
+    mass = sketch.mass.reshape(*sketch.flat.shape[:2], lsh.n_tables, lsh.n_buckets)
+    return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, sketch.value_sum.shape[3]))
 
 
 def _out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:

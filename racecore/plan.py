@@ -76,7 +76,7 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     Returns
     -------
     list of int64 arrays, shape [n, 5]
-        Per segment: sequence (counted within the part), batch index, first token, token after the last, and the number
+        At least one, even without tokens. Per segment: sequence (counted within the part), batch index, first token, token after the last, and the number
         of blocks of this chunk that come before it.
     """
     begin, end = (part.sequences[:, 1], part.sequences[:, 2]) if side == "query" else (
@@ -90,7 +90,7 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     table[:, 2] = begin[owner] + index * SEGMENT
     table[:, 3] = np.minimum(table[:, 2] + SEGMENT, end[owner])
     step = len(table) if len(counts) > 1 else _segments_per_chunk(part)
-    pieces = [table[start : start + step] for start in range(0, len(table), max(step, 1))]
+    pieces = [table[start : start + step] for start in range(0, len(table), max(step, 1))] or [table]
     for piece in pieces:
         n_blocks = -(-(piece[:, 3] - piece[:, 2]) // BLOCK)
         piece[:, 4] = np.cumsum(n_blocks) - n_blocks

@@ -91,15 +91,12 @@ class RaceState:
     @property
     def mass(self) -> np.ndarray:
         """Sum of the keys' bucket probabilities: float64 [B, G, L, R] (H for G where the hash is per query head); a view."""
-        return self._sketch.mass.reshape(self.batch, -1, self._lsh.n_tables, self._lsh.n_buckets)
+        return self._sketch.mass.reshape(*self._sketch.flat.shape[:2], self._lsh.n_tables, self._lsh.n_buckets)
 
     @property
     def value_sum(self) -> np.ndarray:
         """Sum of probabilities times values: float64 [B, G, L, R, V]; a view."""
-        n_heads = self._sketch.flat.shape[1]
-        return self._sketch.value_sum.reshape(
-            self.batch, n_heads, self._lsh.n_tables, self._lsh.n_buckets, self._value_dim
-        )
+        return self._sketch.value_sum.reshape(*self.mass.shape, self._value_dim)
 
     @property
     def sketch(self) -> Sketch:

@@ -26,7 +26,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 GRADIENTS = ("query", "key", "value", "planes", "beta", "mass", "value_sum")
-_LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 131, 0, 7, 100, 31, 33, 65, 1023, 1024, 1025, 67)
+_LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 131, 0, 7, 100, 2051, 33, 65, 1023, 1024, 1025, 67)
 _HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (6, 2), (4, 1), (3, 3), (8, 2))  # H, G
 # Not broadcast_tokens: gradients that should be zero consist of rounding errors, which have no relative error.
 _LAYOUTS = [layout for layout in LAYOUTS if layout != "broadcast_tokens"]

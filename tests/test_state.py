@@ -125,6 +125,8 @@ def test_select_repeats_and_reorders():
     assert state.n_tokens == T
     assert chosen.n_tokens == T + 1
     assert state.select([]).batch == 0
+    assert state.select([]).mass.shape == (0, G, 3, 4)
+    assert state.select([]).value_sum.shape == (0, G, 3, 4, V)
     with pytest.raises(IndexError):
         state.select([2])
     with pytest.raises(TypeError, match="integers"):

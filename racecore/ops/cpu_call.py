@@ -103,8 +103,8 @@ def scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, *, reverse: b
     reverse : bool
         Go from the last part to the first.
     """
-    rows, totals = parts.reshape(len(parts), -1), carry.reshape(len(carry), -1)
-    if rows.size:
+    if parts.size:
+        rows, totals = parts.reshape(len(parts), -1), carry.reshape(len(carry), -1)
         run(lambda first, last: _scan(owners, rows, totals, first, last, reverse), rows.shape[1], _COLUMNS_PER_LAUNCH)
 
 

@@ -23,8 +23,8 @@ def key_rows(problem: Problem, batch: int, begin: int, end: int) -> tuple[np.nda
         raise TypeError("this problem has no keys")
     repeats = problem.n_state_heads // problem.n_kv_heads
     keep = np.ones(end - begin, problem.dtype)
-    k = problem.key[batch, begin:end].astype(problem.dtype)
-    v = problem.value[batch, begin:end].astype(problem.dtype)
+    k = problem.key[batch, begin:end].astype(problem.dtype, order="C")
+    v = problem.value[batch, begin:end].astype(problem.dtype, order="C")
     if problem.key_mask is not None:
         keep[...] = problem.key_mask[batch, begin:end]
         k[keep == 0], v[keep == 0] = 0, 0
@@ -35,7 +35,7 @@ def query_rows(problem: Problem, array: np.ndarray | None, batch: int, begin: in
     """Return rows of `array` [B, T, H, X] as [t, H/M, M, X]: one slice per query head of a state head."""
     if array is None:
         raise TypeError("this problem has no queries")
-    rows = array[batch, begin:end].astype(problem.dtype)
+    rows = array[batch, begin:end].astype(problem.dtype, order="C")
     by_head = rows.reshape(end - begin, problem.n_state_heads, -1, rows.shape[-1])
     return by_head.swapaxes(1, 2)
 

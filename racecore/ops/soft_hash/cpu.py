@@ -7,6 +7,7 @@ The logits are linear in the corner, so the softmax over corners is a product ov
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -202,7 +203,7 @@ def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray
         -(-len(rows) // BLOCK),
         64,
     )
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], out.shape[2])
 
 
 def soft_hash_backward(
@@ -210,7 +211,7 @@ def soft_hash_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return d_x [..., M, D], d_planes [M, L, P, D] and d_beta [M], the last two in float64."""
     rows, w, b, n_tables = _flat(x, planes, beta)
-    d_rows = np.ascontiguousarray(d_phi.reshape(*rows.shape[:2], -1), x.dtype)
+    d_rows = np.ascontiguousarray(d_phi.reshape(*rows.shape[:2], d_phi.shape[-1]), x.dtype)
     d_x = np.empty_like(rows)
     n_blocks = -(-len(rows) // BLOCK)
     d_hash = np.zeros((n_blocks, len(w), planes[0].size + 1))
@@ -224,5 +225,5 @@ def soft_hash_backward(
 
 def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return x [N, M, D], planes [M, L*P, padded D] and beta [M] in the dtype of x, and L."""
-    rows = np.ascontiguousarray(x.reshape(-1, *x.shape[-2:]))
+    rows = np.ascontiguousarray(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return rows, pad_planes(planes, x.dtype), np.ascontiguousarray(beta, x.dtype), planes.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.special import softmax
 
@@ -20,7 +22,7 @@ def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray
     u = np.einsum("...md,mlpd->...mlp", x, planes.astype(x.dtype))
     y = beta.astype(x.dtype)[:, None, None] * np.tanh(u)  # [..., M, L, P]
     phi = softmax(y @ c.T, axis=-1)  # [..., M, L, R]
-    return phi.reshape(*x.shape[:-1], -1)
+    return phi.reshape(*x.shape[:-1], planes.shape[1] << planes.shape[2])
 
 
 def soft_hash_backward(
@@ -43,6 +45,7 @@ def soft_hash_backward(
     d_u = d_y * b * (1 - tanh_u) * (1 + tanh_u)
     # u = <W, x>
     d_x = np.einsum("...mlp,mlpd->...md", d_u, w)
-    rows = d_u.reshape(-1, *d_u.shape[-3:]).astype(np.float64)
-    d_planes = np.einsum("tmlp,tmd->mlpd", rows, x.reshape(-1, *x.shape[-2:]).astype(np.float64))
+    n_tokens = math.prod(x.shape[:-2])
+    rows = d_u.reshape(n_tokens, *d_u.shape[-3:]).astype(np.float64)
+    d_planes = np.einsum("tmlp,tmd->mlpd", rows, x.reshape(n_tokens, *x.shape[-2:]).astype(np.float64))
     return d_x, d_planes, d_beta

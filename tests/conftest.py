@@ -1,0 +1,89 @@
+"""What every test runs under: memory full of NaN where nothing was written, and no silent skip of a GPU test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from racecore import arrays
+
+hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def _fill(array: np.ndarray) -> np.ndarray:
+    """Fill with NaN, or with the lowest integer: what a caller must not find in a result."""
+    if array.dtype.kind in "iu":
+        array.fill(np.iinfo(array.dtype).min)
+    elif array.dtype.kind != "b":
+        array.fill(np.nan)
+    return array
+
+
+class _NumPyWithFilledEmpty(ModuleType):
+    """NumPy as seen by a module of plain Python, with an `empty` whose memory is not zero by luck."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def empty(*args: Any, **options: Any) -> np.ndarray:
+        return _fill(np.empty(*args, **options))
+
+    @staticmethod
+    def empty_like(*args: Any, **options: Any) -> np.ndarray:
+        return _fill(np.empty_like(*args, **options))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nan_filled_memory() -> Iterator[None]:
+    """Let racecore allocate NaN in place of whatever memory happens to hold.
+
+    Compiled kernels resolve NumPy when they are compiled, so only the modules without kernels get another NumPy; what
+    kernels write for a caller is allocated by `racecore.arrays.empty`.
+    """
+    from racecore.ops.bidirectional import reference as bidirectional
+    from racecore.ops.causal import reference as causal
+    from racecore.ops.soft_hash import reference as soft_hash
+
+    genuine = arrays.empty
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return _fill(genuine(shape, dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("racecore") and getattr(module, "empty", None) is genuine:
+                patch.setattr(module, "empty", empty)
+        for module in (bidirectional, causal, soft_hash, sys.modules["racecore.plan"]):
+            patch.setattr(module, "np", _NumPyWithFilledEmpty("numpy"))
+        yield
+
+
+def _reason_without_gpu() -> str | None:
+    """Return why no test can run on a GPU here, None where it can."""
+    try:
+        import cupy  # type: ignore[import-not-found]
+
+        return None if cupy.cuda.runtime.getDeviceCount() else "CuPy finds no CUDA device"
+    except Exception as error:  # no CuPy, no driver, a driver too old: all of them are reasons
+        return f"{type(error).__name__}: {error}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = _reason_without_gpu()
+    if reason is None:
+        return
+    if os.environ.get("RACECORE_REQUIRE_GPU") == "1":
+        pytest.fail(f"RACECORE_REQUIRE_GPU=1, but no GPU test can run: {reason}")
+    pytest.skip(reason)

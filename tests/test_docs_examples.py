@@ -1,0 +1,100 @@
+"""What readers copy has to run: examples, Python blocks of the pages, docstring examples, README's commands, the formulas."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md"]
+EXAMPLES = {  # arguments that make them small, and what they must have come to say
+    "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
+    "gradient_check.py": (["--tokens", "40"], "worst relative error"),
+    "merge_states.py": (["--tokens", "3000"], "merged in the other order"),
+    "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the fenced blocks of a page, dedented; those marked `notest` are left out."""
+    text = (ROOT / page).read_text()
+    found = re.finditer(rf"^( *)```{language}([^\n]*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(match[3]) for match in found if "notest" not in match[2]]
+
+
+def run_script(path: pathlib.Path, *arguments: str) -> str:
+    """Run a script in a new process with warnings as errors; return what it prints."""
+    command = [sys.executable, "-W", "error", str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found
+    names: dict[str, object] = {}
+    for number, block in enumerate(found, 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name):
+    arguments, expected = EXAMPLES[name]
+    assert expected in run_script(ROOT / "examples" / name, *arguments)
+
+
+def test_every_example_is_run_and_short():
+    paths = sorted((ROOT / "examples").glob("*.py"))
+    assert {path.name for path in paths} == set(EXAMPLES)
+    for path in paths:
+        assert len(path.read_text().splitlines()) < 100, path.name
+
+
+def test_every_formula_holds():
+    printed = run_script(ROOT / "docs" / "check_math.py").splitlines()
+    assert float(printed[-1].removeprefix("worst relative error: ")) <= 1e-12
+    assert len(printed) > 40
+
+
+@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact"])
+def test_docstring_examples_run(name):
+    module = importlib.import_module(f"racecore{name}")
+    assert doctest.testmod(module, verbose=False).failed == 0
+
+
+def test_readme_begins_with_two_commands_of_one_line():
+    commands = blocks("README.md", "sh")[:2]
+    assert [command.count("\n") for command in commands] == [1, 1]
+    demo, tests = (shlex.split(command) for command in commands)
+    assert demo[:4] == tests[:4] == ["python3", "-m", "venv", ".venv"]
+    assert demo[-2:] == [".venv/bin/racecore", "demo"]
+    assert tests[-4:-1] == [".venv/bin/python", "-m", "pytest"]
+
+
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_between_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_public_name_is_in_the_api_page():
+    import racecore
+
+    text = (ROOT / "docs" / "api.rst").read_text()
+    for name in racecore.__all__:
+        assert name == "__version__" or name in text, name
