@@ -6,10 +6,12 @@ on first use. Flags are named one by one: fast-math as a whole would delete the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 from racecore import kernel_cache
 
@@ -33,3 +35,12 @@ def exact_helper(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that Python launches; its compiled form is kept on disk."""
     return kernel_cache.attach(numba.njit(**_OPTIONS)(function))
+
+
+if hasattr(os, "register_at_fork"):
+    # A child forked while another thread compiles would find Numba's lock taken for ever: let the fork wait for it.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )

@@ -85,6 +85,34 @@ print("codes:", set(codes))
     assert "codes: {0}" in run(program)
 
 
+def test_threads_and_forks_while_kernels_are_being_compiled(tmp_path):
+    """Nothing is compiled yet: two threads compute at once, and children are forked in the middle of it."""
+    program = """
+import numpy as np, os, threading, time
+import racecore
+x = np.random.default_rng(0).standard_normal((300, 2, 16)).astype(np.float32)
+outs = []
+threads = [threading.Thread(target=lambda: outs.append(racecore.attention(x, x, x))) for _ in range(2)]
+for t in threads: t.start()
+children = []
+for _ in range(3):
+    time.sleep(0.7)
+    pid = os.fork()
+    if pid == 0:
+        racecore.attention(x[:50], x[:50], x[:50])
+        os._exit(0)
+    children.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+for t in threads: t.join()
+print("same:", (outs[0] == outs[1]).all(), codes)
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    assert result.stdout == "same: True [0, 0, 0]\n"
+
+
 @pytest.mark.parametrize("backend", ["loky", "threading", "multiprocessing"])
 def test_joblib(backend):
     program = f"""
