@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from racecore import arrays
+from racecore import arrays, plan
 from racecore.problem import Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
@@ -75,12 +76,14 @@ def check_attention(
     sequences = _sequence_table(cu_seqlens, q, k)
     per_head = lsh.n_heads is not None
     planes, beta = lsh.per_head(q.shape[2] if per_head else k.shape[2])
-    tokens, workspace = _checked_limits(chunk_size, memory_limit)
+    _check_chunk_size(chunk_size, memory_limit)
     problem = Problem(
         query=q, key=k, value=v, planes=planes, beta=beta, key_mask=mask, sequences=sequences,
         n_heads=q.shape[2], n_kv_heads=k.shape[2], value_dim=v.shape[3], is_causal=bool(is_causal), readout=readout,
-        dtype=arrays.compute_dtype(q.dtype), chunk_tokens=tokens, workspace_bytes=workspace,
+        dtype=arrays.compute_dtype(q.dtype), chunk_tokens=None if chunk_size is None else int(chunk_size),
     )  # fmt: skip
+    if memory_limit is not None:
+        problem = _limited(problem, parse_bytes(memory_limit))
     return problem, lsh, had_batch
 
 
@@ -186,17 +189,26 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
     return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
 
 
-def _checked_limits(chunk_size: int | None, memory_limit: int | str | None) -> tuple[int | None, int]:
-    default = Problem.workspace_bytes
-    if chunk_size is not None:
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, np.integer)):
-            raise TypeError(f"chunk_size must be an integer number of tokens, got {chunk_size!r}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-        if memory_limit is not None:
-            raise ValueError("chunk_size and memory_limit both bound the temporary memory; give one of them")
-        return int(chunk_size), default
-    return None, default if memory_limit is None else parse_bytes(memory_limit)
+def _check_chunk_size(chunk_size: int | None, memory_limit: int | str | None) -> None:
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, np.integer)):
+        raise TypeError(f"chunk_size must be an integer number of tokens, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    if memory_limit is not None:
+        raise ValueError("chunk_size and memory_limit both bound the temporary memory; give one of them")
+
+
+def _limited(problem: Problem, memory_limit: int) -> Problem:
+    """Lower the workspace to the limit; a higher limit changes nothing, because larger chunks are no faster."""
+    smallest = plan.smallest_workspace(problem)
+    if memory_limit < smallest:
+        raise ValueError(
+            f"memory_limit is {memory_limit:,} bytes, but one segment of {plan.SEGMENT} tokens needs {smallest:,} bytes "
+            f"of temporary memory here; the smallest memory_limit that works is {smallest}"
+        )
+    return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit))
 
 
 def parse_bytes(size: int | str) -> int:
@@ -255,7 +267,7 @@ def check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sour
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Tell whether two arrays share an element. Slices of one buffer that interleave do not."""
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stub knows 0 and -1 only
     except np.exceptions.TooHardError:
         return True
 

@@ -18,6 +18,7 @@ import platform
 import secrets
 import sys
 import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = ["attach", "describe", "folder"]
 _log = logging.getLogger("racecore")
 _SOURCES = ("ops/**/*.py", "jit.py", "plan.py", "problem.py", "kernel_cache.py")
 _DIGEST_BYTES = 32
+_KEEP_SECONDS = 30 * 24 * 3600
 _announce_lock = threading.Lock()
 _announced = False
 _problems: list[str] = []
@@ -113,11 +115,18 @@ class _KernelCache:
             try:
                 partial.write_bytes(hashlib.sha256(payload).digest() + payload)
                 os.replace(partial, path)
+                self._forget_old_ones()
             finally:
                 with contextlib.suppress(OSError):
                     partial.unlink()
         except Exception as error:
             _note(f"compiled kernels cannot be kept in {folder()}: {error!r}")
+
+    def _forget_old_ones(self) -> None:
+        """Remove files of this kernel that nobody has written for a month: those of older sources and versions."""
+        for file in folder().glob(f"{self._name}-*"):
+            if time.time() - file.stat().st_mtime > _KEEP_SECONDS:
+                file.unlink(missing_ok=True)
 
     def _file(self, signature: Any, codegen: Any) -> pathlib.Path:
         key = repr((self._name, str(signature), codegen.magic_tuple(), _source_digest(), _versions()))

@@ -14,7 +14,7 @@ import numpy as np
 
 from racecore.problem import Problem
 
-__all__ = ["BLOCK", "SEGMENT", "chunks", "count_blocks", "parts", "segment_bytes"]
+__all__ = ["BLOCK", "SEGMENT", "chunks", "count_blocks", "parts", "segment_bytes", "smallest_workspace"]
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
@@ -34,22 +34,16 @@ def segment_bytes(problem: Problem) -> tuple[int, int]:
     return 2 * state + 2 * hash_share, block
 
 
-def parts(problem: Problem) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) ranges of sequences that are treated together.
+def smallest_workspace(problem: Problem) -> int:
+    """Return the bytes that one segment takes: the least that any chunk needs."""
+    per_segment, per_block = segment_bytes(problem)
+    return per_segment + per_block * (SEGMENT // BLOCK)
 
-    Raises
-    ------
-    ValueError
-        The workspace cannot hold even one segment; the message names the smallest that can.
-    """
+
+def parts(problem: Problem) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) ranges of sequences that are treated together."""
     lengths = _lengths(problem)
     per_segment, per_block = segment_bytes(problem)
-    smallest = per_segment + per_block * (SEGMENT // BLOCK)
-    if problem.workspace_bytes < smallest and problem.workspace_bytes != Problem.workspace_bytes:
-        raise ValueError(
-            f"memory_limit is {problem.workspace_bytes:,} bytes, but one segment of {SEGMENT} tokens needs {smallest:,} "
-            f"bytes of temporary memory here; the smallest memory_limit that works is {smallest}"
-        )
     costs = -(-lengths // SEGMENT) * per_segment + -(-lengths // BLOCK) * per_block
     first = bytes_used = tokens_used = 0
     for index, (cost, length) in enumerate(zip(costs.tolist(), lengths.tolist(), strict=True)):
@@ -76,8 +70,8 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     Returns
     -------
     list of int64 arrays, shape [n, 5]
-        At least one, even without tokens. Per segment: sequence (counted within the part), batch index, first token, token after the last, and the number
-        of blocks of this chunk that come before it.
+        At least one, even without tokens. Per segment: sequence (counted within the part), batch index, first token,
+        token after the last, and the number of blocks of this chunk that come before it.
     """
     begin, end = (part.sequences[:, 1], part.sequences[:, 2]) if side == "query" else (
         part.sequences[:, 3], part.sequences[:, 4])  # fmt: skip
@@ -105,8 +99,7 @@ def count_blocks(chunk: np.ndarray) -> int:
 def _segments_per_chunk(part: Problem) -> int:
     if part.chunk_tokens is not None:
         return -(-part.chunk_tokens // SEGMENT)
-    per_segment, per_block = segment_bytes(part)
-    return max(1, part.workspace_bytes // (per_segment + per_block * (SEGMENT // BLOCK)))
+    return max(1, part.workspace_bytes // smallest_workspace(part))
 
 
 def _lengths(problem: Problem) -> np.ndarray:

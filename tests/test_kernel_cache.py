@@ -115,6 +115,21 @@ def test_processes_that_race_for_the_cache_all_end_right(filled, tmp_path):
     assert compute(tmp_path)["compiled"] == 0
 
 
+def test_old_files_of_a_kernel_are_removed_when_a_new_one_is_saved(filled, tmp_path):
+    folder, _ = filled
+    name = kernel_files(folder)[0].name.rpartition("-")[0]
+    (tmp_path / "racecore").mkdir()
+    old, recent, other = (tmp_path / "racecore" / f for f in (f"{name}-0.kernel", f"{name}-1.kernel", "other-0.kernel"))
+    for file in (old, recent, other):
+        file.write_bytes(b"")
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    compute(tmp_path)
+    assert not old.exists()
+    assert recent.exists()
+    assert other.exists()
+
+
 def test_an_edited_helper_makes_other_file_names(monkeypatch):
     """The name depends on every source that kernels are made from, also those of helpers in other modules."""
     before = kernel_cache._source_digest()

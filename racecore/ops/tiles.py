@@ -116,7 +116,7 @@ def _outer_tile(n_rows: int, n_vectors: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing_context, a, a_row, a_step, b, b_step, c, c_row, count, like):  # type: ignore[no-untyped-def]
+    def tile(typing_context, a, a_row, a_step, b, b_step, c, c_row, count, like):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, a_row, a_step, b, b_step, c, c_row, count, _ = arguments
             emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
@@ -152,7 +152,7 @@ def _dot_tile(n_rows: int, n_columns: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing_context, m, m_row, x, x_row, c, c_row, count, like):  # type: ignore[no-untyped-def]
+    def tile(typing_context, m, m_row, x, x_row, c, c_row, count, like):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             m, m_row, x, x_row, c, c_row, count, _ = arguments
             emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
@@ -213,7 +213,7 @@ def _row_copy(streaming: bool) -> Any:
     """
 
     @intrinsic
-    def copy(typing_context, target, source, count):  # type: ignore[no-untyped-def]
+    def copy(typing_context, target, source, count):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             target, source, count = arguments
             emit = _Emitter(builder, ir.FloatType())
@@ -237,7 +237,7 @@ def _row_copy(streaming: bool) -> Any:
 
 
 @intrinsic
-def fence(typing_context):  # type: ignore[no-untyped-def]
+def fence(typing_context):
     """Make streamed rows visible to other threads before anything that follows."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -248,7 +248,7 @@ def fence(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+def prefetch(typing_context, address):
     """Ask for the cache line at an address to be brought into the second-level cache. Any address is legal."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -1,0 +1,153 @@
+"""racecore doctor: what works on this machine, and the reason for each thing that does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from typing import Any
+
+import numpy as np
+
+import racecore
+from racecore import backends, kernel_cache
+from racecore.threads import default_count
+
+__all__ = ["add_parser", "run"]
+
+_REQUIRED = ("numpy", "numba", "llvmlite", "scipy", "threadpoolctl", "tqdm")
+_OPTIONAL = {  # what it is good for, and the packages that provide it
+    "ml_dtypes": ("bfloat16", ("ml_dtypes",)),
+    "matplotlib": ("the picture of racecore demo", ("matplotlib",)),
+    "torch": ("tensors in and out", ("torch",)),
+    "jax": ("arrays in and out", ("jax",)),
+    "cupy": ("GPU arrays", ("cupy", "cupy-cuda12x", "cupy-cuda13x")),
+}
+_FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512bf16", "avx512fp16", "neon", "sve")
+_TOLERANCE = 1e-4  # relative; two float32 implementations usually agree to a few 1e-6
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command to the program's."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what works here: versions, backends, kernel cache, self-test",
+        description="Show versions, backends with the reason for each missing one, threads, processor and kernel cache, "
+        "and test attention and its gradients on a small problem. Exit code 0: all is well. 1: something is not.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs and for bug reports")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and report; return the exit code."""
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Return everything the command shows; ``report["ok"]`` tells whether all is well."""
+    versions: dict[str, str | None] = {"racecore": racecore.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _REQUIRED}
+    optional = {name: _version(*packages) for name, (_, packages) in _OPTIONAL.items()}
+    reasons = backends.available()
+    self_test = _self_test(reasons)  # before the cache is described, since it uses it
+    cache = kernel_cache.describe()
+    problems = [f"{name} is not installed" for name, version in versions.items() if version is None]
+    problems += [f"backend {name}: {reasons[name]}" for name in ("cpu", "reference") if reasons[name] is not None]
+    problems += [] if self_test["ok"] else [f"self-test: {self_test['message']}"]
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "versions": versions,
+        "optional": optional,
+        "backends": reasons,
+        "threads": default_count(),
+        "cpu": _processor(),
+        "kernel_cache": cache,
+        "self_test": self_test,
+    }
+
+
+def _version(*packages: str) -> str | None:
+    """Return the version of the first package that is installed, without importing it."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _processor() -> dict[str, Any]:
+    """Return its name, its number, and those of its instructions that matter to the kernels."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux
+    try:
+        from llvmlite import binding
+
+        found = binding.get_host_cpu_features()
+        features = [feature for feature in _FEATURES if found.get(feature)]
+    except (ImportError, RuntimeError):
+        features = []
+    return {"name": name, "count": os.cpu_count(), "machine": platform.machine(), "features": features}
+
+
+def _self_test(reasons: dict[str, str | None]) -> dict[str, Any]:
+    """Compare the compiled kernels with the plain ones, forward and backward, on a problem of a few thousand numbers."""
+    if any(reasons[name] is not None for name in ("cpu", "reference")):
+        return {"ok": False, "message": "needs the backends cpu and reference"}
+    started = time.perf_counter()
+    try:
+        worst = max(
+            _difference(is_causal, readout) for is_causal in (False, True) for readout in ("ratio", "bucket_mean")
+        )
+    except Exception as error:  # whatever it is, the doctor has to report it
+        return {"ok": False, "message": f"{type(error).__name__}: {error}"}
+    seconds = time.perf_counter() - started
+    ok = worst <= _TOLERANCE
+    message = f"largest relative difference {worst:.1e} between cpu and reference (allowed {_TOLERANCE:.0e})"
+    return {"ok": ok, "message": message, "seconds": round(seconds, 3)}
+
+
+def _difference(is_causal: bool, readout: str) -> float:
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (rng.standard_normal((257, 2, 16), dtype=np.float32) for _ in range(4))
+    lsh = racecore.SoftLSH.random(16, rng=0)
+    results = []
+    for backend in ("cpu", "reference"):
+        out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=is_causal, readout=readout, backend=backend)
+        grads = racecore.attention_backward(d_out, saved)
+        results.append([out, grads.query, grads.key, grads.value, grads.planes, np.asarray(grads.beta)])
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*results, strict=True)]
+    return float(max(np.inf if np.isnan(error) else error for error in errors))
+
+
+def _text(report: dict[str, Any]) -> str:
+    rows: list[tuple[str, str]] = [(name, version or "MISSING") for name, version in report["versions"].items()]
+    for name, version in report["optional"].items():
+        rows.append((name, version or f"not installed (optional: {_OPTIONAL[name][0]})"))
+    rows.append(("", ""))
+    rows += [(f"backend {name}", reason or "ok") for name, reason in report["backends"].items()]
+    cpu, cache, test = report["cpu"], report["kernel_cache"], report["self_test"]
+    rows.append(("threads", f"{report['threads']} (change with --threads, racecore.threads(n) or OMP_NUM_THREADS)"))
+    rows.append(("processor", f"{cpu['name']}, {cpu['count']} cores, {cpu['machine']}"))
+    rows.append(("instructions", " ".join(cpu["features"]) or "unknown"))
+    state = "" if cache["writable"] else ", cannot be written: every process compiles anew"
+    rows.append(("kernel cache", f"{cache['folder']}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB{state}"))
+    rows += [("", f"note: {problem}") for problem in cache["problems"]]
+    rows.append(("self-test", f"{'ok' if test['ok'] else 'FAILED'}: {test['message']}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
+    lines += ["", "All is well." if report["ok"] else "Something is wrong:"]
+    return "\n".join(lines + [f"  - {problem}" for problem in report["problems"]])

@@ -1,0 +1,607 @@
+"""The command line: the same bits as the API, clear errors, exit codes, and no partial file left behind."""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import racecore
+from racecore import backends, progress
+from racecore.cli import main
+from racecore.commands import bar, demo, doctor, npy, race
+from racecore.commands.exact_rows import exact_rows
+
+GRADIENTS = ("query", "key", "value")
+# A shell that starts this in the background lets the child ignore Ctrl-C, so the handler is put back by hand.
+START = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+START += "from racecore.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def call(*words):
+    """Run the program in this process; return its exit code."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as error:  # argparse
+        return error.code
+
+
+def start(*words, **options):
+    """Run the program in a new process."""
+    command = [sys.executable, "-W", "error", "-c", START, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Small inputs, in the working directory: q k v g .npy, 2 query heads on 1 key head, V != D."""
+    monkeypatch.chdir(tmp_path)
+    save(np.float32)
+    return tmp_path
+
+
+def save(dtype, batch=()):
+    rng = np.random.default_rng(0)
+    shapes = {"q": (70, 2, 8), "k": (70, 1, 8), "v": (70, 1, 5), "g": (70, 2, 5)}
+    arrays = {name: rng.standard_normal((*batch, *shape)).astype(dtype) for name, shape in shapes.items()}
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+    return list(arrays.values())
+
+
+FILES = ("--query", "q.npy", "--key", "k.npy", "--value", "v.npy", "--out", "o.npy")
+BACKWARD = ("--d-out", "g.npy", "--d-query", "dq.npy", "--d-key", "dk.npy", "--d-value", "dv.npy")
+
+
+def attend(*words):
+    return call("attend", *FILES, *words)
+
+
+def refused(capsys, *parts, code=2, made=("o.npy",)):
+    """The message has all the parts and no traceback, and nothing was written."""
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error
+    assert "Traceback" not in error
+    assert not list(pathlib.Path().glob(".*partial"))
+    assert not any(os.path.exists(name) for name in made)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------- the same as the API
+
+
+def same_bits(path, array):
+    stored = np.load(path)
+    assert stored.shape == array.shape
+    assert stored.tobytes() == array.tobytes()
+    assert stored.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_attend_gives_the_bits_of_the_api(dtype, batch, folder, capsys):
+    q, k, v, g = save(dtype, batch)
+    words = ["--dtype", "bfloat16"] if dtype is ml_dtypes.bfloat16 else []
+    words += ["--tables", 3, "--planes", 2, "--beta", 1.5, "--seed", 7, "--causal", "--readout", "bucket_mean"]
+    assert attend(*words, *BACKWARD, "--threads", 2, "--memory-limit", "20MB") == 0
+    lsh = racecore.SoftLSH.random(8, 3, 2, beta=1.5, rng=7)
+    out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=True, readout="bucket_mean")
+    grads = racecore.attention_backward(g, saved)
+    for path, array in zip(("o.npy", "dq.npy", "dk.npy", "dv.npy"), (out, *grads[:3]), strict=True):
+        same_bits(path, array)
+    stored_as = "V2" if dtype is ml_dtypes.bfloat16 else dtype
+    assert np.load("o.npy").dtype == np.dtype(stored_as)
+    printed = capsys.readouterr().out
+    assert float(re.search(r"d_beta = (\S+)", printed)[1]) == pytest.approx(grads.beta, rel=1e-8)
+    n_tokens = 70 * int(np.prod(batch, dtype=int))
+    assert re.search(rf"{n_tokens} tokens in \S+ s \(\S+ tokens/s\): o.npy, dq.npy, dk.npy, dv.npy\n$", printed)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_defaults_forward_only(dtype, folder, capsys):
+    save(dtype)
+    assert attend() == 0
+    same_bits("o.npy", racecore.attention(*(np.load(f"{name}.npy") for name in "qkv")))
+    assert "d_beta" not in capsys.readouterr().out
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "o.npy", "q.npy", "v.npy"]
+
+
+def test_a_saved_hash_and_its_gradients(folder, capsys):
+    rng = np.random.default_rng(1)
+    lsh = racecore.SoftLSH(rng.standard_normal((2, 3, 2, 8)), [0.5, 2.0])
+    lsh.save("lsh.npz")
+    assert attend("--lsh", "lsh.npz", "--d-out", "g.npy", "--d-lsh", "dl.npz") == 0
+    q, k, v, g = (np.load(f"{name}.npy") for name in "qkvg")
+    _, saved = racecore.attention_forward(q, k, v, lsh)
+    grads = racecore.attention_backward(g, saved)
+    with np.load("dl.npz") as stored:
+        assert stored["planes"].tobytes() == grads.planes.tobytes()
+        assert stored["beta"].tobytes() == grads.beta.tobytes()
+    assert "d_beta = [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", GRADIENTS)
+def test_a_single_gradient(wanted, folder):
+    assert attend("--d-out", "g.npy", f"--d-{wanted}", "d.npy") == 0
+    q, k, v, g = (np.load(f"{name}.npy") for name in "qkvg")
+    grads = racecore.attention_backward(g, racecore.attention_forward(q, k, v)[1])
+    same_bits("d.npy", getattr(grads, wanted))
+
+
+def test_fortran_order_and_foreign_byte_order(folder, capsys):
+    expected = racecore.attention(*(np.load(f"{name}.npy") for name in "qkv"))
+    np.save("q.npy", np.asfortranarray(np.load("q.npy")))
+    np.save("k.npy", np.load("k.npy").astype(">f4"))
+    assert attend() == 0
+    same_bits("o.npy", expected)
+    assert "k.npy has foreign byte order and is copied into memory" in capsys.readouterr().err
+
+
+def test_no_tokens(folder):
+    for name, shape in {"q": (0, 2, 8), "k": (0, 1, 8), "v": (0, 1, 5), "g": (0, 2, 5)}.items():
+        np.save(f"{name}.npy", np.zeros(shape, np.float32))
+    assert attend(*BACKWARD) == 0
+    assert np.load("o.npy").shape == (0, 2, 5)
+    assert np.load("dv.npy").shape == (0, 1, 5)
+
+
+def test_queries_and_keys_may_differ_in_number(folder):
+    np.save("q.npy", np.load("q.npy")[:9])
+    assert attend() == 0
+    assert np.load("o.npy").shape == (9, 2, 5)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def test_cut_short_and_bytes_to_spare(folder, capsys):
+    content = pathlib.Path("k.npy").read_bytes()
+    for changed, what in ((content[:-1], "was cut short"), (content + b"x", "has bytes to spare")):
+        pathlib.Path("k.npy").write_bytes(changed)
+        assert attend() == 2
+        refused(capsys, f"k.npy {what}", f"{len(content):,} bytes", f"has {len(changed):,}")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all" * 9, b"\x93NUMPY\x09\x00" + b" " * 200])
+def test_not_an_npy_file(content, folder, capsys):
+    pathlib.Path("v.npy").write_bytes(content)
+    assert attend() == 2
+    refused(capsys, "v.npy is not an .npy file", "write one with numpy.save")
+
+
+def test_pickles_are_not_loaded(folder, capsys):
+    np.save("v.npy", np.array([[[{}]]]), allow_pickle=True)
+    assert attend() == 2
+    refused(capsys, "v.npy holds object")
+
+
+def test_wrong_dtypes(folder, capsys):
+    np.save("v.npy", np.load("v.npy").astype(np.int32))
+    assert attend() == 2
+    refused(capsys, "v.npy holds int32; expected float16, float32, float64", "astype(numpy.float32)")
+    np.save("v.npy", np.load("k.npy").astype(np.float64))
+    assert attend() == 2
+    refused(capsys, "query, key, value must have one dtype, got float32, float32, float64")
+    np.save("v.npy", np.load("k.npy").astype(ml_dtypes.bfloat16))
+    assert attend() == 2
+    refused(capsys, "v.npy holds entries of two untyped bytes", "--dtype bfloat16")
+
+
+def test_bfloat16_without_its_package(folder, capsys, monkeypatch):
+    save(ml_dtypes.bfloat16)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert attend("--dtype", "bfloat16") == 2
+    refused(capsys, "needs the package ml_dtypes")
+
+
+def test_wrong_shapes(folder, capsys):
+    np.save("g.npy", np.load("q.npy"))
+    assert attend(*BACKWARD) == 2
+    refused(capsys, "g.npy must have the shape of the output, (70, 2, 5), got (70, 2, 8)")
+    np.save("k.npy", np.load("k.npy")[:60])
+    assert attend() == 2
+    refused(capsys, "key and value must agree in tokens and heads")
+    np.save("q.npy", np.load("q.npy")[0])
+    assert attend() == 2
+    refused(capsys, "q.npy has shape (2, 8); expected [tokens, heads, dim]")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--query", "none.npy"), "cannot read none.npy: No such file"),
+        (("--query", "."), "cannot read .: Is a directory"),
+        (("--lsh", "none.npz"), "cannot read none.npz: No such file"),
+        (("--lsh", "q.npy"), "q.npy is not a racecore.SoftLSH file"),
+        (("--lsh", "q.npy", "--tables", "4", "--seed", "1"), "leave out --tables, --seed"),
+        (("--out", "none/o.npy"), "there is no folder"),
+        (("--out", "."), "is not a regular file"),
+        (("--d-query", "dq.npy"), "gradients need --d-out"),
+        (("--d-out", "g.npy"), "say which gradients to write"),
+        (("--memory-limit", "lots"), "a memory size is a number of bytes or text such as '512MB'"),
+        (("--memory-limit", "1kB"), "the smallest memory_limit that works is"),
+        (("--planes", "17"), "n_planes must be at most 16"),
+        (("--beta", "nan"), "beta must be finite"),
+        (("--seed", "-1"), "argument --seed: expected an integer of at least 0"),
+        (("--tables", "0"), "argument --tables: expected a positive integer"),
+        (("--threads", "many"), "argument --threads"),
+        (("--readout", "mean"), "argument --readout: invalid choice"),
+        (("--caus",), "unrecognized arguments: --caus"),
+    ],
+)
+def test_bad_usage(words, message, folder, capsys):
+    assert attend(*words) == 2
+    refused(capsys, message)
+
+
+def test_a_missing_argument(capsys):
+    assert call("attend", "--query", "q.npy") == 2
+    assert "the following arguments are required: --key, --value, --out" in capsys.readouterr().err
+    assert call("fly") == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_an_output_that_is_an_input_or_another_output(folder, capsys):
+    before = pathlib.Path("q.npy").read_bytes()
+    os.link("q.npy", "hard.npy")
+    os.symlink("q.npy", "soft.npy")
+    for name in ("q.npy", "hard.npy", "soft.npy", folder / "q.npy"):
+        assert attend("--overwrite", "--out", name) == 2
+        refused(capsys, "--out is the same file as --query")
+    assert attend(*BACKWARD, "--overwrite", "--d-key", "g.npy") == 2
+    refused(capsys, "--d-key is the same file as --d-out")
+    assert attend(*BACKWARD, "--d-key", "./dq.npy") == 2
+    refused(capsys, "--d-key is the same file as --d-query")
+    assert pathlib.Path("q.npy").read_bytes() == before
+
+
+def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
+    pathlib.Path("o.npy").write_text("mine")
+    pathlib.Path("elsewhere").mkdir()
+    os.symlink("elsewhere/dq.npy", "dq.npy")
+    assert attend(*BACKWARD) == 2
+    refused(capsys, "o.npy exists; choose another name for --out, or add --overwrite", made=("dk.npy",))
+    assert pathlib.Path("o.npy").read_text() == "mine"
+    assert attend(*BACKWARD, "--overwrite") == 0
+    assert np.load("o.npy").shape == (70, 2, 5)
+    assert os.path.islink("dq.npy")
+    assert np.load("elsewhere/dq.npy").shape == (70, 2, 8)
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_full_disk_is_found_before_the_work_starts(failing, folder, capsys, monkeypatch):
+    calls = []
+    genuine = os.posix_fallocate
+
+    def allocate(descriptor, offset, size):
+        calls.append(size)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+        genuine(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(racecore, "attention_forward", None)
+    assert attend(*BACKWARD) == 1
+    size = os.path.getsize("g.npy" if failing == 1 else "k.npy")
+    refused(capsys, f"cannot reserve {size:,} bytes: No space left on device", made=("o.npy", "dq.npy", "dk.npy"))
+
+
+def test_a_file_size_limit_is_an_error_and_no_signal(folder):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    command = [sys.executable, "-c", limit + START, "attend", *FILES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "racecore attend: error: [Errno 27] cannot reserve" in done.stderr
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "racecore attend: interrupted"),
+        (MemoryError(), 1, "not enough memory"),
+        (OSError(5, "Input/output error"), 1, "Input/output error"),
+        (racecore.errors.BackendUnavailableError("cpu", {"cpu": "no reason"}), 1, "cpu: no reason"),
+    ],
+)
+def test_an_error_in_the_work_leaves_nothing(error, code, message, folder, capsys, monkeypatch):
+    def fail(*_, **__):
+        assert sorted(os.listdir())[:4] != ["g.npy", "k.npy", "q.npy", "v.npy"]  # partial files sort first
+        raise error
+
+    monkeypatch.setattr(racecore, "attention_backward", fail)
+    assert attend(*BACKWARD) == code
+    refused(capsys, message)
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+
+
+def test_a_bug_shows_its_traceback_and_leaves_nothing(folder, monkeypatch):
+    monkeypatch.setattr(racecore, "attention", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attend()
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_long_run_and_leaves_nothing(number, code, folder):
+    """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no room."""
+    assert attend() == 0  # compiles the kernels
+    os.unlink("o.npy")
+    for name, dim in {"q": 16, "k": 16, "v": 1}.items():
+        with open(folder / f"{name}.npy", "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 22, 1, dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + (1 << 24) * dim)
+    process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
+    with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
+        deadline = time.monotonic() + 60
+        while not list(folder.glob(".o.npy.*.partial")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(number)
+        try:
+            assert process.wait(30) == code
+        finally:
+            process.kill()
+        seconds = time.monotonic() - started
+        message = process.stderr.read()
+    assert seconds < 10  # usually a fraction of one; the machine may be busy
+    assert "Traceback" not in message
+    assert "interrupted" in message or number == signal.SIGTERM
+    assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(bar, "SECONDS_UNTIL_BAR", 0.0)
+    with bar.token_bar("working", 100):
+        for _ in range(3):
+            time.sleep(0.11)  # tqdm draws ten times a second
+            progress.advance(40)
+    assert "working  40 % |" in screen.getvalue()
+    assert "100 %" in screen.getvalue()
+    assert "120" not in screen.getvalue()
+
+
+def test_nothing_is_shown_for_what_takes_no_second(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with bar.token_bar("working", 100):
+        progress.advance(100)
+    assert screen.getvalue().strip() == ""
+
+
+def test_plain_lines_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
+    with bar.token_bar("working", 100):
+        progress.advance(40)
+    assert capsys.readouterr().err == "working: 40% after 0 s\n"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_bar_ends_full(causal, gradients, folder, monkeypatch, capsys):
+    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
+    assert attend(*(["--causal"] if causal else []), *(BACKWARD if gradients else [])) == 0
+    shares = [int(share) for share in re.findall(r"racecore attend: (\d+)% after", capsys.readouterr().err)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert len(set(shares)) == len(shares)
+
+
+def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, capsys):
+    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
+    for name in "qkv":
+        np.save(f"{name}.npy", np.zeros((1 << 18, 1, 8), np.float32))
+    assert attend("--memory-limit", "100GB", "--causal", "--tables", 8) == 0
+    assert len(re.findall("racecore attend: ", capsys.readouterr().err)) >= 5
+
+
+# ---------------------------------------------------------------------------------------------- the program
+
+
+def test_version_and_module():
+    for command in (["-m", "racecore"], ["-c", START]):
+        done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"racecore {racecore.__version__}\n"
+    (script,) = (s for s in importlib.metadata.entry_points(group="console_scripts") if s.name == "racecore")
+    assert script.load() is main
+
+
+def test_help(capsys):
+    assert call() == 0
+    listing = capsys.readouterr().out
+    for command in ("attend", "demo", "doctor"):
+        assert command in listing
+        assert call(command, "--help") == 0
+        assert f"usage: racecore {command}" in capsys.readouterr().out
+    assert "Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted" in listing
+
+
+def test_the_command_line_imports_nothing_heavy():
+    program = (
+        "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    process = start("doctor")
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert "error" not in process.stderr.read().lower()
+    process.stderr.close()
+
+
+# ---------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_in_json_without_importing_what_is_optional():
+    program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
+    program += "print([m for m in ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes') if m in sys.modules], code)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    assert last == "[] 0"
+    report = json.loads(text)
+    assert report["ok"] is True
+    assert report["problems"] == []
+    assert report["versions"]["numpy"] == np.__version__
+    assert set(report["optional"]) == {"ml_dtypes", "matplotlib", "torch", "jax", "cupy"}
+    assert report["backends"]["cpu"] is None
+    assert "CUDA" in report["backends"]["cuda"]
+    assert report["threads"] >= 1
+    assert report["cpu"]["name"]
+    assert report["kernel_cache"]["files"] >= 0
+    assert report["self_test"]["ok"] is True
+
+
+def test_doctor_in_words(capsys):
+    assert call("doctor") == 0
+    text = capsys.readouterr().out
+    for part in ("numpy", "backend cuda", "threads", "processor", "kernel cache", "self-test", "All is well."):
+        assert part in text
+
+
+def test_doctor_finds_wrong_results(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_TOLERANCE", 0.0)
+    assert call("doctor") == 1
+    text = capsys.readouterr().out
+    assert "FAILED: largest relative difference" in text
+    assert "Something is wrong:\n  - self-test:" in text
+
+
+def test_doctor_reports_an_error_and_a_missing_backend(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(racecore, "attention_forward", fail)
+        assert call("doctor", "--json") == 1
+        assert json.loads(capsys.readouterr().out)["problems"] == ["self-test: RuntimeError: no luck"]
+    reasons = {"reference": None, "cpu": "numba is not installed", "cuda": "none"}
+    monkeypatch.setattr(backends, "available", lambda: reasons)
+    assert call("doctor", "--json") == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert problems == ["backend cpu: numba is not installed", "self-test: needs the backends cpu and reference"]
+
+
+# ---------------------------------------------------------------------------------------------- demo
+
+
+def test_exact_rows_agree_with_the_oracle():
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.standard_normal((90, 1, dim)) for dim in (6, 6, 4, 4))
+    planes, rows = rng.standard_normal((3, 2, 6)), np.array([0, 17, 89])
+    exact = exact_rows(q[:, 0], k[:, 0], v[:, 0], g[:, 0], planes, 1.3, rows)
+    out, _, _ = oracle.attention(q, k, v, planes, 1.3)
+    grads = oracle.gradients(q, k, v, planes, 1.3, g)
+    for name, wanted in {"out": out, **{f"d_{name}": grads[name] for name in GRADIENTS}}.items():
+        np.testing.assert_allclose(getattr(exact, name), wanted[rows, 0], rtol=1e-10, atol=1e-13, err_msg=name)
+
+
+def test_exact_rows_over_several_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    arguments = [rng.standard_normal((50, 4)) for _ in range(4)] + [rng.standard_normal((2, 2, 4)), 1.0, np.arange(5)]
+    whole = exact_rows(*arguments)
+    monkeypatch.setattr("racecore.commands.exact_rows._BLOCK", 7)
+    cut = exact_rows(*arguments)
+    for name in ("out", "d_query", "d_key", "d_value"):
+        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
+
+
+def test_the_rival_is_softmax_attention():
+    from concurrent.futures import ThreadPoolExecutor
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((150, 2, 8), dtype=np.float32) for _ in range(3))
+    weights = np.exp(np.einsum("ihd,jhd->hij", q, k) / np.sqrt(8))
+    wanted = np.einsum("hij,jhd->ihd", weights / weights.sum(axis=2, keepdims=True), v)
+    with ThreadPoolExecutor(2) as pool:
+        np.testing.assert_allclose(race.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_demo_quick(tmp_path):
+    process = start("demo", "--quick", "--threads", 2, cwd=tmp_path)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    for part in ("1. Inputs: 4,096 tokens", "racecore attend --query racecore-demo/q.npy", "d_key", "4,096 tokens in"):
+        assert part in printed
+    for part in ("WRONG", "No picture"):
+        assert part not in printed
+    assert float(re.search(r"largest    (\S+)", printed)[1]) < 1e-5
+    assert re.search(r"RACE is an estimate: these rows are \d+% from", printed)
+    assert re.search(r"softmax (is|was not) faster here", printed, re.IGNORECASE)
+    assert re.search(r"All rows are right; the demo took \d+ s", printed)
+    assert (tmp_path / "racecore-demo" / "race_vs_softmax.png").read_bytes().startswith(b"\x89PNG")
+    made = {"q", "k", "v", "d_out", "out", "d_query", "d_key", "d_value"}
+    assert {path.stem for path in tmp_path.glob("racecore-demo/*.npy")} == made
+
+
+def test_demo_without_matplotlib_and_with_wrong_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setattr(race, "_ENOUGH", 0.0)
+    monkeypatch.setattr(demo, "_TOLERANCE", 0.0)
+    folder = tmp_path / "new" / "folder"
+    words = ("demo", "--quick", "--tokens", 40, "--heads", 1, "--head-dim", 8, "--seed", 3, "--folder", folder)
+    assert call(*words) == 1
+    printed = capsys.readouterr().out
+    assert "No picture: Matplotlib is not installed (pip install matplotlib)" in printed
+    assert "WRONG: more than 0" in printed
+    assert "ROWS ARE WRONG" in printed
+    monkeypatch.setattr(demo, "_TOLERANCE", 1e-4)
+    assert call(*words) == 0  # again, in its own folder
+    assert not (folder / "race_vs_softmax.png").exists()
+
+
+def test_demo_destroys_no_files_of_others(folder, capsys):
+    before = pathlib.Path("q.npy").read_bytes()
+    assert call("demo", "--quick", "--folder", ".") == 2
+    assert "the folder . holds files that are not the demo's; choose another --folder" in capsys.readouterr().err
+    assert pathlib.Path("q.npy").read_bytes() == before
+    assert call("demo", "--folder", "q.npy") == 2
+    assert "q.npy exists and is not a folder" in capsys.readouterr().err
+
+
+def test_the_race_says_where_softmax_wins():
+    laps = [race.Lap(64, 0.002, 0.006, 0.001), race.Lap(128, 0.003, 0.009, 0.006), race.Lap(256, 0.004, 0.01, None)]
+    assert race.softmax_wins(laps) == [64]
+    lines = race.table(laps).splitlines()
+    assert lines[2].endswith("2.0 x slower")
+    assert lines[3].endswith("2.0 x faster")
+    assert lines[4].endswith("-")
+
+
+def test_created_files_are_not_sparse(tmp_path):
+    array = npy.create(str(tmp_path / "a.npy"), (1 << 18, 1, 4), np.dtype(np.float32))
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
+    npy.finish(array)
+    assert np.load(tmp_path / "a.npy").shape == (1 << 18, 1, 4)
