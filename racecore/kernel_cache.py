@@ -2,7 +2,7 @@
 
 Numba's own cache goes stale when an edited function lives in another module than the kernel that calls it, and one
 truncated index file makes every later run fail. This one names a file after everything the machine code depends on
-(sources of all kernels, signature, processor, versions of Python and Numba), writes it whole or not at all, and treats
+(sources of all kernels, signature, processor, versions of Python and Numba, Numba's settings), writes it whole or not at all, and treats
 whatever it cannot read as absent. It plugs into the dispatcher where Numba's own cache would sit; should a future Numba
 move that place, kernels are compiled afresh in every process and `describe` says so.
 """
@@ -150,7 +150,9 @@ def _versions() -> tuple[str, ...]:
     import numba
     import numpy
 
-    return (sys.version, platform.machine(), numba.__version__, llvmlite.__version__, numpy.__version__)
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    settings = [setting for setting in settings if not setting.startswith("NUMBA_CACHE_DIR")]
+    return (sys.version, platform.machine(), numba.__version__, llvmlite.__version__, numpy.__version__, *settings)
 
 
 def _announce() -> None:

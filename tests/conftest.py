@@ -50,6 +50,7 @@ def nan_filled_memory() -> Iterator[None]:
     Compiled kernels resolve NumPy when they are compiled, so only the modules without kernels get another NumPy; what
     kernels write for a caller is allocated by `racecore.arrays.empty`.
     """
+    from racecore.ops import rows
     from racecore.ops.bidirectional import reference as bidirectional
     from racecore.ops.causal import reference as causal
     from racecore.ops.soft_hash import reference as soft_hash
@@ -63,7 +64,7 @@ def nan_filled_memory() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("racecore") and getattr(module, "empty", None) is genuine:
                 patch.setattr(module, "empty", empty)
-        for module in (bidirectional, causal, soft_hash, sys.modules["racecore.plan"]):
+        for module in (rows, bidirectional, causal, soft_hash, sys.modules["racecore.plan"]):
             patch.setattr(module, "np", _NumPyWithFilledEmpty("numpy"))
         yield
 

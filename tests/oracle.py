@@ -11,6 +11,7 @@ Letters: B batch, T tokens, H query heads, G key/value heads, D head dim, V valu
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import autograd.numpy as anp
@@ -132,7 +133,7 @@ def _packed(q: Any, k: Any, v: Any, planes: Any, beta: Any, mass: Any, value_sum
         return _sequences(q, k, v, planes, beta, mass, value_sum, is_causal, readout, key_mask)
     outs, masses, value_sums = [], [], []
     bounds = [int(bound) for bound in cu_seqlens]
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         state = (None, None) if mass is None else (mass[n : n + 1], value_sum[n : n + 1])
         rows = [x[:, begin:end] for x in (q, k, v)]
         out, new_mass, new_value_sum = _sequences(*rows, planes, beta, *state, is_causal, readout, None)

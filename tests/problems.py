@@ -17,7 +17,17 @@ from layouts import LAYOUTS, arrange
 
 import racecore
 
-__all__ = ["DTYPES", "PROBLEMS", "Arrays", "Problem", "draw", "make_state", "relative_error", "run_library", "run_oracle"]
+__all__ = [
+    "DTYPES",
+    "PROBLEMS",
+    "Arrays",
+    "Problem",
+    "draw",
+    "make_state",
+    "relative_error",
+    "run_library",
+    "run_oracle",
+]
 
 DTYPES = {
     "float16": np.dtype(np.float16),

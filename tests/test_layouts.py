@@ -18,7 +18,9 @@ WRITABLE = ("contiguous", "strided", "transposed", "reversed", "fortran")
 NAMES = ("query", "key", "value", "d_out")
 
 
-def run(arrays: dict[str, np.ndarray], lsh: racecore.SoftLSH, *, out: Any = None, grads: Any = None, **options: Any) -> dict[str, Any]:
+def run(
+    arrays: dict[str, np.ndarray], lsh: racecore.SoftLSH, *, out: Any = None, grads: Any = None, **options: Any
+) -> dict[str, Any]:
     out, saved, state = racecore.attention_forward(
         arrays["query"], arrays["key"], arrays["value"], lsh, return_state=True, out=out, **options
     )

@@ -26,7 +26,9 @@ def hash_by_loops(x: np.ndarray, planes: np.ndarray, beta: float) -> np.ndarray:
     for table in range(L):
         weights = []
         for corner in itertools.product([-1, 1], repeat=P):  # counts in binary, first plane most significant
-            weights.append(math.exp(sum(beta * c * math.tanh(w @ x) for c, w in zip(corner, planes[table], strict=True))))
+            weights.append(
+                math.exp(sum(beta * c * math.tanh(w @ x) for c, w in zip(corner, planes[table], strict=True)))
+            )
         phi[table] = np.array(weights) / sum(weights)
     return phi
 
@@ -38,7 +40,13 @@ def test_equals_loops_over_tokens(rows: dict[str, np.ndarray], readout: str, is_
     rng = np.random.default_rng(1)
     mass, value_sum = rng.uniform(1, 2, (B, H, L, 2**P)), rng.standard_normal((B, H, L, 2**P, V))
     out, last_mass, last_value_sum = oracle.attention(
-        **rows, beta=BETA, readout=readout, is_causal=is_causal, key_mask=mask, initial_mass=mass, initial_value_sum=value_sum
+        **rows,
+        beta=BETA,
+        readout=readout,
+        is_causal=is_causal,
+        key_mask=mask,
+        initial_mass=mass,
+        initial_value_sum=value_sum,
     )
     for b, h in itertools.product(range(B), range(H)):
         planes, g = rows["planes"][h], h // 2
@@ -99,7 +107,9 @@ def test_gradients_equal_central_differences(rows: dict[str, np.ndarray], readou
     grads = oracle.gradients(**inputs, d_out=d_out, d_mass=d_mass, d_value_sum=d_value_sum, **options)
 
     def loss(**changed: np.ndarray) -> float:
-        return sum((a * b).sum() for a, b in zip(oracle.attention(**{**inputs, **changed}, **options), cotangents, strict=True))
+        return sum(
+            (a * b).sum() for a, b in zip(oracle.attention(**{**inputs, **changed}, **options), cotangents, strict=True)
+        )
 
     for name, x in inputs.items():
         gradient = grads[name.removeprefix("initial_")]

@@ -40,7 +40,9 @@ def errors(problem: Problem, dtype: str, found: dict[str, np.ndarray]) -> dict[s
 @pytest.mark.parametrize("problem", PROBLEMS, ids=by_seed)
 def test_agrees_in_full_precision(problem: Problem, dtype: str, backend: str) -> None:
     found = run_library(problem, dtype, backend=backend)
-    assert found["out"].dtype == found["d_query"].dtype == found["d_key"].dtype == found["d_value"].dtype == DTYPES[dtype]
+    assert (
+        found["out"].dtype == found["d_query"].dtype == found["d_key"].dtype == found["d_value"].dtype == DTYPES[dtype]
+    )
     forward, backward = LIMITS[dtype]
     for name, error in errors(problem, dtype, found).items():
         limit = backward if name.startswith("d_") else forward

@@ -29,7 +29,9 @@ def rows(seed: int, *shapes: tuple[int, ...], dtype: Any = np.float64) -> list[n
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def inputs(n_tokens: int, *, n_heads: int = 2, n_kv_heads: int = 1, dtype: Any = np.float64, seed: int = 0) -> list[np.ndarray]:
+def inputs(
+    n_tokens: int, *, n_heads: int = 2, n_kv_heads: int = 1, dtype: Any = np.float64, seed: int = 0
+) -> list[np.ndarray]:
     """Return query, key, value and d_out without a batch axis; D = 8, V = 5."""
     shapes = [(n_tokens, n_heads, 8), (n_tokens, n_kv_heads, 8), (n_tokens, n_kv_heads, 5), (n_tokens, n_heads, 5)]
     return rows(seed, *shapes, dtype=dtype)
@@ -40,7 +42,14 @@ def small_hash(**options: Any) -> racecore.SoftLSH:
 
 
 def forward_backward(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, lsh: racecore.SoftLSH, *, d_state: Any = None, **options: Any
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    d_out: np.ndarray,
+    lsh: racecore.SoftLSH,
+    *,
+    d_state: Any = None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Return everything that a forward and a backward call can return."""
     out, saved, state = racecore.attention_forward(q, k, v, lsh, return_state=True, **options)
@@ -169,7 +178,9 @@ def test_a_bad_query_stays_in_its_row(backend: str, is_causal: bool) -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf])
-def test_what_stands_under_the_mask_changes_nothing(backend: str, readout: str, is_causal: bool, rubbish: float) -> None:
+def test_what_stands_under_the_mask_changes_nothing(
+    backend: str, readout: str, is_causal: bool, rubbish: float
+) -> None:
     q, k, v, d_out = inputs(1100, dtype=np.float32)
     mask = np.random.default_rng(3).random((1, 1100)) < 0.7
     mask[0, :40] = False
@@ -324,7 +335,8 @@ def test_limits_do_cut_a_sequence(limit: dict[str, Any]) -> None:
     """Otherwise the test before this one compares a computation with itself."""
     q, k, v, _ = inputs(LONG, dtype=np.float32)
     kept = [
-        racecore.attention_forward(q, k, v, small_hash(), is_causal=True, **options)[1].nbytes for options in ({}, limit)
+        racecore.attention_forward(q, k, v, small_hash(), is_causal=True, **options)[1].nbytes
+        for options in ({}, limit)
     ]
     assert kept[1] > kept[0] > 0
 
@@ -412,7 +424,9 @@ def test_finite_for_inputs_of_any_size(backend: str, readout: str, is_causal: bo
         q, k, v, d_out = ((x * s).astype(dtype) for x, s in zip(signs, sizes, strict=True))
         assert np.isfinite(v.astype(np.float64)).all()
         with np.errstate(under="ignore", over="ignore"):  # a gradient may exceed float16
-            result = forward_backward(q, k, v, d_out, small_hash(), is_causal=is_causal, readout=readout, backend=backend)
+            result = forward_backward(
+                q, k, v, d_out, small_hash(), is_causal=is_causal, readout=readout, backend=backend
+            )
         checked = ["out", "mass", "value_sum", "value", "planes", "beta"]
         checked += [] if dtype == np.float16 and size_of_values > 1 else ["query", "key"]
         for name in checked:

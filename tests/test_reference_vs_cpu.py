@@ -14,9 +14,15 @@ from problems import PROBLEMS, Problem, relative_error, run_library
 
 import racecore
 from racecore import inputs
+from racecore.ops import products
+from racecore.ops.soft_hash import cpu as soft_hash_cpu
+from racecore.ops.soft_hash import reference as soft_hash_reference
+from racecore.plan import BLOCK
 from racecore.problem import GradientBuffers, Sketch
 
-OPERATIONS = sorted(path.name for path in (Path(racecore.__file__).parent / "ops").iterdir() if (path / "__init__.py").is_file())
+OPERATIONS = sorted(
+    path.name for path in (Path(racecore.__file__).parent / "ops").iterdir() if (path / "__init__.py").is_file()
+)
 
 
 def implementations(operation: str) -> tuple[ModuleType, ModuleType]:
@@ -98,14 +104,23 @@ def steps(module: ModuleType, arrays: Any, problem: Problem) -> dict[str, np.nda
         module.read_out_backward(p, Sketch(results["state"], p.n_buckets), arrays.d_out, d_sketch, grads)
         results["d_state between"] = d_sketch.flat.copy()
         module.sum_keys_backward(p, d_sketch, grads)
-    results |= {"out": out, "d_query": d_query, "d_key": d_key, "d_value": d_value, "d_hash": d_hash, "d_state": d_sketch.flat}
+    results |= {
+        "out": out,
+        "d_query": d_query,
+        "d_key": d_key,
+        "d_value": d_value,
+        "d_hash": d_hash,
+        "d_state": d_sketch.flat,
+    }
     return results
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 @pytest.mark.parametrize("operation", ["bidirectional", "causal"])
 def test_same_results_function_by_function(operation: str, readout: str) -> None:
-    problem = Problem(0, 2, 100, 100, 4, 2, 6, 5, 3, 2, 1.2, 1.0, mask="random", readout=readout, is_causal=operation == "causal")
+    problem = Problem(
+        0, 2, 100, 100, 4, 2, 6, 5, 3, 2, 1.2, 1.0, mask="random", readout=readout, is_causal=operation == "causal"
+    )
     arrays = problem.arrays("float64")
     reference, cpu = (steps(module, arrays, problem) for module in implementations(operation))
     assert reference.keys() == cpu.keys()
@@ -124,3 +139,49 @@ def test_same_results_through_the_public_functions(problem: Problem, dtype: str)
         assert found[name].dtype == array.dtype, name
         limit = 1e-11 if dtype == "float64" else 3e-5
         assert relative_error(found[name], array, floor if name.startswith("d_") else 0.0) < limit, name
+
+
+def between_nan(array: np.ndarray) -> np.ndarray:
+    """Return a copy with NaN right before and right behind it in memory."""
+    store = np.full(array.size + 2 * 64, np.nan, array.dtype)
+    inner = store[64:-64].reshape(array.shape)
+    inner[...] = array
+    return inner
+
+
+@pytest.mark.parametrize("n", [1, 31, 32])
+@pytest.mark.parametrize(
+    ("n_tables", "n_planes", "head_dim"), [(1, 1, 16), (1, 1, 5), (1, 3, 16), (2, 1, 17), (3, 2, 32)]
+)
+def test_hashing_a_block_touches_nothing_beside_it(n_tables: int, n_planes: int, head_dim: int, n: int) -> None:
+    rng = np.random.default_rng(0)
+    n_rows, width, n_buckets = n_tables * n_planes, products.padded(head_dim), n_tables << n_planes
+    planes, x = np.zeros((n_rows, width)), np.zeros((BLOCK, width))
+    planes[:, :head_dim] = rng.standard_normal((n_rows, head_dim))
+    x[:n, :head_dim] = rng.standard_normal((n, head_dim))
+    d_phi = rng.standard_normal((n_buckets, BLOCK))
+    expected_phi = soft_hash_reference.soft_hash(
+        x[:n, None, :head_dim], planes[None, :, :head_dim].reshape(1, n_tables, n_planes, -1), np.array([1.5])
+    )
+    expected = soft_hash_reference.soft_hash_backward(
+        d_phi.T[:n, None],
+        x[:n, None, :head_dim],
+        planes[None, :, :head_dim].reshape(1, n_tables, n_planes, -1),
+        np.array([1.5]),
+    )
+
+    x = between_nan(x)
+    phi, d_x = between_nan(np.zeros((n_buckets, BLOCK))), between_nan(np.zeros((BLOCK, width)))
+    d_hash = between_nan(np.zeros(n_rows * head_dim + 1))
+    factors, d_u = between_nan(np.zeros((3, n_rows, BLOCK))), between_nan(np.zeros((n_rows, BLOCK)))
+    scratch = [x, phi, d_x, d_hash, factors, d_u, between_nan(planes), between_nan(np.zeros((n_rows, width)))]
+    f = soft_hash_cpu.Hash(scratch[6], 1.5, n_tables, factors, d_u, scratch[7])
+    soft_hash_cpu.hash_block(f, x, n, phi)
+    np.testing.assert_allclose(phi[:, :n].T, expected_phi[:, 0], rtol=1e-12)
+    soft_hash_cpu.hash_block_backward(f, between_nan(d_phi), x, n, phi, d_x, d_hash)
+    np.testing.assert_allclose(d_x[:n, :head_dim], expected[0][:, 0], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(d_hash[:-1], expected[1].ravel(), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(d_hash[-1], expected[2][0], rtol=1e-10, atol=1e-13)
+    for array in scratch:
+        assert np.isnan(array.base[:64]).all()
+        assert np.isnan(array.base[-64:]).all()

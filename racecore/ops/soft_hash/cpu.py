@@ -112,7 +112,7 @@ def hash_block_backward(
     # u = planes @ x.T
     expand(f.d_u, f.planes, n_rows, n, d_x)
     if wants_hash:
-        head_dim = d_hash.shape[0] // n_rows  # the last number is beta's
+        head_dim = (d_hash.shape[0] - 1) // n_rows  # the last number is beta's
         f.d_planes[:] = 0
         accumulate(f.d_u, x, n_rows, n, f.d_planes)
         for k in range(n_rows):
