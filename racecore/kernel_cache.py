@@ -2,9 +2,9 @@
 
 Numba's own cache goes stale when an edited function lives in another module than the kernel that calls it, and one
 truncated index file makes every later run fail. This one names a file after everything the machine code depends on
-(sources of all kernels, signature, processor, versions of Python and Numba, Numba's settings), writes it whole or not at all, and treats
-whatever it cannot read as absent. It plugs into the dispatcher where Numba's own cache would sit; should a future Numba
-move that place, kernels are compiled afresh in every process and `describe` says so.
+(sources of all kernels, signature, processor, versions of Python and Numba, Numba's settings), writes it whole or not at
+all, and treats whatever it cannot read as absent. It plugs into the dispatcher where Numba's own cache would sit; should
+a future Numba move that place, kernels are compiled afresh in every process and `describe` says so.
 """
 
 from __future__ import annotations
