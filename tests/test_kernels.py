@@ -82,6 +82,25 @@ def test_causal_expand_never_reads_the_future(poison):
     assert not np.isfinite(result[7:]).any()
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_triangular_accumulate_never_meets_what_is_absent(lower):
+    """Where the triangle of x is zero, 0 * NaN of c is 0."""
+    n = 13
+    rng = np.random.default_rng(0)
+    x = np.tril(rng.standard_normal((n, n))) if lower else np.triu(rng.standard_normal((n, n)))
+    c = rng.standard_normal((5, n))
+    result = np.zeros((5, n))
+    products.accumulate_triangular(c, x, 5, n, result)
+    np.testing.assert_allclose(result, c @ x, atol=1e-12)
+    poisoned = c.copy()
+    poisoned[:, 7] = np.nan
+    again = np.zeros((5, n))
+    products.accumulate_triangular(poisoned, x, 5, n, again)
+    met = x[7] != 0
+    np.testing.assert_allclose(again[:, ~met], result[:, ~met], atol=1e-12)
+    assert np.isnan(again[:, met]).all()
+
+
 @numba.njit
 def _round_trip(table, n, width, out):
     ones = np.ones(n, np.float32)

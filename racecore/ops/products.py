@@ -21,7 +21,7 @@ import numpy as np
 from racecore.jit import helper
 from racecore.ops import tiles
 
-__all__ = ["accumulate", "expand", "expand_causal", "padded", "project"]
+__all__ = ["accumulate", "accumulate_triangular", "expand", "expand_causal", "padded", "project"]
 
 _VECTOR_BYTES = 64
 _PADDING = 16  # columns: a vector of float32, two of float64
@@ -112,7 +112,7 @@ def expand_causal(c: np.ndarray, m: np.ndarray, n: int, x: np.ndarray) -> None:
     Rows of m behind token i never reach x[i], not even as NaN: where m is not finite, plain loops stop at k = i.
     """
     size = m.itemsize
-    if m.shape[1] * size % _VECTOR_BYTES == 0 and _is_finite(m, n):
+    if m.shape[1] * size % _VECTOR_BYTES == 0 and _is_finite(m, n, m.shape[1]):
         for i in range(0, n, 8):
             rows = min(8, n - i)
             _add_product(
@@ -126,13 +126,30 @@ def expand_causal(c: np.ndarray, m: np.ndarray, n: int, x: np.ndarray) -> None:
 
 
 @helper
-def _is_finite(m: np.ndarray, n: int) -> bool:
-    """Tell whether the first n rows hold neither NaN nor infinity."""
+def accumulate_triangular(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
+    """m[k] += sum_i c[k, i] * x[i] over i < n, where a zero of c or x means that token i has no part in the sum.
+
+    So 0 times NaN is 0 here: a token that is not finite does not reach those that never met it.
+    """
+    if _is_finite(c, n_rows, n) and _is_finite(x, n, x.shape[1]):
+        accumulate(c, x, n_rows, n, m)
+        return
+    for k in range(n_rows):
+        for i in range(n):
+            for d in range(x.shape[1]):
+                if c[k, i] != 0 and x[i, d] != 0:
+                    m[k, d] += c[k, i] * x[i, d]
+
+
+@helper
+def _is_finite(m: np.ndarray, n_rows: int, n_columns: int) -> bool:
+    """Tell whether the first rows and columns hold neither NaN nor infinity."""
     zero = m.dtype.type(0)
     total = zero
-    for i in range(n):
-        for d in range(m.shape[1]):
-            total += m[i, d] * zero
+    for i in range(n_rows):
+        row = m[i]
+        for d in range(n_columns):
+            total += row[d] * zero
     return total == zero
 
 

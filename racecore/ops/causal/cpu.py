@@ -18,7 +18,7 @@ from racecore.jit import helper, kernel
 from racecore.ops.bidirectional.cpu import segment_sums
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY, VALUE, load, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.products import accumulate, expand, expand_causal, project
+from racecore.ops.products import accumulate, accumulate_triangular, expand, expand_causal, project
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import Scratch, hash_of, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
@@ -200,7 +200,7 @@ def _read_block_backward(call: Call, m: int, n: int, value_sum: np.ndarray, w: S
     project(value_sum, w.g, w.rho.shape[0], n, w.d_phi)
     project(w.v, w.g, n, n, w.d_pairs)  # <v[j], g[i]>
     _clear_before(w.d_pairs, n)
-    accumulate(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi)
+    accumulate_triangular(w.phi_k, w.d_pairs, w.phi_k.shape[0], n, w.d_phi)
     # rho = weigh(phi_q, mass)
     weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
 
@@ -270,10 +270,10 @@ def _add_pairs_backward(rho: np.ndarray, n: int, w: Scratch) -> None:
     w.pairs[:] = 0
     expand(w.phi_k, rho, rho.shape[0], n, w.pairs)  # pairs[key, query]
     _clear_before(w.pairs, n)
-    accumulate(w.pairs, w.g, n, n, w.d_v)
+    accumulate_triangular(w.pairs, w.g, n, n, w.d_v)
     project(w.g, w.v, n, n, w.d_pairs)  # d_pairs[query, key]
     _clear_after(w.d_pairs, n)
-    accumulate(rho, w.d_pairs, rho.shape[0], n, w.d_phi)
+    accumulate_triangular(rho, w.d_pairs, rho.shape[0], n, w.d_phi)
 
 
 @helper
