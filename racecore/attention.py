@@ -14,7 +14,7 @@ import numpy as np
 from racecore import arrays, backends, inputs, plan
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
-from racecore.state import RaceState, check_initial_state, final_state
+from racecore.state import RaceState, check_initial_state, final_state, lsh_of
 
 __all__ = ["Gradients", "Saved", "StateGradient", "attention", "attention_backward", "attention_forward"]
 
@@ -49,7 +49,7 @@ class Gradients(NamedTuple):
     state: StateGradient | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Saved:
     """What backward needs: the inputs themselves, not copies, and states at the boundaries of chunks.
 
@@ -72,6 +72,10 @@ class Saved:
         arrays_held = [state for states in self.states if states is not None for state in states]
         held = {id(array): array.nbytes for array in arrays_held}
         return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))
+        return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
 
 
 def attention(
@@ -98,11 +102,13 @@ def attention(
     query : array, shape [B, Tq, H, D]
     key : array, shape [B, Tk, G, D]
     value : array, shape [B, Tk, G, V]
-        NumPy arrays, or host arrays of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or
-        float64. 3-D arrays mean that B is absent. H must be a multiple of G (grouped queries). Any strides are legal,
-        inputs are never written to. Rows are hashed as they come: neither normalised nor divided by sqrt(D).
+        Tokens come before heads, unlike in PyTorch's ``scaled_dot_product_attention``. NumPy arrays, or host arrays
+        of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or float64. 3-D arrays mean
+        that B is absent. H must be a multiple of G (grouped queries). Any strides are legal, inputs are never
+        written to. Rows are hashed as they come: neither normalised nor divided by sqrt(D).
     lsh : SoftLSH, optional
-        The hash. None means ``SoftLSH.random(head_dim=D, n_tables=4, n_planes=4, beta=1.0, rng=0)``.
+        The hash. None means that of `initial_state` if there is one, else
+        ``SoftLSH.random(head_dim=D, n_tables=4, n_planes=4, beta=1.0, rng=0)``.
     is_causal : bool
         Query i sees keys 0 ... i only; needs Tq == Tk.
     readout : {"ratio", "bucket_mean"}
@@ -156,8 +162,8 @@ def attention(
     (1000, 2, 16)
     """
     problem, lsh, had_batch = inputs.check_attention(
-        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size, memory_limit=memory_limit,
+        query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit,
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend)
@@ -212,8 +218,8 @@ memory_limit, backend, out
     """
     wanted = inputs.check_wrt(wrt, initial_state is not None)
     problem, lsh, had_batch = inputs.check_attention(
-        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size, memory_limit=memory_limit,
+        query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit,
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend)

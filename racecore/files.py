@@ -41,7 +41,9 @@ def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str
             content: dict[str, Any] = {name: archive[name] for name in archive.files}
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except TypeError as error:
+        raise CorruptFileError(f"{wrong}: it is a plain array (.npy), not an archive") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise CorruptFileError(f"{wrong}, or it is damaged: {error}") from error
     if str(content.get("kind")) != kind:
         raise CorruptFileError(f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}")
@@ -72,6 +74,8 @@ def _digest(kind: str, version: int, arrays: dict[str, np.ndarray]) -> str:
 def replace_when_done(path: str | os.PathLike[str]) -> Any:
     """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove it if not."""
     target = os.path.abspath(os.fspath(path))
+    if not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(f"there is no folder {os.path.dirname(target)} to write {os.path.basename(target)} to")
     partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{secrets.token_hex(4)}.partial"
     try:
         yield partial

@@ -205,8 +205,8 @@ def _limited(problem: Problem, memory_limit: int) -> Problem:
     smallest = plan.smallest_workspace(problem)
     if memory_limit < smallest:
         raise ValueError(
-            f"memory_limit is {memory_limit:,} bytes, but one segment of {plan.SEGMENT} tokens needs {smallest:,} bytes "
-            f"of temporary memory here; the smallest memory_limit that works is {smallest}"
+            f"memory_limit is {memory_limit} bytes, but a segment of {plan.SEGMENT} tokens needs more temporary memory "
+            f"here; the smallest memory_limit that works is {smallest} (bytes)"
         )
     return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit))
 

@@ -11,7 +11,7 @@ from racecore import arrays, backends, files, inputs, plan
 from racecore.problem import Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
-__all__ = ["RaceState", "check_initial_state"]
+__all__ = ["RaceState", "check_initial_state", "final_state", "lsh_of"]
 
 _FILE_KIND = "racecore.RaceState"
 _FILE_VERSION = 1
@@ -258,6 +258,11 @@ def final_state(initial: RaceState | None, sketch: Sketch, problem: Problem, lsh
     if initial is not None:
         lengths = lengths + initial.lengths
     return RaceState(lsh, sketch, lengths, problem.n_kv_heads, problem.value_dim)
+
+
+def lsh_of(lsh: Any, initial_state: Any) -> Any:
+    """Return `lsh`, or the hash of the state that a call continues from where no hash was passed."""
+    return initial_state.lsh if lsh is None and isinstance(initial_state, RaceState) else lsh
 
 
 def check_initial_state(state: Any, problem: Problem, lsh: SoftLSH) -> None:

@@ -126,10 +126,10 @@ print("right:", all((out == racecore.attention(q, k, v)).all() for out in outs))
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_ctrl_c_ends_a_long_call_within_a_second(causal, threads):
-    """Sixteen million tokens of one row each, seconds of work, interrupted in the middle; then computing goes on."""
+    """Thirty-two million tokens of one wide row, many seconds of work, interrupted early; then computing goes on."""
     program = f"""
-x = np.broadcast_to(rng.standard_normal((1, 1, 64), dtype=np.float32), (1 << 24, 1, 64))
-value = np.broadcast_to(np.float32(1), (1 << 24, 1, 1))
+x = np.broadcast_to(rng.standard_normal((1, 1, 512), dtype=np.float32), (1 << 25, 1, 512))
+value = np.broadcast_to(np.float32(1), (1 << 25, 1, 1))
 print("started", flush=True)
 try:
     with racecore.threads({threads}):
