@@ -167,7 +167,7 @@ def attention(
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend)
-    result, result_4d, restore = _prepare_out(out, problem, had_batch, query)
+    result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
     final, _ = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=False)
     if final is not None:
         return restore(result), final_state(initial_state, final, problem, lsh)
@@ -223,7 +223,7 @@ memory_limit, backend, out
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend)
-    result, result_4d, restore = _prepare_out(out, problem, had_batch, query)
+    result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
     final, states = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=True)
     initial = None if initial_state is None else initial_state.sketch.copy()
     saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
@@ -266,7 +266,7 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     shape = _out_shape(problem, _had_batch(saved))
     g = inputs.check_d_out(d_out, shape, _stored(problem.query).dtype).reshape(_out_shape(problem, True))
     d_final = inputs.check_d_state(d_state, problem)
-    results, grads = _gradient_buffers(saved, out, d_out)
+    results, grads = _gradient_buffers(saved, out, (d_out, g))
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]
@@ -332,20 +332,35 @@ def _states_again(saved: Saved, part: Problem, first: int, last: int) -> np.ndar
     return sketch.flat
 
 
-def _prepare_out(out: Any, problem: Problem, had_batch: bool, query: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+def _prepare_out(
+    out: Any, problem: Problem, had_batch: bool, passed: tuple[Any, Any, Any], initial_state: RaceState | None
+) -> tuple[np.ndarray, np.ndarray, Any]:
     """Return the result array in the caller's shape, a 4-D view of it, and what hands it over."""
-    q, k, v = _stored(problem.query), _stored(problem.key), _stored(problem.value)
-    shape = _out_shape(problem, had_batch)
-    sources = {"query": q, "key": k, "value": v, "key_mask": problem.key_mask}
-    result = inputs.check_out(out, "out", shape, q.dtype, sources)
-    return result, result if had_batch else result[None], arrays.restorer(query if out is None else out)
+    sources = _sources(problem, passed)
+    if initial_state is not None:
+        sources.append(("initial_state", initial_state.sketch.flat))
+    result = inputs.check_out(out, "out", _out_shape(problem, had_batch), _stored(problem.query).dtype, sources)
+    return result, result if had_batch else result[None], arrays.restorer(passed[0] if out is None else out)
 
 
-def _gradient_buffers(saved: Saved, out: Any, d_out: Any) -> tuple[list[np.ndarray | None], GradientBuffers]:
+def _sources(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, Any]]:
+    """Name what a result must not overlap: what is read, and what the caller passed where that was copied."""
+    read = zip(
+        ("query", "key", "value", "key_mask"),
+        (problem.query, problem.key, problem.value, problem.key_mask),
+        strict=True,
+    )
+    return [*read, *zip(("query", "key", "value"), passed, strict=True)]
+
+
+def _gradient_buffers(
+    saved: Saved, out: Any, d_out: tuple[Any, ...]
+) -> tuple[list[np.ndarray | None], GradientBuffers]:
     """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
     problem, had_batch = saved.problem, _had_batch(saved)
     stored = {"query": problem.query, "key": problem.key, "value": problem.value}
-    sources = {**stored, "d_out": d_out, "key_mask": problem.key_mask}
+    sources = [*_sources(problem, saved.sources), *(("d_out", x) for x in d_out)]
+    inputs.check_gradient_targets(out)
     results: list[np.ndarray | None] = []
     for name, array in stored.items():
         shape = _stored(array).shape
@@ -358,7 +373,7 @@ def _gradient_buffers(saved: Saved, out: Any, d_out: Any) -> tuple[list[np.ndarr
         result = inputs.check_out(
             given, f"out.{name}", shape if had_batch else shape[1:], _stored(array).dtype, sources
         )
-        sources[f"out.{name}"] = result
+        sources.append((f"out.{name}", result))
         results.append(result)
     buffers = [r if r is None or had_batch else r[None] for r in results]
     n_numbers = problem.planes.shape[1] * problem.planes.shape[2] * problem.planes.shape[3] + 1

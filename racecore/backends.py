@@ -54,7 +54,7 @@ def choose(name: str | None) -> Backend:
     """
     if name is None:
         name = _default()
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return _load(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_caus
     -----
     Source: RACE Attention (arXiv 2510.04008), section 3, the kernel before its estimation.
     """
-    if not (isinstance(power, (int, float, np.number)) and np.isfinite(power) and power > 0):
+    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < float("inf"):
         raise ValueError(f"power must be a positive number, got {power!r}")
     problem, _, had_batch = inputs.check_attention(
         query, key, value, None, is_causal=is_causal, readout="ratio", key_mask=None, cu_seqlens=None,
@@ -68,13 +69,25 @@ def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_caus
 
 def _rows(q: np.ndarray, k: np.ndarray, v: np.ndarray, power: float, first: int | None) -> np.ndarray:
     """Return the outputs [n, V] of n queries, the first of which is token `first` where attention is causal."""
-    similarity = (1 - np.arccos(np.clip(q @ k.T, -1, 1)) / np.pi) ** power  # [n, Tk]
+    with np.errstate(divide="ignore"):
+        logits = power * np.log1p(-np.arccos(np.clip(q @ k.T, -1, 1)) / np.pi)  # [n, Tk]
     if first is not None:
-        similarity = np.where(np.arange(len(k)) <= first + np.arange(len(q))[:, None], similarity, 0)
-    total = similarity.sum(axis=1, keepdims=True)
-    return np.divide(similarity @ v, total, out=np.zeros((len(q), v.shape[1])), where=total > 0)
+        logits = np.where(np.arange(len(k)) <= first + np.arange(len(q))[:, None], logits, -np.inf)
+    highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
+    weight = np.exp(logits - np.where(np.isneginf(highest), 0, highest))  # a large power would underflow without this
+    total = weight.sum(axis=1, keepdims=True)
+    if first is not None and not np.isfinite(v).all():  # 0 * NaN would reach earlier queries
+        seen = [(w[: first + i + 1], v[: first + i + 1]) for i, w in enumerate(weight)]
+        out = np.stack([w @ values for w, values in seen]) if seen else np.zeros((0, v.shape[1]))
+    else:
+        out = weight @ v
+    return np.divide(out, total, out=np.zeros((len(q), v.shape[1])), where=total != 0)
 
 
 def _unit_rows(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    """Return rows of length 1; rows of zeros stay, and what is not finite becomes NaN."""
+    largest = np.abs(x).max(axis=-1, keepdims=True, initial=0)
+    with np.errstate(invalid="ignore"):
+        scaled = np.divide(x, largest, out=np.zeros_like(x), where=largest != 0)  # its squares cannot overflow
+    length = np.linalg.norm(scaled, axis=-1, keepdims=True)
+    return np.divide(scaled, length, out=np.zeros_like(x), where=length != 0)

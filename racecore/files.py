@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,16 @@ def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str
         raise
     except TypeError as error:
         raise CorruptFileError(f"{wrong}: it is a plain array (.npy), not an archive") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise CorruptFileError(f"{wrong}, or it is damaged: {error}") from error
     if str(content.get("kind")) != kind:
         raise CorruptFileError(f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}")
@@ -73,7 +83,7 @@ def _digest(kind: str, version: int, arrays: dict[str, np.ndarray]) -> str:
 @contextlib.contextmanager
 def replace_when_done(path: str | os.PathLike[str]) -> Any:
     """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove it if not."""
-    target = os.path.abspath(os.fspath(path))
+    target = os.path.realpath(os.fsdecode(path))  # a link stays one
     if not os.path.isdir(os.path.dirname(target)):
         raise FileNotFoundError(f"there is no folder {os.path.dirname(target)} to write {os.path.basename(target)} to")
     partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{secrets.token_hex(4)}.partial"

@@ -22,6 +22,7 @@ __all__ = [
     "check_attention",
     "check_d_out",
     "check_d_state",
+    "check_gradient_targets",
     "check_out",
     "check_wrt",
     "parse_bytes",
@@ -114,7 +115,7 @@ def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.nda
 
 
 def _check_readout(readout: str) -> None:
-    if readout not in READOUTS:
+    if not isinstance(readout, str) or readout not in READOUTS:
         raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
 
 
@@ -167,8 +168,8 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
         table[:, 0] = np.arange(batch)
         table[:, 2], table[:, 4] = n_queries, n_keys
         return table
-    if isinstance(cu_seqlens, (list, tuple)):
-        cu_seqlens = np.asarray(cu_seqlens)
+    if isinstance(cu_seqlens, (list, tuple, range)):
+        cu_seqlens = np.asarray(cu_seqlens, None if len(cu_seqlens) else np.int64)
     bounds = arrays.as_numpy(cu_seqlens, "cu_seqlens")
     if bounds.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens must be integers, got {bounds.dtype}")
@@ -225,7 +226,7 @@ def parse_bytes(size: int | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(size).lower())
         if match is None or match[2] not in _UNITS:
             raise ValueError(f"a memory size is a number of bytes or text such as '512MB' or '1GiB', got {size!r}")
-        n_bytes = int(float(match[1]) * _UNITS[match[2]])
+        n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0**62))
     if n_bytes < 1:
         raise ValueError(f"a memory size must be positive, got {size!r}")
     return n_bytes
@@ -235,6 +236,8 @@ def check_wrt(wrt: Any, has_initial_state: bool) -> frozenset[str]:
     """Return the set of gradients that are wanted; None means all of them (the state's only if one was passed)."""
     if wrt is None:
         return frozenset(WRT if has_initial_state else WRT[:-1])
+    if not isinstance(wrt, (str, list, tuple, set, frozenset)):
+        raise TypeError(f"wrt must be None, a name or several names of {', '.join(WRT)}; got {wrt!r}")
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     unknown = [name for name in names if name not in WRT]
     if unknown:
@@ -242,7 +245,9 @@ def check_wrt(wrt: Any, has_initial_state: bool) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: dict[str, Any]) -> np.ndarray:
+def check_out(
+    out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]]
+) -> np.ndarray:
     """Check an array that the caller gave for a result, or make one where None was given."""
     if out is None:
         return arrays.empty(shape, dtype)
@@ -256,12 +261,25 @@ def check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sour
         raise ValueError(f"{name} must be aligned and in native byte order")
     if out.size and 0 in (s for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
         raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
-    for other, array in sources.items():
+    for other, array in sources:
         if isinstance(array, np.ndarray) and _overlap(out, array):
             raise ValueError(
                 f"{name} overlaps {other} in memory; inputs are never written to, so give it memory of its own"
             )
     return out
+
+
+def check_gradient_targets(out: Any) -> None:
+    """Check that `out` of a backward call, if there is one, names its arrays."""
+    if out is None:
+        return
+    if not all(hasattr(out, name) for name in WRT[:3]):
+        raise TypeError(
+            f"out must have .query, .key and .value, as a racecore.Gradients has, got {type(out).__qualname__}"
+        )
+    for name in WRT[3:]:
+        if getattr(out, name, None) is not None:
+            raise ValueError(f"out.{name} was given, but only query, key and value can be written to arrays of yours")
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -299,6 +317,8 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
                 f"d_state must have .mass and .value_sum, as a RaceState has; {type(d_state).__qualname__} lacks .{name}"
             )
         array = arrays.as_numpy(array, f"d_state.{name}")
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"d_state.{name} must be real numbers, got {array.dtype}")
         if array.shape != wanted:
             raise ValueError(f"d_state.{name} must have shape {wanted}, got {array.shape}")
         target[...] = array.reshape(target.shape)

@@ -56,6 +56,7 @@ def describe() -> dict[str, Any]:
 def attach(dispatcher: Any) -> Any:
     """Give a Numba dispatcher this cache; return the dispatcher."""
     if hasattr(dispatcher, "_cache"):
+        _source_digest()  # now, while the sources are those that are being imported
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     else:
         _note("this version of Numba has no place for a cache")

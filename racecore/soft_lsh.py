@@ -14,6 +14,7 @@ from racecore import files
 __all__ = ["SoftLSH"]
 
 _MAX_PLANES = 16  # 65,536 buckets per table
+_LARGEST_BETA = 1e6  # beyond 20 a hash is hard; this only keeps float32 from overflowing
 _FILE_KIND = "racecore.SoftLSH"
 _FILE_VERSION = 1
 
@@ -222,8 +223,8 @@ def _checked_beta(beta: ArrayLike, planes: np.ndarray) -> np.ndarray:
         raise ValueError(f"beta must be a number or have shape [H], got shape {array.shape}")
     if array.ndim == 1 and planes.ndim == 4 and len(array) != len(planes):
         raise ValueError(f"beta has {len(array)} heads and planes have {len(planes)}: they must agree")
-    if not np.isfinite(array).all():
-        raise ValueError(f"beta must be finite, got {beta!r}")
+    if not (np.abs(array) <= _LARGEST_BETA).all():
+        raise ValueError(f"beta must be finite and at most {_LARGEST_BETA:g}, got {beta!r}; useful values are 0 to 20")
     return array
 
 

@@ -130,14 +130,16 @@ class RaceState:
             Shapes or dtypes that do not fit; the state is then unchanged.
         """
         problem = inputs.check_append(self, key, value, key_mask)
-        before = self._sketch.flat.copy() if problem.sequences[0:1, 4].sum() > plan.SEGMENT else None
+        lengths = self._lengths + _added_tokens(problem)
+        before = self._sketch.flat.copy()
         try:
-            backends.choose(None).bidirectional.sum_keys(problem, self._sketch)
-        except BaseException:  # an interrupt between chunks must not leave half of the tokens behind
-            if before is not None:
-                self._sketch.flat[...] = before
+            for first, last in plan.parts(problem):
+                sketch = self._sketch.part(first, last)
+                backends.choose(None).bidirectional.sum_keys(problem.part(first, last), sketch)
+        except BaseException:  # an interrupt must not leave half of the tokens behind
+            self._sketch.flat[...] = before
             raise
-        self._lengths += _added_tokens(problem)
+        self._lengths[...] = lengths
 
     def attend(self, query: Any, *, readout: str = "ratio", backend: str | None = None) -> Any:
         """Answer queries from everything appended so far.
@@ -160,7 +162,9 @@ class RaceState:
         if problem.query is None:
             raise TypeError("query is missing")
         out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype)
-        backends.choose(backend).bidirectional.read_out(problem, self._sketch, out)
+        for first, last in plan.parts(problem):
+            part = problem.part(first, last)
+            backends.choose(backend).bidirectional.read_out(part, self._sketch.part(first, last), out)
         return arrays.restorer(query)(out[0] if np.ndim(query) == 3 else out)
 
     def merge(self, other: RaceState) -> None:

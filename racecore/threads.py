@@ -48,9 +48,9 @@ def threads(n: int) -> Iterator[None]:
     >>> with threads(1):
     ...     pass
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
         raise ValueError(f"threads takes a positive integer, got {n!r}")
-    token = _requested.set(n)
+    token = _requested.set(int(n))
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def default_count() -> int:
     """Return the number of threads in use where `threads` does not say otherwise."""
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(limit), processors) if limit.isdigit() and int(limit) > 0 else processors
+    return min(int(limit), processors) if limit.isascii() and limit.isdigit() and int(limit) > 0 else processors
 
 
 def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: int) -> None:

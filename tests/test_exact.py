@@ -42,9 +42,33 @@ def test_race_converges_to_it():
     assert errors[2] < 0.5 * errors[1]
 
 
+def test_bad_values_stay_where_they_are():
+    rng = np.random.default_rng(0)
+    for poisoned in range(3):
+        arrays = [rng.standard_normal((40, 1, 4)) for _ in range(3)]
+        arrays[poisoned][30] = np.nan
+        out = racecore.exact.angular_attention(*arrays, 2, is_causal=True)
+        assert np.isfinite(out[:30]).all()
+        assert np.isnan(out[30]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_lengths_of_rows_do_not_matter(scale):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((20, 1, 4)) for _ in range(3))
+    expected = racecore.exact.angular_attention(q, k, v, 3)
+    np.testing.assert_allclose(racecore.exact.angular_attention(q * scale, k * scale, v, 3), expected, rtol=1e-10)
+
+
+def test_a_large_power_picks_the_nearest_key():
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((20, 1, 4)), rng.standard_normal((20, 1, 2))
+    np.testing.assert_allclose(racecore.exact.angular_attention(k, k, v, 1e6), v)
+
+
 def test_power_must_be_positive():
     x = np.ones((2, 1, 3))
-    for power in (0, -1, np.nan, "2"):
+    for power in (0, -1, np.nan, np.inf, "2", True, 1j):
         with pytest.raises(ValueError, match="power must be a positive number"):
             racecore.exact.angular_attention(x, x, x, power)
     assert not racecore.exact.angular_attention(x, x[:0], x[:0], 2).any()

@@ -73,6 +73,7 @@ def test_bad_calls(function, change, error, message):
         ([1, 8], ValueError, r"start at 0 and end at T = 8, got 1 \.\.\. 8"),
         ([0, 7], ValueError, "end at T = 8"),
         ([0, 5, 4, 8], ValueError, "must not decrease, got 5, 4 at index 1"),
+        ([], ValueError, "shape"),
         ([[0, 8]], ValueError, r"shape \[n_sequences \+ 1\]"),
         (np.array([0.0, 8.0]), TypeError, "integers"),
         (np.array([], np.int64), ValueError, "shape"),
@@ -92,6 +93,53 @@ def test_out_must_not_overlap_an_input():
     buffer = np.ones((3, 2, 8, 4, 6), np.float32)
     with pytest.raises(ValueError, match="out overlaps query in memory"):
         racecore.attention(buffer[0], buffer[1], buffer[2], out=buffer[0])
+
+
+def test_out_must_not_overlap_what_was_copied_on_the_way_in():
+    """A byte-swapped input is copied; a result must not land in the original either."""
+    swapped = np.ones((8, 2, 6), ">f4")
+    before = swapped.copy()
+    with pytest.raises(ValueError, match="out overlaps query"):
+        racecore.attention(swapped, swapped, swapped, out=swapped.view("<f4"))
+    _, saved = racecore.attention_forward(swapped, swapped.copy(), swapped.copy())
+    with pytest.raises(ValueError, match=r"out.value overlaps query"):
+        racecore.attention_backward(np.ones((8, 2, 6)), saved, out=racecore.Gradients(value=swapped.view("<f4")))
+    np.testing.assert_array_equal(swapped, before)
+
+
+def test_out_must_not_overlap_the_initial_state():
+    x = np.ones((1, 8, 1, 6))
+    past = racecore.RaceState.zeros(racecore.SoftLSH.random(6, rng=0), 1, 1, 6)
+    past.append(x, x)
+    with pytest.raises(ValueError, match="out overlaps initial_state"):
+        racecore.attention(x, x, x, initial_state=past, out=past.value_sum.reshape(1, 64, 1, 6)[:, :8])
+
+
+@pytest.mark.parametrize("out", [(None, None, None), {"query": None}, np.ones(3)])
+def test_gradient_targets_are_named(out):
+    _, saved = racecore.attention_forward(q, k, v, lsh)
+    with pytest.raises(TypeError, match=r"out must have .query, .key and .value"):
+        racecore.attention_backward(np.ones((2, 8, 4, 5)), saved, out=out)
+    with pytest.raises(ValueError, match=r"out.beta was given"):
+        racecore.attention_backward(np.ones((2, 8, 4, 5)), saved, out=racecore.Gradients(beta=1.0))
+
+
+def test_a_state_brings_its_hash():
+    other = racecore.SoftLSH.random(6, 2, 3, rng=5)
+    past = racecore.RaceState.zeros(other, 2, 2, 5)
+    past.append(k, v)
+    np.testing.assert_array_equal(
+        racecore.attention(q, k, v, initial_state=past), racecore.attention(q, k, v, other, initial_state=past)
+    )
+
+
+def test_any_true_byte_of_a_mask_counts_once():
+    mask = np.ones((2, 8), bool)
+    mask[:, 5:] = False
+    odd = np.where(mask, np.uint8(255), np.uint8(0)).view(bool)
+    _, expected = racecore.attention(q, k, v, lsh, key_mask=mask, return_state=True)
+    _, found = racecore.attention(q, k, v, lsh, key_mask=odd, return_state=True)
+    np.testing.assert_array_equal(found.mass, expected.mass)
 
 
 def test_out_may_interleave_with_the_inputs():
@@ -127,6 +175,8 @@ def test_backward_names_what_is_wrong():
         racecore.attention_backward(
             d_out, saved, out=racecore.Gradients(query=shared, value=shared.reshape(-1)[: v.size].reshape(v.shape))
         )
+    with pytest.raises(TypeError, match="wrt must be None, a name or several names"):
+        racecore.attention_forward(q, k, v, wrt=5)
     with pytest.raises(ValueError, match="wrt must name some of query, key"):
         racecore.attention_forward(q, k, v, wrt=("queries",))
 

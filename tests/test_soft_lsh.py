@@ -1,5 +1,6 @@
 """SoftLSH: construction, checks, files, identity."""
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -83,6 +84,7 @@ def test_instances_are_immutable_copies():
         (np.ones((1, 17, 3)), 1.0, ValueError, "at most 16 planes.*P = 17"),
         (np.full((1, 1, 2), np.nan), 1.0, ValueError, r"finite, got nan at index \(0, 0, 0\)"),
         (np.ones((1, 1, 2)), np.inf, ValueError, "beta must be finite"),
+        (np.ones((1, 1, 2)), 1e300, ValueError, "beta must be finite and at most"),
         (np.ones((1, 1, 2)), np.ones((2, 2)), ValueError, r"beta must be a number or have shape \[H\]"),
         (np.ones((3, 1, 1, 2)), np.ones(2), ValueError, "beta has 2 heads and planes have 3"),
         (np.ones((1, 1, 2)), "sharp", TypeError, "beta must be a real number"),
@@ -129,8 +131,35 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     path.write_text("hello")
     with pytest.raises(CorruptFileError):
         racecore.SoftLSH.load(path)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    with pytest.raises(CorruptFileError, match="plain array"):
+        racecore.SoftLSH.load(tmp_path / "array.npy")
     with pytest.raises(FileNotFoundError):
         racecore.SoftLSH.load(tmp_path / "absent.npz")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere to write lsh.npz to"):
+        racecore.SoftLSH.random(3).save(tmp_path / "nowhere" / "lsh.npz")
+
+
+def test_every_flipped_bit_at_the_end_is_refused_or_harmless(tmp_path):
+    lsh = racecore.SoftLSH.random(6, 2, 3, rng=3)
+    path = tmp_path / "lsh.npz"
+    lsh.save(path)
+    content = path.read_bytes()
+    for position in range(len(content) - 350, len(content)):
+        for bit in (0, 3, 6):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            with contextlib.suppress(CorruptFileError):
+                assert racecore.SoftLSH.load(path) == lsh
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path):
+    link = tmp_path / "link.npz"
+    link.symlink_to(tmp_path / "target.npz")
+    racecore.SoftLSH.random(6, rng=3).save(link)
+    assert link.is_symlink()
+    assert racecore.SoftLSH.load(tmp_path / "target.npz") == racecore.SoftLSH.random(6, rng=3)
 
 
 def test_files_of_a_newer_version_are_refused(tmp_path):

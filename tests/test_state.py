@@ -208,6 +208,32 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
     assert state.n_tokens == 5000
 
 
+def test_append_and_attend_go_part_by_part(monkeypatch):
+    """Temporary memory is bounded because a batch is cut into parts; the cut changes no bit."""
+    from racecore import plan
+
+    lsh, *_ = make()
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((3, 2500, 1, D)), rng.standard_normal((3, 2500, 1, V))
+    whole = racecore.RaceState.zeros(lsh, 3, 1, V)
+    whole.append(key, value)
+    expected = whole.attend(key)
+    cut = []
+
+    def one_by_one(problem):
+        for i in range(len(problem.sequences)):
+            cut.append(i)
+            yield i, i + 1
+
+    monkeypatch.setattr(plan, "parts", one_by_one)
+    state = racecore.RaceState.zeros(lsh, 3, 1, V)
+    state.append(key, value)
+    np.testing.assert_array_equal(state.mass, whole.mass)
+    np.testing.assert_array_equal(state.value_sum, whole.value_sum)
+    np.testing.assert_array_equal(state.attend(key), expected)
+    assert cut == [0, 1, 2, 0, 1, 2]
+
+
 def test_zeros_names_what_is_wrong():
     lsh = racecore.SoftLSH.random(D, n_heads=4, rng=0)
     with pytest.raises(ValueError, match="batch must be an integer of at least 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,9 +52,12 @@ def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.d
         version = np.lib.format.read_magic(file)
         # Versions 2 and 3 differ in how non-ASCII field names are encoded, and floats have no fields.
         read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+        shape, fortran_order, dtype = read(file)
+        if any(isinstance(n, bool) or n < 0 for n in shape):
+            raise ValueError(f"its header has the shape {shape}")
+        return shape, fortran_order, dtype
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        reason = str(error).partition("\n")[0]
         raise BadInputError(f"{path} is not an .npy file ({reason}); write one with numpy.save") from error
 
 
@@ -65,6 +69,8 @@ def _checked_dtype(dtype: np.dtype, dtype_name: str | None, path: str) -> np.dty
                 "add --dtype bfloat16"
             )
         return _bfloat16()
+    if dtype_name == "bfloat16":
+        raise BadInputError(f"{path} holds {dtype}, which says what it is; leave out --dtype bfloat16")
     if not arrays.is_supported(dtype):
         raise BadInputError(
             f"{path} holds {dtype}; expected float16, float32, float64, or bfloat16 with --dtype bfloat16. "

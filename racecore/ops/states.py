@@ -15,7 +15,7 @@ def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> Non
     """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it is, ones."""
     if mask.shape[0] > 0:
         for i in range(n):
-            keep[i] = mask[b, t + i]
+            keep[i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
 
 
 @helper

@@ -103,6 +103,7 @@ def _start(states: np.ndarray, first_head: int, mass: np.ndarray, value_sum: np.
         mass[j, :] = state[:n_buckets]
         for s in range(n_buckets):
             value_sum[j, s, :width] = state[n_buckets + s * width : n_buckets + (s + 1) * width]
+            value_sum[j, s, width:] = 0  # a NaN of the task before must not stay in the padding
 
 
 @helper
