@@ -31,7 +31,7 @@ def main(n_tokens: int = 2**17) -> None:
             f"{n:8,}  {between - started:8.3f} s {ended - between:8.3f} s {(ended - started) / n * 1e9:12,.0f}"
             f"   {state_bytes:,} bytes"
         )
-    print("\nTime per token levels off once the threads have enough to do, and the state does not grow.")
+    print("\nLinear time once the threads have enough to do, and a state that does not grow.")
 
     # What anybody can check without a reference: the last token sees all, in whatever order.
     order = rng.permutation(n)

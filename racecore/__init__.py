@@ -11,8 +11,8 @@ Importing racecore loads NumPy and nothing heavier; kernels are compiled when fi
 
 from racecore import errors, exact
 from racecore._version import __version__
-from racecore.attention import Gradients, StateGradient, attention_backward, attention_forward
-from racecore.attention import attention as attention
+from racecore.attention import attention, attention_backward, attention_forward
+from racecore.gradients import Gradients, StateGradient
 from racecore.soft_lsh import SoftLSH
 from racecore.state import RaceState
 from racecore.threads import threads

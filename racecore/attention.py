@@ -6,76 +6,26 @@ of array. Backward walks the same road and recomputes the hash; beyond the input
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from racecore import arrays, backends, inputs, plan
+from racecore.gradients import (
+    Gradients,
+    Saved,
+    gradient_buffers,
+    hash_gradients,
+    out_shape,
+    readable,
+    state_gradient,
+    stored,
+)
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 from racecore.state import RaceState, check_initial_state, final_state, lsh_of
 
-__all__ = ["Gradients", "Saved", "StateGradient", "attention", "attention_backward", "attention_forward"]
-
-
-class StateGradient(NamedTuple):
-    """Gradient of a state, float64 arrays shaped as those of `RaceState`."""
-
-    mass: np.ndarray  # [B, G, L, R]
-    value_sum: np.ndarray  # [B, G, L, R, V]
-
-
-class Gradients(NamedTuple):
-    """What `attention_backward` returns; None where not asked for.
-
-    Attributes
-    ----------
-    query, key, value : array
-        Shapes, dtype and library of the inputs.
-    planes : numpy.ndarray
-        float64, shape of ``lsh.planes``.
-    beta : float or numpy.ndarray
-        A float, or float64 [H] where beta is per head.
-    state : StateGradient
-        Gradient of the initial state.
-    """
-
-    query: Any = None
-    key: Any = None
-    value: Any = None
-    planes: np.ndarray | None = None
-    beta: Any = None
-    state: StateGradient | None = None
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Saved:
-    """What backward needs: the inputs themselves, not copies, and states at the boundaries of chunks.
-
-    Changing the inputs between forward and backward makes the gradients wrong.
-    """
-
-    problem: Problem
-    lsh: SoftLSH
-    wrt: frozenset[str]
-    backend: str
-    states: tuple[
-        list[np.ndarray] | None, ...
-    ]  # per part: chunk-boundary states; None where backward sums the keys again
-    initial: Sketch | None
-    sources: tuple[Any, Any, Any]  # query, key, value as the caller passed them
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beyond the inputs."""
-        arrays_held = [state for states in self.states if states is not None for state in states]
-        held = {id(array): array.nbytes for array in arrays_held}
-        return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))
-        return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
+__all__ = ["attention", "attention_backward", "attention_forward"]
 
 
 def attention(
@@ -263,17 +213,17 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must come from racecore.attention_forward, got {type(saved).__qualname__}")
     problem, wrt = saved.problem, saved.wrt
-    shape = _out_shape(problem, _had_batch(saved))
-    g = inputs.check_d_out(d_out, shape, _stored(problem.query).dtype).reshape(_out_shape(problem, True))
+    shape = out_shape(problem, saved.had_batch)
+    g = inputs.check_d_out(d_out, shape, stored(problem.query).dtype).reshape(out_shape(problem, True))
     d_final = inputs.check_d_state(d_state, problem)
-    results, grads = _gradient_buffers(saved, out, (d_out, g))
+    results, grads = gradient_buffers(saved, out, (d_out, g))
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]
     query, key, value = (None if array is None else put(array) for array, put in zip(results, restore, strict=True))
-    planes, beta = _hash_gradients(saved, grads.hash)
+    planes, beta = hash_gradients(saved, grads.hash)
     return Gradients(
-        query, key, value, planes, beta, None if d_initial is None else _state_gradient(d_initial, saved.lsh)
+        query, key, value, planes, beta, None if d_initial is None else state_gradient(d_initial, saved.lsh)
     )
 
 
@@ -336,83 +286,8 @@ def _prepare_out(
     out: Any, problem: Problem, had_batch: bool, passed: tuple[Any, Any, Any], initial_state: RaceState | None
 ) -> tuple[np.ndarray, np.ndarray, Any]:
     """Return the result array in the caller's shape, a 4-D view of it, and what hands it over."""
-    sources = _sources(problem, passed)
+    sources = readable(problem, passed)
     if initial_state is not None:
         sources.append(("initial_state", initial_state.sketch.flat))
-    result = inputs.check_out(out, "out", _out_shape(problem, had_batch), _stored(problem.query).dtype, sources)
+    result = inputs.check_out(out, "out", out_shape(problem, had_batch), stored(problem.query).dtype, sources)
     return result, result if had_batch else result[None], arrays.restorer(passed[0] if out is None else out)
-
-
-def _sources(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, Any]]:
-    """Name what a result must not overlap: what is read, and what the caller passed where that was copied."""
-    read = zip(
-        ("query", "key", "value", "key_mask"),
-        (problem.query, problem.key, problem.value, problem.key_mask),
-        strict=True,
-    )
-    return [*read, *zip(("query", "key", "value"), passed, strict=True)]
-
-
-def _gradient_buffers(
-    saved: Saved, out: Any, d_out: tuple[Any, ...]
-) -> tuple[list[np.ndarray | None], GradientBuffers]:
-    """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
-    problem, had_batch = saved.problem, _had_batch(saved)
-    stored = {"query": problem.query, "key": problem.key, "value": problem.value}
-    sources = [*_sources(problem, saved.sources), *(("d_out", x) for x in d_out)]
-    inputs.check_gradient_targets(out)
-    results: list[np.ndarray | None] = []
-    for name, array in stored.items():
-        shape = _stored(array).shape
-        given = getattr(out, name, None)
-        if name not in saved.wrt:
-            if given is not None:
-                raise ValueError(f"out.{name} was given, but wrt of attention_forward does not name {name!r}")
-            results.append(None)
-            continue
-        result = inputs.check_out(
-            given, f"out.{name}", shape if had_batch else shape[1:], _stored(array).dtype, sources
-        )
-        sources.append((f"out.{name}", result))
-        results.append(result)
-    buffers = [r if r is None or had_batch else r[None] for r in results]
-    n_numbers = problem.planes.shape[1] * problem.planes.shape[2] * problem.planes.shape[3] + 1
-    needs_hash = bool(saved.wrt & {"planes", "beta"})
-    hash_gradient = np.zeros((2, problem.n_state_heads, n_numbers)) if needs_hash else None
-    return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
-
-
-def _hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.ndarray | None, Any]:
-    """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
-    if hash_gradient is None:
-        return None, None
-    total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1]
-    planes: np.ndarray | None = None
-    beta: Any = None
-    if "planes" in saved.wrt:
-        per_head = total[:, :-1].reshape(saved.problem.planes.shape)
-        planes = per_head if saved.lsh.planes.ndim == 4 else per_head.sum(axis=0)
-    if "beta" in saved.wrt:
-        beta = total[:, -1].copy() if np.ndim(saved.lsh.beta) else float(total[:, -1].sum())
-    return planes, beta
-
-
-def _state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
-    mass = sketch.mass.reshape(*sketch.flat.shape[:2], lsh.n_tables, lsh.n_buckets)
-    return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, sketch.value_sum.shape[3]))
-
-
-def _out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:
-    shape = (*_stored(problem.query).shape[:3], problem.value_dim)
-    return shape if had_batch else shape[1:]
-
-
-def _had_batch(saved: Saved) -> bool:
-    return len(saved.sources[0].shape) == 4
-
-
-def _stored(array: np.ndarray | None) -> np.ndarray:
-    """Tell the type checker, and anyone who breaks it, that an attention problem has both sides."""
-    if array is None:
-        raise TypeError("this problem lacks its queries or its keys")
-    return array

@@ -558,7 +558,8 @@ def test_demo_quick(tmp_path):
     for part in ("WRONG", "No picture"):
         assert part not in printed
     assert float(re.search(r"largest    (\S+)", printed)[1]) < 1e-5
-    assert re.search(r"RACE is an estimate: these rows are \d+% from", printed)
+    assert re.search(r"plain mean of all values: \d+%", printed)
+    assert re.search(r"64 tables +\d+% +\d+%", printed)
     assert re.search(r"softmax (is|was not) faster here", printed, re.IGNORECASE)
     assert re.search(r"All rows are right; the demo took \d+ s", printed)
     assert (tmp_path / "racecore-demo" / "race_vs_softmax.png").read_bytes().startswith(b"\x89PNG")

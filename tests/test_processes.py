@@ -130,6 +130,8 @@ def test_ctrl_c_ends_a_long_call_within_a_second(causal, threads):
     program = f"""
 x = np.broadcast_to(rng.standard_normal((1, 1, 512), dtype=np.float32), (1 << 25, 1, 512))
 value = np.broadcast_to(np.float32(1), (1 << 25, 1, 1))
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 print("started", flush=True)
 try:
     with racecore.threads({threads}):

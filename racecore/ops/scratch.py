@@ -7,12 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from racecore.jit import helper
+from racecore.ops.blocks import KEY, VALUE, load
 from racecore.ops.cpu_call import Call
 from racecore.ops.products import padded
 from racecore.ops.soft_hash.cpu import Hash
+from racecore.ops.states import load_keep
 from racecore.plan import BLOCK
 
-__all__ = ["Scratch", "hash_of", "new_scratch"]
+__all__ = ["Scratch", "hash_of", "load_keys", "new_scratch"]
 
 
 class Scratch(NamedTuple):
@@ -51,6 +53,14 @@ class Scratch(NamedTuple):
 def hash_of(call: Call, m: int, w: Scratch) -> Hash:
     """Return the hash of state head m with the arrays that it works in."""
     return Hash(call.planes[m], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes)
+
+
+@helper
+def load_keys(call: Call, b: int, t: int, g: int, n: int, w: Scratch) -> None:
+    """Load n keys and values of a block, zeros where they are masked, and which those are."""
+    load_keep(call.mask, b, t, n, w.keep)
+    load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
+    load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
 
 
 @helper

@@ -10,13 +10,13 @@ import numpy as np
 
 from racecore import arrays, plan, progress
 from racecore.jit import kernel
-from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY, VALUE, load, store
+from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, load, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.products import expand, project
 from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import hash_of, new_scratch
+from racecore.ops.scratch import hash_of, load_keys, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
-from racecore.ops.states import add_block, drop_masked, load_keep, widen
+from racecore.ops.states import add_block, drop_masked, widen
 from racecore.plan import BLOCK
 from racecore.problem import GradientBuffers, Problem, Sketch
 
@@ -49,9 +49,7 @@ def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
         sums[index, g * heads : (g + 1) * heads] = 0
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+            load_keys(call, b, t, g, n, w)
             for m in range(g * heads, (g + 1) * heads):
                 hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
@@ -84,9 +82,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
         hash_parts[index, g * heads : (g + 1) * heads] = 0
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+            load_keys(call, b, t, g, n, w)
             w.d_k[:] = 0
             w.d_v[:] = 0
             for m in range(g * heads, (g + 1) * heads):

@@ -16,13 +16,13 @@ import numpy as np
 from racecore import arrays, plan, progress
 from racecore.jit import helper, kernel
 from racecore.ops.bidirectional.cpu import segment_sums
-from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, KEY, OUT, QUERY, VALUE, load, store
+from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, load, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.products import accumulate, accumulate_triangular, expand, expand_causal, project
 from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import Scratch, hash_of, new_scratch
+from racecore.ops.scratch import Scratch, hash_of, load_keys, new_scratch
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
-from racecore.ops.states import add_block, drop_masked, load_keep
+from racecore.ops.states import add_block, drop_masked
 from racecore.plan import BLOCK, count_blocks
 from racecore.problem import GradientBuffers, Problem, Sketch
 
@@ -64,9 +64,7 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
         _start(states[index], g * heads, mass, value_sum)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+            load_keys(call, b, t, g, n, w)
             for j in range(heads):
                 m = g * heads + j
                 hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
@@ -169,9 +167,7 @@ def _walk_queries_backward(
         hash_parts[index, g * heads : (g + 1) * heads] = 0
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+            load_keys(call, b, t, g, n, w)
             for j in range(heads):
                 m = g * heads + j
                 hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
@@ -238,9 +234,7 @@ def _walk_keys_backward(
         for i_block in range((end - begin - 1) // BLOCK, -1, -1):
             t = begin + i_block * BLOCK
             n = min(BLOCK, end - t)
-            load_keep(call.mask, b, t, n, w.keep)
-            load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-            load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+            load_keys(call, b, t, g, n, w)
             w.d_k[:] = 0
             w.d_v[:] = 0
             for j in range(heads):

@@ -1,0 +1,148 @@
+"""What backward needs and what it returns: the saved bundle, the gradients, and the arrays they are written to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore import inputs
+from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.soft_lsh import SoftLSH
+
+__all__ = [
+    "Gradients", "Saved", "StateGradient", "gradient_buffers", "hash_gradients", "out_shape", "readable",
+    "state_gradient", "stored",
+]  # fmt: skip
+
+
+class StateGradient(NamedTuple):
+    """Gradient of a state, float64 arrays shaped as those of `RaceState`."""
+
+    mass: np.ndarray  # [B, G, L, R]
+    value_sum: np.ndarray  # [B, G, L, R, V]
+
+
+class Gradients(NamedTuple):
+    """What `attention_backward` returns; None where not asked for.
+
+    Attributes
+    ----------
+    query, key, value : array
+        Shapes, dtype and library of the inputs.
+    planes : numpy.ndarray
+        float64, shape of ``lsh.planes``.
+    beta : float or numpy.ndarray
+        A float, or float64 [H] where beta is per head.
+    state : StateGradient
+        Gradient of the initial state.
+    """
+
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    planes: np.ndarray | None = None
+    beta: Any = None
+    state: StateGradient | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Saved:
+    """What backward needs: the inputs themselves, not copies, and states at the boundaries of chunks.
+
+    Changing the inputs between forward and backward makes the gradients wrong.
+    """
+
+    problem: Problem
+    lsh: SoftLSH
+    wrt: frozenset[str]
+    backend: str
+    states: tuple[
+        list[np.ndarray] | None, ...
+    ]  # per part: chunk-boundary states; None where backward sums the keys again
+    initial: Sketch | None
+    sources: tuple[Any, Any, Any]  # query, key, value as the caller passed them
+
+    @property
+    def had_batch(self) -> bool:
+        """Whether the caller passed 4-D arrays."""
+        return len(self.sources[0].shape) == 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the inputs."""
+        arrays_held = [state for states in self.states if states is not None for state in states]
+        held = {id(array): array.nbytes for array in arrays_held}
+        return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))
+        return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
+
+
+def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[list[np.ndarray | None], GradientBuffers]:
+    """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
+    problem, had_batch = saved.problem, saved.had_batch
+    inputs_by_name = {"query": problem.query, "key": problem.key, "value": problem.value}
+    sources = [*readable(problem, saved.sources), *(("d_out", x) for x in d_out)]
+    inputs.check_gradient_targets(out)
+    results: list[np.ndarray | None] = []
+    for name, array in inputs_by_name.items():
+        shape = stored(array).shape
+        given = getattr(out, name, None)
+        if name not in saved.wrt:
+            if given is not None:
+                raise ValueError(f"out.{name} was given, but wrt of attention_forward does not name {name!r}")
+            results.append(None)
+            continue
+        result = inputs.check_out(given, f"out.{name}", shape if had_batch else shape[1:], stored(array).dtype, sources)
+        sources.append((f"out.{name}", result))
+        results.append(result)
+    buffers = [r if r is None or had_batch else r[None] for r in results]
+    n_numbers = problem.planes.shape[1] * problem.planes.shape[2] * problem.planes.shape[3] + 1
+    needs_hash = bool(saved.wrt & {"planes", "beta"})
+    hash_gradient = np.zeros((2, problem.n_state_heads, n_numbers)) if needs_hash else None
+    return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
+
+
+def hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.ndarray | None, Any]:
+    """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
+    if hash_gradient is None:
+        return None, None
+    total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1]
+    planes: np.ndarray | None = None
+    beta: Any = None
+    if "planes" in saved.wrt:
+        per_head = total[:, :-1].reshape(saved.problem.planes.shape)
+        planes = per_head if saved.lsh.planes.ndim == 4 else per_head.sum(axis=0)
+    if "beta" in saved.wrt:
+        beta = total[:, -1].copy() if np.ndim(saved.lsh.beta) else float(total[:, -1].sum())
+    return planes, beta
+
+
+def state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
+    mass = sketch.mass.reshape(*sketch.flat.shape[:2], lsh.n_tables, lsh.n_buckets)
+    return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, sketch.value_sum.shape[3]))
+
+
+def readable(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, Any]]:
+    """Name what a result must not overlap: what is read, and what the caller passed where that was copied."""
+    read = zip(
+        ("query", "key", "value", "key_mask"),
+        (problem.query, problem.key, problem.value, problem.key_mask),
+        strict=True,
+    )
+    return [*read, *zip(("query", "key", "value"), passed, strict=True)]
+
+
+def out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:
+    shape = (*stored(problem.query).shape[:3], problem.value_dim)
+    return shape if had_batch else shape[1:]
+
+
+def stored(array: np.ndarray | None) -> np.ndarray:
+    """Tell the type checker, and anyone who breaks it, that an attention problem has both sides."""
+    if array is None:
+        raise TypeError("this problem lacks its queries or its keys")
+    return array
