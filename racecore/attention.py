@@ -237,17 +237,18 @@ def _forward(
     saved: list[list[np.ndarray] | None] = []
     for first, last in plan.parts(problem):
         part = problem.part(first, last)
+        # Many short sequences have many states: summing their keys again costs less than keeping those.
+        keep = save and last == first + 1
         sketch = final.part(first, last) if final is not None else part.new_sketch()
         if first_states is not None:
             sketch.flat[...] = first_states.flat[first:last]
         if problem.is_causal:
-            states = backend.causal.walk(part, sketch, out, save and last == first + 1)
+            states = backend.causal.walk(part, sketch, out, keep)
         else:
             backend.bidirectional.sum_keys(part, sketch)
             backend.bidirectional.read_out(part, sketch, out)
-            states = [sketch.flat.copy() if final is not None and save else sketch.flat] if save else []
-        # Many short sequences have many states: summing their keys again costs less than keeping those.
-        saved.append(states if last == first + 1 else None)
+            states = [sketch.flat if final is None else sketch.flat.copy()] if keep else []
+        saved.append(states if keep else None)
     return final, saved
 
 

@@ -58,9 +58,8 @@ class Saved:
     lsh: SoftLSH
     wrt: frozenset[str]
     backend: str
-    states: tuple[
-        list[np.ndarray] | None, ...
-    ]  # per part: chunk-boundary states; None where backward sums the keys again
+    # Per part the states at the boundaries of its chunks; None where backward sums the keys again.
+    states: tuple[list[np.ndarray] | None, ...]
     initial: Sketch | None
     sources: tuple[Any, Any, Any]  # query, key, value as the caller passed them
 
@@ -122,6 +121,7 @@ def hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.n
 
 
 def state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
+    """Bring the gradient of the initial states to the shapes of a `RaceState`."""
     mass = sketch.mass.reshape(*sketch.flat.shape[:2], lsh.n_tables, lsh.n_buckets)
     return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, sketch.value_sum.shape[3]))
 
@@ -137,6 +137,7 @@ def readable(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, 
 
 
 def out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:
+    """Return the shape of the output as the caller sees it."""
     shape = (*stored(problem.query).shape[:3], problem.value_dim)
     return shape if had_batch else shape[1:]
 

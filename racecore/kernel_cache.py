@@ -71,6 +71,7 @@ class _KernelCache:
 
     @property
     def cache_path(self) -> str:
+        """The folder, as Numba's statistics show it."""
         return str(folder())
 
     def enable(self) -> None:

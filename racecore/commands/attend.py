@@ -43,6 +43,7 @@ class _Job:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all sequences."""
         return self.arrays["query"][..., 0, 0].size
 
 
