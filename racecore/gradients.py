@@ -99,7 +99,7 @@ def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[li
         sources.append((f"out.{name}", result))
         results.append(result)
     buffers = [r if r is None or had_batch else r[None] for r in results]
-    n_numbers = problem.planes.shape[1] * problem.planes.shape[2] * problem.planes.shape[3] + 1
+    n_numbers = problem.planes[0].size + 1 if "planes" in saved.wrt else 1
     needs_hash = bool(saved.wrt & {"planes", "beta"})
     hash_gradient = np.zeros((2, problem.n_state_heads, n_numbers)) if needs_hash else None
     return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
@@ -109,7 +109,7 @@ def hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.n
     """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
     if hash_gradient is None:
         return None, None
-    total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1]
+    total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1], or [M, 1] for beta alone
     planes: np.ndarray | None = None
     beta: Any = None
     if "planes" in saved.wrt:

@@ -15,16 +15,23 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from racecore import kernel_cache
 
-__all__ = ["exact_helper", "helper", "kernel"]
+__all__ = ["exact_helper", "helper", "inlined", "kernel"]
 
 # contract: fused multiply-add. reassoc: sums in vector lanes. nsz: the sign of a zero does not matter.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+# Only compiled code calls helpers: entries for Python and C would double the time to compile them.
+_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _EXACT: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract"}}
 
 
 def helper(function: Callable[..., Any]) -> Any:
     """Compile a function that only kernels call."""
-    return numba.njit(**_OPTIONS)(function)
+    return numba.njit(**_OPTIONS, **_INNER)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Compile a function of a few instructions that must not cost a call; its operations keep their order."""
+    return numba.njit(**_EXACT, **_INNER, forceinline=True)(function)
 
 
 def exact_helper(function: Callable[..., Any]) -> Any:

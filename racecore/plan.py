@@ -14,10 +14,11 @@ import numpy as np
 
 from racecore.problem import Problem
 
-__all__ = ["BLOCK", "SEGMENT", "chunks", "count_blocks", "parts", "segment_bytes", "smallest_workspace"]
+__all__ = ["BLOCK", "SEGMENT", "TOKENS", "chunks", "count_blocks", "parts", "segment_bytes", "smallest_workspace"]
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
+TOKENS = np.int64(BLOCK)  # the same where Numba should see any integer: literals are types of their own, compiled apart
 
 
 def segment_bytes(problem: Problem) -> tuple[int, int]:

@@ -102,4 +102,4 @@ class GradientBuffers:
     query: np.ndarray | None  # [B, Tq, H, D]
     key: np.ndarray | None  # [B, Tk, G, D]
     value: np.ndarray | None  # [B, Tk, G, V]
-    hash: np.ndarray | None  # [2, M, L*P*D + 1] float64: planes, and beta in the last place
+    hash: np.ndarray | None  # [2, M, L*P*D + 1] or [2, M, 1], float64: planes if wanted; beta last

@@ -5,24 +5,50 @@ import numba
 import numpy as np
 import pytest
 
-from racecore.ops import blocks, elementary, products
+from racecore.ops import blocks, elementary, products, tiles, vectors, walks
 from racecore.ops.cpu_call import scan
 
 
-@numba.njit
-def _apply_exp(x):
-    out = np.empty_like(x)
-    for i in range(x.size):
-        out[i] = elementary.exp_of_nonpositive(x[i])
-    return out
+def compiled(function):
+    """Return a function for Python to call: helpers can only be called from compiled code."""
+
+    @numba.njit
+    def run(*arguments):
+        return function(*arguments)
+
+    return run
 
 
-@numba.njit
-def _apply_tanh(x):
-    out = np.empty_like(x)
-    for i in range(x.size):
-        out[i] = elementary.tanh(x[i])
-    return out
+def aligned(*shape, dtype, rng=None):
+    """Return an array on a cache line with some rows to spare, random or NaN."""
+    size = int(np.prod(shape))
+    room = np.full(size + 16 * shape[-1] + 16, np.nan, dtype)
+    first = -room.ctypes.data % 64 // room.itemsize
+    result = room[first : first + size].reshape(shape)
+    if rng is not None:
+        result[:] = rng.standard_normal(shape)
+    return result
+
+
+def _elementwise(function):
+    """Return a function of Python that applies a function of vectors to every element."""
+
+    @numba.njit
+    def run(x, out):
+        for i in range(0, x.shape[1], vectors.lanes(x)):
+            vectors.store(out, 0, i, function(vectors.load(x, 0, i)))
+
+    def apply(x):
+        padded = np.zeros((1, -(-x.size // 16) * 16), x.dtype)
+        padded[0, : x.size] = x
+        out = np.empty_like(padded)
+        run(padded, out)
+        return out[0, : x.size]
+
+    return apply
+
+
+_apply_exp, _apply_tanh = _elementwise(elementary.exp_of_nonpositive), _elementwise(elementary.tanh)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 3e-7), (np.float64, 1e-15)])
@@ -42,63 +68,159 @@ def test_tanh(dtype, tolerance):
     assert np.isnan(_apply_tanh(np.array([np.nan], dtype))[0])
 
 
-SIZES = [(1, 1, 1), (4, 3, 5), (7, 32, 60), (9, 17, 96), (64, 32, 130), (8, 8, 16), (13, 5, 24)]  # K, n, D
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sigmoids(dtype):
+    @numba.njit
+    def run(z, high, low):
+        one = vectors.spread(z.dtype.type(1))
+        for i in range(0, z.shape[1], vectors.lanes(z)):
+            a, b = elementary.sigmoids(vectors.load(z, 0, i), one)
+            vectors.store(high, 0, i, a)
+            vectors.store(low, 0, i, b)
+
+    z = np.linspace(-80, 80, 1600).astype(dtype)[None]
+    high, low = np.empty_like(z), np.empty_like(z)
+    run(z, high, low)
+    tolerance = 4e-7 if dtype == np.float32 else 1e-15
+    np.testing.assert_allclose(high, 1 / (1 + np.exp(-z.astype(np.float64))), rtol=tolerance)
+    np.testing.assert_allclose(low, 1 / (1 + np.exp(z.astype(np.float64))), rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_running_sums_and_totals(dtype):
+    @numba.njit
+    def run(x, up, down, totals):
+        for i in range(0, x.shape[1], vectors.lanes(x)):
+            v = vectors.load(x, 0, i)
+            vectors.store(up, 0, i, vectors.running_sum(v))
+            vectors.store(down, 0, i, vectors.running_sum_from_end(v))
+            totals[i] = vectors.total(v)
+            totals[i + 1] = vectors.last(v)
+
+    n = 64 // np.dtype(dtype).itemsize
+    x = np.arange(1, 1 + 2 * n, dtype=dtype)[None]
+    up, down, totals = np.empty_like(x), np.empty_like(x), np.zeros(2 * n, dtype)
+    run(x, up, down, totals)
+    rows = x.reshape(2, n)
+    np.testing.assert_array_equal(up.reshape(2, n), rows.cumsum(axis=1))
+    np.testing.assert_array_equal(down.reshape(2, n), rows[:, ::-1].cumsum(axis=1)[:, ::-1])
+    np.testing.assert_array_equal(totals[::n], rows.sum(axis=1))
+    np.testing.assert_array_equal(totals[1::n], rows[:, -1])
+    x[0, 3] = np.nan
+    run(x, up, down, totals)
+    assert np.isfinite(up[0, :3]).all()
+    assert np.isnan(up[0, 3:n]).all()
+    assert np.isnan(down[0, :4]).all()
+    assert np.isfinite(down[0, 4:]).all()
+
+
+SIZES = [
+    (1, 1, 16),
+    (4, 3, 16),
+    (7, 32, 64),
+    (9, 17, 96),
+    (64, 32, 144),
+    (8, 8, 16),
+    (13, 5, 32),
+    (24, 9, 48),
+]  # K, n, D
+TOLERANCES = [(np.float64, 1e-12), (np.float32, 1e-4)]
 
 
 @pytest.mark.parametrize(("n_rows", "n", "width"), SIZES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_products(n_rows, n, width, dtype, tolerance):
     rng = np.random.default_rng(0)
-    m, x, c = (rng.standard_normal(shape).astype(dtype) for shape in ((n_rows, width), (n, width), (n_rows, n)))
-    result = np.full((n_rows, n), np.nan, dtype)
-    products.project(m, x, n_rows, n, result)
-    np.testing.assert_allclose(result, m @ x.T, atol=tolerance)
-    result = x.copy()
-    products.expand(c, m, n_rows, n, result)
-    np.testing.assert_allclose(result, x + c.T @ m, atol=tolerance)
+    m, x, c = (aligned(*shape, dtype=dtype, rng=rng) for shape in ((n_rows, width), (32, width), (n_rows, 32)))
+    nothing = products.NOTHING
+    result = aligned(n_rows, 32, dtype=dtype)
+    compiled(products.project)(m, x, n_rows, n, result, nothing)
+    np.testing.assert_allclose(result[:, :n], m @ x[:n].T, atol=tolerance)
+    m_t = aligned(width, -(-n_rows // 16) * 16, dtype=dtype)
+    m_t[:, :n_rows] = m.T
+    result = aligned(32, m_t.shape[1], dtype=dtype)
+    compiled(products.project_wide)(m_t, x, n_rows, n, result, nothing)
+    np.testing.assert_allclose(result[:n, :n_rows], x[:n] @ m.T, atol=tolerance)
+    for mode, start in ((tiles.OVERWRITE, np.nan), (tiles.ADD, 2.0), (tiles.STREAM, np.nan)):
+        result = aligned(32, width, dtype=dtype)
+        result[:] = start
+        compiled(products.expand)(c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode))
+        np.testing.assert_allclose(result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance)
+        assert mode == tiles.ADD or np.isnan(result[n:]).all()
     result = m.copy()
-    products.accumulate(c, x, n_rows, n, result)
-    np.testing.assert_allclose(result, m + c @ x, atol=tolerance)
+    compiled(products.accumulate)(c, x, n_rows, n, result, nothing)
+    np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=tolerance)
 
 
-@pytest.mark.parametrize("width", [9, 16, 48])
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 31, 32])
-def test_causal_expand(n, width):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_transpose(dtype):
     rng = np.random.default_rng(0)
-    c, x, start = np.triu(rng.standard_normal((n, n))), rng.standard_normal((n, width)), rng.standard_normal((n, width))
-    result = start.copy()
-    products.expand_causal(c, x, n, result)
-    np.testing.assert_allclose(result, start + c.T @ x, atol=1e-12)
+    for n_rows, n_columns in ((32, 8), (24, 32), (3, 130)):
+        source = aligned(-(-n_rows // 16) * 16, -(-n_columns // 16) * 16, dtype=dtype, rng=rng)
+        target = aligned(*source.shape[::-1], dtype=dtype)
+        compiled(products.transpose)(source, n_rows, n_columns, target)
+        np.testing.assert_array_equal(target[:n_columns, :n_rows], source[:n_rows, :n_columns].T)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_causal_expand_never_reads_the_future(poison):
-    n = 13
-    c, x = np.triu(np.ones((n, n))), np.ones((n, 16))
-    x[7:] = poison
-    result = np.zeros((n, 16))
-    products.expand_causal(c, x, n, result)
-    assert np.isfinite(result[:7]).all()
-    assert not np.isfinite(result[7:]).any()
+def _walked(state, a, x, order):
+    """Yield a token and the state after it was added, in float64."""
+    for i in order:
+        state = state + np.outer(a[:, i], x[i])
+        yield i, state
 
 
-@pytest.mark.parametrize("lower", [False, True])
-def test_triangular_accumulate_never_meets_what_is_absent(lower):
-    """Where the triangle of x is zero, 0 * NaN of c is 0."""
-    n = 13
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("n", [1, 7, 32])
+@pytest.mark.parametrize(("n_buckets", "width"), [(2, 16), (4, 48), (9, 32), (24, 80), (64, 128)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     rng = np.random.default_rng(0)
-    x = np.tril(rng.standard_normal((n, n))) if lower else np.triu(rng.standard_normal((n, n)))
-    c = rng.standard_normal((5, n))
-    result = np.zeros((5, n))
-    products.accumulate_triangular(c, x, 5, n, result)
-    np.testing.assert_allclose(result, c @ x, atol=1e-12)
-    poisoned = c.copy()
-    poisoned[:, 7] = np.nan
-    again = np.zeros((5, n))
-    products.accumulate_triangular(poisoned, x, 5, n, again)
-    met = x[7] != 0
-    np.testing.assert_allclose(again[:, ~met], result[:, ~met], atol=1e-12)
-    assert np.isnan(again[:, met]).all()
+    a, b = (aligned(n_buckets, 32, dtype=dtype, rng=rng) for _ in range(2))
+    x, y, before = (aligned(rows, width, dtype=dtype, rng=rng) for rows in (32, 32, n_buckets))
+    order = list(range(n))[:: -1 if backward else 1]
+    expected_rows, expected_weights = np.zeros((n, width)), np.zeros((n, n_buckets))
+    for i, state in _walked(before.astype(np.float64), a.astype(np.float64), x.astype(np.float64), order):
+        expected_rows[i], expected_weights[i], expected = b[:, i] @ state, state @ y[i], state
+
+    after, rows = aligned(n_buckets, width, dtype=dtype), aligned(32, width, dtype=dtype)
+    rows[:] = 1
+    for add in (False, True):
+        compiled(walks.walk_rows)(before, after, a, x, b, rows, n, backward, add, products.NOTHING)
+    np.testing.assert_allclose(after, expected, atol=tolerance)
+    np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
+    assert (rows[n:] == 1).all()
+
+    wide = -(-n_buckets // 16) * 16
+    a_t, before_t, after_t = (aligned(r, wide, dtype=dtype) for r in (32, width, width))
+    a_t[:, :n_buckets], before_t[:, :n_buckets] = a.T, before.T
+    weights = aligned(32, wide, dtype=dtype)
+    for add in (False, True):
+        compiled(walks.walk_weights)(
+            before_t, after_t, a_t, x, y, weights, n_buckets, n, backward, add, products.NOTHING
+        )
+    np.testing.assert_allclose(after_t[:, :n_buckets], expected.T, atol=tolerance)
+    np.testing.assert_allclose(weights[:n, :n_buckets], 2 * expected_weights, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_walks_never_meet_what_is_to_come(backward):
+    """What is not finite reaches the tokens from its own on, and no other."""
+    rng = np.random.default_rng(0)
+    a, b = (aligned(8, 32, dtype=np.float32, rng=rng) for _ in range(2))
+    x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))
+    x[13, 5] = np.nan
+    rows = aligned(32, 16, dtype=np.float32)
+    compiled(walks.walk_rows)(state, state.copy(), a, x, b, rows, 32, backward, False, products.NOTHING)
+    clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
+    assert np.isfinite(rows[clean]).all()
+    assert np.isnan(rows[poisoned, 5]).all()
+    a_t, state_t = aligned(32, 16, dtype=np.float32, rng=rng), aligned(16, 16, dtype=np.float32, rng=rng)
+    weights = aligned(32, 16, dtype=np.float32)
+    compiled(walks.walk_weights)(
+        state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NOTHING
+    )  # fmt: skip
+    assert np.isfinite(weights[clean, :8]).all()
+    assert np.isnan(weights[poisoned, :8]).all()
 
 
 @numba.njit
@@ -107,7 +229,7 @@ def _round_trip(table, n, width, out):
     block = np.empty((n, width), np.float32)
     blocks.load(table, 0, (1, 2, 1), n, width, block, ones)
     out[:] = block
-    blocks.store(table, 1, (1, 2, 1), n, width, block)
+    blocks.store(table, 1, (1, 2, 1), n, width, block, products.rows_of(block, False))
 
 
 @pytest.mark.parametrize("step", [1, 2, -1])
@@ -142,7 +264,7 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 
 @numba.njit
 def _store_only(table, block):
-    blocks.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block)
+    blocks.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from problems import PROBLEMS, Problem, relative_error, run_library
@@ -149,9 +150,16 @@ def between_nan(array: np.ndarray) -> np.ndarray:
     return inner
 
 
+@numba.njit
+def _there_and_back(f, x, n, phi, d_phi, d_x, d_hash):
+    soft_hash_cpu.hash_block(f, x, n, phi, products.NOTHING)
+    soft_hash_cpu.hash_block_backward(f, d_phi, x, n, phi, products.rows_of(d_x, False), d_hash)
+
+
 @pytest.mark.parametrize("n", [1, 31, 32])
 @pytest.mark.parametrize(
-    ("n_tables", "n_planes", "head_dim"), [(1, 1, 16), (1, 1, 5), (1, 3, 16), (2, 1, 17), (3, 2, 32)]
+    ("n_tables", "n_planes", "head_dim"),
+    [(1, 1, 16), (1, 1, 5), (1, 3, 16), (2, 1, 17), (3, 2, 32), (4, 4, 16), (2, 4, 24)],
 )
 def test_hashing_a_block_touches_nothing_beside_it(n_tables: int, n_planes: int, head_dim: int, n: int) -> None:
     rng = np.random.default_rng(0)
@@ -173,12 +181,15 @@ def test_hashing_a_block_touches_nothing_beside_it(n_tables: int, n_planes: int,
     x = between_nan(x)
     phi, d_x = between_nan(np.zeros((n_buckets, BLOCK))), between_nan(np.zeros((BLOCK, width)))
     d_hash = between_nan(np.zeros(n_rows * head_dim + 1))
-    factors, d_u = between_nan(np.zeros((3, n_rows, BLOCK))), between_nan(np.zeros((n_rows, BLOCK)))
-    scratch = [x, phi, d_x, d_hash, factors, d_u, between_nan(planes), between_nan(np.zeros((n_rows, width)))]
-    f = soft_hash_cpu.Hash(scratch[6], 1.5, n_tables, factors, d_u, scratch[7])
-    soft_hash_cpu.hash_block(f, x, n, phi)
+    wide = products.padded(n_rows)
+    planes_t = np.zeros((width, wide))
+    planes_t[:, :n_rows] = planes.T
+    shapes = ((3, wide, BLOCK), (wide, BLOCK), (n_rows, width), (BLOCK, wide))
+    arrays = [between_nan(np.zeros(shape)) for shape in shapes]
+    scratch = [x, phi, d_x, d_hash, between_nan(planes), between_nan(planes_t), *arrays]
+    f = soft_hash_cpu.Hash(scratch[4], scratch[5], 1.5, n_tables, *arrays)
+    _there_and_back(f, x, n, phi, between_nan(d_phi), d_x, d_hash)
     np.testing.assert_allclose(phi[:, :n].T, expected_phi[:, 0], rtol=1e-12)
-    soft_hash_cpu.hash_block_backward(f, between_nan(d_phi), x, n, phi, d_x, d_hash)
     np.testing.assert_allclose(d_x[:n, :head_dim], expected[0][:, 0], rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(d_hash[:-1], expected[1].ravel(), rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(d_hash[-1], expected[2][0], rtol=1e-10, atol=1e-13)

@@ -19,6 +19,12 @@ def hash_of(n_planes: int = 3, n_tables: int = 3, head_dim: int = HEAD_DIM) -> r
     return racecore.SoftLSH.random(head_dim=head_dim, n_tables=n_tables, n_planes=n_planes, beta=1.0, rng=0)
 
 
+def hash_named(planes_tables: str, head_dim: int = HEAD_DIM) -> racecore.SoftLSH:
+    """Return the hash of a benchmark's parameter, such as "(2, 2)"."""
+    n_planes, n_tables = (int(n) for n in planes_tables.strip("()").split(","))
+    return hash_of(n_planes, n_tables, head_dim)
+
+
 def inputs(*shape: int, dtype: str = "float32", n: int = 3) -> list[np.ndarray]:
     """Return `n` arrays of one shape; skip the benchmark where the dtype is not to be had."""
     if dtype == "bfloat16":

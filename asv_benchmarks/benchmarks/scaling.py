@@ -1,10 +1,10 @@
-"""Time against length, size of the hash, head dim and threads; one head, where parallelism over heads does not help."""
+"""Time against length, size of the hash, head dim, heads and threads; mostly one head, which leaves no other to work on."""
 
 from __future__ import annotations
 
 import racecore
 
-from .common import HEAD_DIM, HEADS, TOKENS, hash_of, inputs, processors
+from .common import HEAD_DIM, HEADS, TOKENS, hash_named, hash_of, inputs, processors
 
 
 def both_ways(arrays, lsh, causal):
@@ -37,9 +37,8 @@ class HashSize:
     param_names = ("causal", "planes_tables", "head_dim")
 
     def setup(self, causal, planes_tables, head_dim):
-        n_planes, n_tables = (int(n) for n in planes_tables.strip("()").split(","))
         self.arrays = inputs(TOKENS, HEADS, head_dim)
-        self.lsh = hash_of(n_planes, n_tables, head_dim)
+        self.lsh = hash_named(planes_tables, head_dim)
         both_ways(self.arrays, self.lsh, causal)
 
     def time_forward_backward(self, causal, planes_tables, head_dim):
@@ -47,16 +46,37 @@ class HashSize:
 
 
 class Threads:
-    params = ([False, True], [1, 2, 4, 8, 16])
-    param_names = ("causal", "threads")
+    params = ([False, True], ["(2, 2)", "(4, 4)"], [1, 2, 4, 8, 16])
+    param_names = ("causal", "planes_tables", "threads")
 
-    def setup(self, causal, threads):
+    def setup(self, causal, planes_tables, threads):
         if threads > processors():
             raise NotImplementedError("more threads than processors")
-        self.arrays = inputs(4 * TOKENS, 1, HEAD_DIM)
-        self.lsh = hash_of()
-        both_ways(self.arrays, self.lsh, causal)
+        *self.arrays, self.d_out = inputs(4 * TOKENS, 1, HEAD_DIM, n=4)
+        self.lsh = hash_named(planes_tables)
+        _, self.saved = racecore.attention_forward(*self.arrays, self.lsh, is_causal=causal)
+        racecore.attention_backward(self.d_out, self.saved)
 
-    def time_forward_backward(self, causal, threads):
+    def time_forward(self, causal, planes_tables, threads):
         with racecore.threads(threads):
-            both_ways(self.arrays, self.lsh, causal)
+            racecore.attention_forward(*self.arrays, self.lsh, is_causal=causal)
+
+    def time_backward(self, causal, planes_tables, threads):
+        with racecore.threads(threads):
+            racecore.attention_backward(self.d_out, self.saved)
+
+
+class FewHeads:
+    """Causal backward over 2^18 rows as one long head, or as four heads of a quarter: equal times mean no loss."""
+
+    params = ([1, 4],)
+    param_names = ("heads",)
+    timeout = 120
+
+    def setup(self, heads):
+        *arrays, self.d_out = inputs(2**18 // heads, heads, HEAD_DIM, n=4)
+        _, self.saved = racecore.attention_forward(*arrays, hash_of(), is_causal=True)
+        racecore.attention_backward(self.d_out, self.saved)
+
+    def time_backward(self, heads):
+        racecore.attention_backward(self.d_out, self.saved)

@@ -10,13 +10,18 @@ KV_HEADS = 8
 
 
 class OneToken:
+    """A model with grouped queries: 8 key/value heads of 64 and four times as many query heads, S = 24."""
+
     params = ([1, 64],)
     param_names = ("batch",)
+    n_kv_heads, group, head_dim = KV_HEADS, 4, HEAD_DIM
+    hash_size = (3, 3)
 
     def setup(self, batch):
-        self.key, self.value = inputs(batch, 1, KV_HEADS, HEAD_DIM, n=2)
-        (self.query,) = inputs(batch, 1, 4 * KV_HEADS, HEAD_DIM, n=1)
-        self.state = racecore.RaceState.zeros(hash_of(), batch, KV_HEADS, HEAD_DIM)
+        self.key, self.value = inputs(batch, 1, self.n_kv_heads, self.head_dim, n=2)
+        (self.query,) = inputs(batch, 1, self.group * self.n_kv_heads, self.head_dim, n=1)
+        lsh = hash_of(*self.hash_size, self.head_dim)
+        self.state = racecore.RaceState.zeros(lsh, batch, self.n_kv_heads, self.head_dim)
         self.state.append(self.key, self.value)
         self.state.attend(self.query)
 
@@ -29,6 +34,13 @@ class OneToken:
     def time_append_and_attend(self, batch):
         self.state.append(self.key, self.value)
         self.state.attend(self.query)
+
+
+class OneTokenOfManyHeads(OneToken):
+    """32 heads of 128 without groups and S = 64: a state of 2 MB per sequence to read for every token."""
+
+    n_kv_heads, group, head_dim = 32, 1, 128
+    hash_size = (4, 4)
 
 
 class States:

@@ -3,8 +3,7 @@
 Kernels never see the arrays of a caller. They get a table with one line per array, `describe` makes it: address, strides
 in elements, and a code for the dtype. `load` widens a block of rows to the dtype of the arithmetic, `store` rounds it
 back. So there is one compiled kernel per dtype of the arithmetic, not one per layout and storage dtype, and all 64-bit
-offset arithmetic stands here. The 16-bit formats are converted with integer operations, exactly on the way in and to
-nearest, ties to even, on the way out; the plain twin is `array.astype`.
+offset arithmetic stands here. The plain twin is `array.astype`.
 
 Whoever passes addresses keeps the arrays alive: see `cpu_call.Call`.
 """
@@ -19,14 +18,40 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from racecore import arrays
-from racecore.jit import exact_helper, helper
+from racecore.jit import helper
 from racecore.ops import tiles
-from racecore.ops.elementary import bits_of, float_of_bits
-from racecore.plan import BLOCK
+from racecore.ops.narrow import (
+    LANES,
+    from_bfloat16,
+    from_half,
+    load_bfloat16,
+    load_half,
+    store_bfloat16,
+    store_half,
+    to_bfloat16,
+    to_half,
+)
+from racecore.ops.products import Ahead, Rows, rows_of
+from racecore.ops.vectors import load_vector, store_vector
 
-__all__ = ["D_KEY", "D_OUT", "D_QUERY", "D_VALUE", "KEY", "OUT", "QUERY", "VALUE", "describe", "load", "store"]
+__all__ = [
+    "D_KEY",
+    "D_OUT",
+    "D_QUERY",
+    "D_VALUE",
+    "KEY",
+    "OUT",
+    "QUERY",
+    "VALUE",
+    "describe",
+    "load",
+    "rows_ahead",
+    "rows_to_write",
+    "store",
+]
 
-QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = range(8)  # lines of the table
+# Lines of the table. Not literals: Numba would compile every function once for each.
+QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = (np.int64(i) for i in range(8))
 _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
 _LINE = 64  # bytes of a cache line, and of a vector
 _CODE = 5  # column of the dtype's code; the address is in column 0, strides of b, t, h, d in 1 to 4
@@ -62,46 +87,6 @@ def _item(address: int, dtype: Any) -> Any:
     return carray(_pointer(address), (1,), dtype)
 
 
-@exact_helper
-def _from_half(h: np.uint16) -> np.float32:
-    bits = np.uint32(np.uint32(h & np.uint32(0x7FFF)) << np.uint32(13))
-    value = float_of_bits(bits) * np.float32(5.192296858534828e33)  # 2^112 moves the exponent's bias; exact
-    if (h & np.uint32(0x7C00)) == np.uint32(0x7C00):
-        value = float_of_bits(np.uint32(bits | np.uint32(0x7F800000)))
-    return -value if h & np.uint32(0x8000) else value
-
-
-@exact_helper
-def _to_half(x: np.float32) -> np.uint16:
-    bits = bits_of(x)
-    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
-    a = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    if a > np.uint32(0x7F800000):
-        h = np.uint32(0x7E00)  # NaN
-    elif a >= np.uint32(0x477FF000):  # 65,520 and above round to infinity
-        h = np.uint32(0x7C00)
-    elif a < np.uint32(0x38800000):  # below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
-        h = np.uint32(bits_of(float_of_bits(a) + np.float32(0.5)) - np.uint32(0x3F000000))
-    else:
-        odd = np.uint32((a >> np.uint32(13)) & np.uint32(1))
-        h = np.uint32((a - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
-    return np.uint16(h | sign)
-
-
-@exact_helper
-def _from_bfloat16(h: np.uint16) -> np.float32:
-    return float_of_bits(np.uint32(np.uint32(h) << np.uint32(16)))
-
-
-@exact_helper
-def _to_bfloat16(x: np.float32) -> np.uint16:
-    bits = bits_of(x)
-    if np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
-    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-
 @helper
 def _load_row(address: int, step: int, code: int, row: np.ndarray) -> None:
     """Fill `row` from elements `step` apart; unit steps become vector loads."""
@@ -117,18 +102,16 @@ def _load_row(address: int, step: int, code: int, row: np.ndarray) -> None:
     elif code == _FLOAT64:
         for d in range(width):
             row[d] = _item(address + 8 * d * step, np.float64)[0]
-    elif step == 1:
-        halves = carray(_pointer(address), (width,), np.uint16)
-        if code == _FLOAT16:
-            for d in range(width):
-                row[d] = _from_half(halves[d])
-        else:
-            for d in range(width):
-                row[d] = _from_bfloat16(halves[d])
     else:
-        for d in range(width):
+        whole = width // LANES * LANES if step == 1 and row.itemsize == 4 else 0
+        for d in range(0, whole, LANES):
+            if code == _FLOAT16:
+                store_vector(load_half(address + 2 * d), row.ctypes.data + 4 * d)
+            else:
+                store_vector(load_bfloat16(address + 2 * d), row.ctypes.data + 4 * d)
+        for d in range(whole, width):
             half = _item(address + 2 * d * step, np.uint16)[0]
-            row[d] = _from_half(half) if code == _FLOAT16 else _from_bfloat16(half)
+            row[d] = from_half(half) if code == _FLOAT16 else from_bfloat16(half)
 
 
 @helper
@@ -147,10 +130,23 @@ def _store_row(address: int, step: int, code: int, row: np.ndarray) -> None:
         for d in range(width):
             _item(address + 8 * d * step, np.float64)[0] = row[d]
     else:
-        for d in range(width):
-            x = np.float32(row[d])
-            half = _to_half(x) if code == _FLOAT16 else _to_bfloat16(x)
-            _item(address + 2 * d * step, np.uint16)[0] = half
+        _store_narrow(address, step, code, row)
+
+
+@helper
+def _store_narrow(address: int, step: int, code: int, row: np.ndarray) -> None:
+    """Write `row` as 16-bit numbers."""
+    width = row.shape[0]
+    whole = width // LANES * LANES if step == 1 and row.itemsize == 4 else 0
+    for d in range(0, whole, LANES):
+        value = load_vector(row.ctypes.data + 4 * d, np.float32(0))
+        if code == _FLOAT16:
+            store_half(value, address + 2 * d)
+        else:
+            store_bfloat16(value, address + 2 * d)
+    for d in range(whole, width):
+        x = np.float32(row[d])
+        _item(address + 2 * d * step, np.uint16)[0] = to_half(x) if code == _FLOAT16 else to_bfloat16(x)
 
 
 @helper
@@ -162,18 +158,14 @@ def _size(code: int) -> int:
 def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray) -> None:
     """Fill block[:n, :width] with rows (b, t ... t + n - 1, h) of an array, place = (b, t, h).
 
-    Rows that `keep` marks 0 become zeros, unread. The rows of the next block are asked for meanwhile.
+    Rows that `keep` marks 0 become zeros, unread.
     """
-    b, t, h = place
     code, step = table[line, _CODE], table[line, 4]
     size = _size(code)
     row_step = size * table[line, 2]
-    address = table[line, 0] + size * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+    address = _address(table, line, place)
     as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
     for i in range(n):
-        if step == 1:
-            for ahead in range(0, width * size, _LINE):
-                tiles.prefetch(address + BLOCK * row_step + ahead)
         if keep[i] == 0:
             block[i, :width] = 0
         elif as_it_is:
@@ -184,27 +176,61 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
 
 
 @helper
-def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray) -> None:
-    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array; nothing where the array is absent.
+def rows_ahead(table: np.ndarray, line: int, place: Any, width: int) -> Ahead:
+    """Return the rows of a block that will be loaded soon, for a product to ask for."""
+    size = _size(table[line, _CODE])
+    lines = -(-width * size // _LINE) if table[line, 4] == 1 else 0
+    return Ahead(_address(table, line, place), size * table[line, 2], lines)
 
-    Rows that fill cache lines are written around the caches: nobody reads them soon.
+
+@helper
+def rows_to_write(
+    table: np.ndarray, line: int, place: Any, width: int, block: np.ndarray, alone: bool, add: bool
+) -> Rows:
+    """Return where a product writes the rows of an output; `store` finishes them.
+
+    A product that is `alone` goes straight to the output, around the caches, if rows are whole cache lines there: nobody
+    reads them soon. Otherwise several can `add` up in `block`.
     """
+    if alone and _fills_lines(table, line, place, width, block):
+        return Rows(_address(table, line, place), table[line, 2], tiles.STREAM)
+    return rows_of(block, add)
+
+
+@helper
+def _address(table: np.ndarray, line: int, place: Any) -> int:
+    """Return the address of row (b, t, h)."""
     b, t, h = place
+    size = _size(table[line, _CODE])
+    return table[line, 0] + size * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
+
+
+@helper
+def _fills_lines(table: np.ndarray, line: int, place: Any, width: int, block: np.ndarray) -> bool:
+    """Tell whether the rows of an output need no conversion and are whole cache lines."""
+    code, size = table[line, _CODE], _size(table[line, _CODE])
+    fits = code >= 0 and table[line, 4] == 1 and size == block.itemsize and width == block.shape[1]
+    return fits and _address(table, line, place) % _LINE == 0 and size * table[line, 2] % _LINE == 0
+
+
+@helper
+def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, written: Rows) -> None:
+    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array, unless they are `written` there already.
+
+    Nothing happens where the array is absent. A kernel ends with `tiles.fence` before another thread may look.
+    """
     code, step = table[line, _CODE], table[line, 4]
-    if code < 0:
+    if code < 0 or written.mode == tiles.STREAM:
         return
-    size = _size(code)
-    row_step = size * table[line, 2]
-    address = table[line, 0] + size * (b * table[line, 1] + t * table[line, 2] + h * table[line, 3])
-    as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
-    fills_lines = as_it_is and address % _LINE == 0 and row_step % _LINE == 0
+    row_step = _size(code) * table[line, 2]
+    address = _address(table, line, place)
+    as_it_is = step == 1 and _size(code) == block.itemsize and width * block.itemsize % _LINE == 0
+    fills_lines = _fills_lines(table, line, place, width, block)
     for i in range(n):
         if fills_lines:
-            tiles.stream_row(address, block.ctypes.data + i * block.strides[0], width * size // _LINE)
+            tiles.stream_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)
         elif as_it_is:
-            tiles.copy_row(address, block.ctypes.data + i * block.strides[0], width * size // _LINE)
+            tiles.copy_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)
         else:
             _store_row(address, step, code, block[i, :width])
         address += row_step
-    if fills_lines:
-        tiles.fence()

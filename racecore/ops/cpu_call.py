@@ -1,8 +1,8 @@
 """From a problem to kernel launches: arguments in one bundle, tasks spread over threads, scans over segments.
 
-A task is one segment of one key/value head, with all state heads and query heads that belong to it. Tasks write to places
-of their own; what they add up is added by `scan`, segment after segment in float64. That, and not luck, is why results do
-not depend on the number of threads.
+A task is one segment of one or a few key/value heads, with all state heads and query heads that belong to them. Tasks
+write to places of their own; what they add up is added by `scan`, segment after segment in float64. That, and not luck,
+is why results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from racecore.threads import run
 
 __all__ = ["Call", "empty_hash_parts", "launch", "make_call", "pad_planes", "scan"]
 
-_TOKENS_PER_LAUNCH = 4096  # rows of query heads: about a millisecond, so that Ctrl-C and idle threads wait no longer
+_LAUNCHES = 64  # at most as many where they are long enough: a launch costs some ten microseconds
+_MIN_ROWS, _MAX_ROWS = (
+    4096,
+    32768,
+)  # of query heads in a launch: one to twenty milliseconds, for Ctrl-C and idle threads
+_RUN_BYTES = 2048
+_STATE_BYTES = 1 << 18
+_ENOUGH_TASKS = 32
 _COLUMNS_PER_LAUNCH = 1 << 15
 
 
@@ -30,6 +37,7 @@ class Call(NamedTuple):
     table: np.ndarray  # int64 [8, 6], see ops.blocks
     segments: np.ndarray  # int64 [n, 5], see plan.chunks
     planes: np.ndarray  # [M, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
+    planes_t: np.ndarray  # [M, D, L*P], both padded
     beta: np.ndarray  # [M], likewise
     mask: np.ndarray  # uint8 [B, Tk], or [0, 0] for none
     n_tables: int  # L
@@ -37,6 +45,7 @@ class Call(NamedTuple):
     n_heads: int  # H
     n_kv_heads: int  # G
     value_dim: int  # V
+    kv_heads_per_task: int
     bucket_mean: bool  # which readout
 
 
@@ -55,10 +64,12 @@ def make_call(
         mask = np.zeros((0, 0), np.uint8)
     else:
         mask = np.ascontiguousarray(part.key_mask).view(np.uint8)
+    planes, planes_t = pad_planes(part.planes, part.dtype)
     return Call(
         table=describe(part.query, part.key, part.value, out, d_out, d_query, d_key, d_value),
         segments=chunk,
-        planes=pad_planes(part.planes, part.dtype),
+        planes=planes,
+        planes_t=planes_t,
         beta=np.ascontiguousarray(part.beta, part.dtype),
         mask=mask,
         n_tables=part.planes.shape[1],
@@ -66,27 +77,45 @@ def make_call(
         n_heads=part.n_heads,
         n_kv_heads=part.n_kv_heads,
         value_dim=part.value_dim,
+        kv_heads_per_task=_kv_heads_per_task(part, len(chunk)),
         bucket_mean=part.readout == "bucket_mean",
     )
 
 
-def pad_planes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return planes [M, L, P, D] as [M, L*P, padded D], the padding zero."""
+def pad_planes(planes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return planes [M, L, P, D] as [M, L*P, D] and transposed, with D and the other's L*P padded with zeros."""
     m, n_tables, n_planes, head_dim = planes.shape
-    wide = np.zeros((m, n_tables * n_planes, padded(head_dim)), dtype)
-    wide[:, :, :head_dim] = planes.reshape(m, n_tables * n_planes, head_dim)
-    return wide
+    n_rows = n_tables * n_planes
+    wide = arrays.zeros((m, n_rows, padded(head_dim)), dtype)
+    wide[:, :, :head_dim] = planes.reshape(m, n_rows, head_dim)
+    wide_t = arrays.zeros((m, padded(head_dim), padded(n_rows)), dtype)
+    wide_t[:, :, :n_rows] = wide.transpose(0, 2, 1)
+    return wide, wide_t
+
+
+def _kv_heads_per_task(part: Problem, n_segments: int) -> int:
+    """Return how many neighbouring heads to treat block by block together: then memory is read in longer runs.
+
+    Fewer where their states would not fit the second-level cache, or where there would be too few tasks for all cores.
+    """
+    row_bytes = part.dtype.itemsize * part.planes.shape[3]
+    state_bytes = 2 * part.n_state_heads // part.n_kv_heads * part.n_buckets * part.value_dim * part.dtype.itemsize
+    heads = min(part.n_kv_heads, max(1, min(_RUN_BYTES // row_bytes, _STATE_BYTES // state_bytes)))
+    while heads > 1 and n_segments * -(-part.n_kv_heads // heads) < _ENOUGH_TASKS:
+        heads //= 2
+    return heads
 
 
 def launch(function: Any, call: Call, *arguments: Any) -> int:
     """Run a kernel over all tasks of a call: function(call, first task, last task, *arguments). Return the tokens."""
-    n_tasks = len(call.segments) * call.n_kv_heads
+    n_tasks = len(call.segments) * -(-call.n_kv_heads // call.kv_heads_per_task)
     n_tokens = int((call.segments[:, 3] - call.segments[:, 2]).sum())
     rows_per_task = max(1, n_tokens * call.n_heads // max(n_tasks, 1))
+    rows_per_launch = min(max(n_tokens * call.n_heads // _LAUNCHES, _MIN_ROWS), _MAX_ROWS)
     run(
         lambda first, last: function(call, first, last, *arguments),
         n_tasks,
-        max(1, _TOKENS_PER_LAUNCH // rows_per_task),
+        max(1, rows_per_launch // rows_per_task),
     )
     return n_tokens
 
@@ -121,7 +150,6 @@ def _scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, first: int, 
             total[c] += x
 
 
-def empty_hash_parts(part: Problem, chunk: np.ndarray, wanted: bool) -> np.ndarray:
-    """Return where tasks put their shares of the gradients of planes and beta, [n, M, L*P*D + 1]; no room if unwanted."""
-    m, n_tables, n_planes, head_dim = part.planes.shape
-    return arrays.empty((len(chunk), m, n_tables * n_planes * head_dim + 1 if wanted else 0), np.float64)
+def empty_hash_parts(part: Problem, chunk: np.ndarray, total: np.ndarray | None) -> np.ndarray:
+    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, M, width]; width 0 if unwanted."""
+    return arrays.empty((len(chunk), part.n_state_heads, 0 if total is None else total.shape[2]), np.float64)

@@ -1,15 +1,15 @@
-"""The three small matrix products that everything else is made of.
+"""The small matrix products that everything else is made of.
 
 Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the nearest caches:
 
-    project     C = M @ X.T      projections on planes, gradients of weights           [K, n]
-    expand      X += C.T @ M     outputs from states, rows from their coefficients      [n, D]
-    accumulate  M += C @ X       sums over the tokens of a block                        [K, D]
+    project         C = M @ X.T       projections on planes                               [K, n]
+    project_wide    C.T = X @ M.T     the same from a transposed M: better for many rows  [n, K]
+    expand          X = C.T @ M       outputs from states, rows from their coefficients   [n, D]
+    accumulate      M += C @ X        sums over the tokens of a block                     [K, D]
 
-K counts planes or buckets, n tokens, D columns of a row. Coefficients are stored with the token as the last axis, so that
+K counts planes or buckets, n tokens, D columns of a row. Coefficients C are stored with the token as the last axis, so that
 element-wise work on them is vector code too. The plain twins are the NumPy expressions above. Here matrices are covered
-with the register tiles of `ops.tiles`; widths that are no multiple of a vector leave columns to plain loops, so scratch
-arrays are padded (`padded`) with columns of zeros.
+with the register tiles of `ops.tiles`; scratch arrays are padded (`padded`) to whole vectors, with zeros where it matters.
 """
 
 from __future__ import annotations
@@ -17,28 +17,72 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from racecore.jit import helper
 from racecore.ops import tiles
+from racecore.ops.vectors import VECTOR_BYTES, lanes
 
-__all__ = ["accumulate", "accumulate_triangular", "expand", "expand_causal", "padded", "project"]
+__all__ = [
+    "NOTHING",
+    "Ahead",
+    "Rows",
+    "accumulate",
+    "ask",
+    "expand",
+    "is_wide",
+    "padded",
+    "project",
+    "project_wide",
+    "rows_of",
+    "transpose",
+]
 
-_VECTOR_BYTES = 64
 _PADDING = 16  # columns: a vector of float32, two of float64
+_HALF = 8  # of them
 
 
-@helper
+@register_jitable
 def padded(width: int) -> int:
     """Return the width rounded up to whole vectors."""
     return -(-width // _PADDING) * _PADDING
 
 
 @helper
-def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray) -> None:
+def is_wide(n_rows: int) -> bool:
+    """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows up to half vectors."""
+    return n_rows >= _HALF and -n_rows % _HALF * 2 < n_rows
+
+
+class Ahead(NamedTuple):
+    """Rows of an input that the next block of tokens will read.
+
+    A core has few requests to memory under way at a time, so asking for all of them at once would stall it. Products
+    ask for a few rows between their tiles: then memory works while the core calculates.
+    """
+
+    address: int
+    row: int  # bytes from a row to the next
+    lines: int  # cache lines of a row; 0: there is nothing to ask for
+
+
+NOTHING = Ahead(0, 0, 0)
+
+
+@helper
+def ask(ahead: Ahead, first: int, last: int) -> None:
+    """Ask for rows first ... last - 1."""
+    for i in range(first, last):
+        for line in range(ahead.lines):
+            tiles.prefetch(ahead.address + i * ahead.row + line * VECTOR_BYTES)
+
+
+@helper
+def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
     """c[k, i] = <m[k], x[i]> for k < n_rows and i < n."""
-    size, width, like = m.itemsize, m.shape[1], m[0, 0]
+    size, like = m.itemsize, m.dtype.type(0)
     m_row, x_row, c_row = m.shape[1], x.shape[1], c.shape[1]
-    count = width * size // _VECTOR_BYTES
+    count = m.shape[1] * size // VECTOR_BYTES
     k = 0
     while k < n_rows:
         i = 0
@@ -54,139 +98,111 @@ def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray) ->
                 tiles.dot_1x4(mk, m_row, xi, x_row, ci, c_row, count, like)
             else:
                 tiles.dot_1x1(mk, m_row, xi, x_row, ci, c_row, count, like)
-            i += 4 if i + 4 <= n else 1
+            step = 4 if i + 4 <= n else 1
+            if k == 0:
+                ask(ahead, i, i + step)
+            i += step
         k += 4 if k + 4 <= n_rows else 1
-    for d in range(count * _VECTOR_BYTES // size, width):
-        for k in range(n_rows):
-            for i in range(n):
-                c[k, i] += m[k, d] * x[i, d]
-
-
-class _Operand(NamedTuple):
-    """A matrix as the tiles take it: address of its first number, strides of rows and columns in elements."""
-
-    address: int
-    row: int
-    column: int
 
 
 @helper
-def _plain(m: np.ndarray) -> _Operand:
-    return _Operand(m.ctypes.data, m.shape[1], 1)
+def project_wide(m_t: np.ndarray, x: np.ndarray, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead) -> None:
+    """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
-
-@helper
-def _transposed(m: np.ndarray) -> _Operand:
-    return _Operand(m.ctypes.data, 1, m.shape[1])
-
-
-@helper
-def _from_row(m: _Operand, row: int, size: int) -> _Operand:
-    return _Operand(m.address + size * row * m.row, m.row, m.column)
-
-
-@helper
-def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: np.ndarray) -> None:
-    """x[i] += sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
-    whole = _add_product(_transposed(c), _plain(m), _plain(x), n, n_rows, m)
-    for d in range(whole, m.shape[1]):
-        for i in range(n):
-            for k in range(n_rows):
-                x[i, d] += c[k, i] * m[k, d]
-
-
-@helper
-def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
-    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
-    whole = _add_product(_plain(c), _plain(x), _plain(m), n_rows, n, x)
-    for d in range(whole, m.shape[1]):
-        for k in range(n_rows):
-            for i in range(n):
-                m[k, d] += c[k, i] * x[i, d]
-
-
-@helper
-def expand_causal(c: np.ndarray, m: np.ndarray, n: int, x: np.ndarray) -> None:
-    """x[i] += sum_{k <= i} c[k, i] * m[k], for every i < n; c[k, i] must be 0 for k > i.
-
-    Rows of m behind token i never reach x[i], not even as NaN: where m is not finite, plain loops stop at k = i.
+    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must be there.
     """
-    size = m.itemsize
-    if m.shape[1] * size % _VECTOR_BYTES == 0 and _is_finite(m, n, m.shape[1]):
+    size, like = x.itemsize, x.dtype.type(0)
+    half = lanes(x) // 2
+    m_row, x_row, c_row = m_t.shape[1], x.shape[1], c_t.shape[1]
+    k = 0
+    while k < n_rows:
+        left = -(-(n_rows - k) // half)
+        mk = m_t.ctypes.data + size * k
         for i in range(0, n, 8):
-            rows = min(8, n - i)
-            _add_product(
-                _from_row(_transposed(c), i, size), _plain(m), _from_row(_plain(x), i, size), rows, i + rows, m
+            if k == 0:
+                ask(ahead, i, min(i + 8, n))
+            xi, ci = x.ctypes.data + size * i * x_row, c_t.ctypes.data + size * (i * c_row + k)
+            if left >= 4:
+                tiles.outer_8x2(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+            elif left >= 2:
+                tiles.outer_8x1(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+            else:
+                tiles.outer_8xhalf(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+        k += half * (4 if left >= 4 else (2 if left >= 2 else 1))
+
+
+@helper
+def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarray) -> None:
+    """target = source.T, square by square: both must have room for whole squares of a vector's lanes."""
+    size, like, step = source.itemsize, source.dtype.type(0), lanes(source)
+    row, target_row = source.shape[1], target.shape[1]
+    for r in range(0, n_rows, step):
+        for c in range(0, n_columns, step):
+            tiles.transpose(
+                source.ctypes.data + size * (r * row + c), row, target.ctypes.data + size * (c * target_row + r),
+                target_row, like,
             )  # fmt: skip
-        return
-    for i in range(n):
-        for k in range(i + 1):
-            for d in range(m.shape[1]):
-                x[i, d] += c[k, i] * m[k, d]
+
+
+class Rows(NamedTuple):
+    """Where a product writes its rows: scratch, or straight to an output."""
+
+    address: int  # of the first row
+    row: int  # from a row to the next, in elements
+    mode: int  # ADD, OVERWRITE or STREAM
 
 
 @helper
-def accumulate_triangular(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray) -> None:
-    """m[k] += sum_i c[k, i] * x[i] over i < n, where a zero of c or x means that token i has no part in the sum.
+def rows_of(x: np.ndarray, add: bool) -> Rows:
+    """Return where the rows of a scratch array are, to be added to or overwritten."""
+    return Rows(int(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE)
 
-    So 0 times NaN is 0 here: a token that is not finite does not reach those that never met it.
+
+@helper
+def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
+    """x[i] = sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
+    a, b, y = (c.ctypes.data, 1, c.shape[1]), (m.ctypes.data, m.shape[1]), (x.address, x.row)
+    _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NOTHING)
+
+
+@helper
+def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
+    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
+    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.ctypes.data, x.shape[1]), (m.ctypes.data, m.shape[1])
+    _product(a, b, y, n_rows, n, x.shape[1], tiles.ADD, x.dtype.type(0), x.itemsize, ahead)
+
+
+@helper
+def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
+    """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode` as for a tile.
+
+    a, b and c are (address, strides in elements): of rows and columns for a, of rows for b and c.
     """
-    if _is_finite(c, n_rows, n) and _is_finite(x, n, x.shape[1]):
-        accumulate(c, x, n_rows, n, m)
-        return
-    for k in range(n_rows):
-        for i in range(n):
-            for d in range(x.shape[1]):
-                if c[k, i] != 0 and x[i, d] != 0:
-                    m[k, d] += c[k, i] * x[i, d]
-
-
-@helper
-def _is_finite(m: np.ndarray, n_rows: int, n_columns: int) -> bool:
-    """Tell whether the first rows and columns hold neither NaN nor infinity."""
-    zero = m.dtype.type(0)
-    total = zero
-    for i in range(n_rows):
-        row = m[i]
-        for d in range(n_columns):
-            total += row[d] * zero
-    return total == zero
-
-
-@helper
-def _add_product(a: _Operand, b: _Operand, c: _Operand, n_rows: int, count: int, like: np.ndarray) -> int:
-    """c[r, d] += sum_k a[r, k] * b[k, d] for r < n_rows, k < count and d in whole vectors of a row of `like`.
-
-    Returns how many columns those are.
-    """
-    size, number = like.itemsize, like[0, 0]
-    lanes = _VECTOR_BYTES // size
-    width = like.shape[1] // lanes * lanes
-    d = 0
-    while d < width:
-        b_address, r = b.address + size * d, 0
-        two = d + 2 * lanes <= width
-        while r < n_rows:
-            left = n_rows - r
-            a_address, c_address = a.address + size * r * a.row, c.address + size * (r * c.row + d)
-            tile = (a_address, a.row, a.column, b_address, b.row, c_address, c.row, count, number)
+    step = VECTOR_BYTES // size
+    r = 0
+    while r < n_rows:  # rows outside, columns inside: what is streamed out leaves a whole row at a time
+        left, d = n_rows - r, 0
+        while d < width:
+            two = d + 2 * step <= width
+            if r == 0:
+                ask(ahead, count * d // width, count * min(d + 2 * step, width) // width)
+            tile = (
+                a[0] + size * r * a[1], a[1], a[2], b[0] + size * d, b[1], c[0] + size * (r * c[1] + d), c[1], count, mode,
+                like,
+            )  # fmt: skip
             if left >= 8:
                 if two:
                     tiles.outer_8x2(*tile)
                 else:
                     tiles.outer_8x1(*tile)
-                r += 8
             elif left >= 4:
                 if two:
                     tiles.outer_4x2(*tile)
                 else:
                     tiles.outer_4x1(*tile)
-                r += 4
+            elif two:
+                tiles.outer_1x2(*tile)
             else:
-                if two:
-                    tiles.outer_1x2(*tile)
-                else:
-                    tiles.outer_1x1(*tile)
-                r += 1
-        d += 2 * lanes if two else lanes
-    return width
+                tiles.outer_1x1(*tile)
+            d += 2 * step if two else step
+        r += 8 if left >= 8 else (4 if left >= 4 else 1)

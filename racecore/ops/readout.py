@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore.jit import helper
+from racecore.ops.vectors import at_least, fma, lanes, load, select, spread, store
 from racecore.plan import BLOCK
 from racecore.problem import BUCKET_MEAN_EPS
 
@@ -27,28 +28,27 @@ _TINY64 = float(np.finfo(np.float64).tiny)
 def weigh(
     phi: np.ndarray, mass: np.ndarray, n_tables: int, bucket_mean: bool, factor: np.ndarray, rho: np.ndarray
 ) -> None:
-    """Fill factor [S, n] and rho [S, n] from phi [S, n] and mass [S, n]."""
-    one = phi.dtype.type(1)
+    """Fill rho [S, n] from phi [S, n] and mass [S, n]; and factor [S, n], of the ratio only its first row."""
+    one, zero = spread(phi.dtype.type(1)), spread(phi.dtype.type(0))
     n_buckets = phi.shape[0]
     if bucket_mean:
-        eps, tables = phi.dtype.type(BUCKET_MEAN_EPS), phi.dtype.type(n_tables)
+        eps, tables = spread(phi.dtype.type(BUCKET_MEAN_EPS)), spread(phi.dtype.type(n_tables))
         for s in range(n_buckets):
-            for i in range(BLOCK):
-                factor[s, i] = one / (tables * (mass[s, i] + eps))
-                rho[s, i] = phi[s, i] * factor[s, i]
+            for i in range(0, BLOCK, lanes(phi)):
+                f = one / (tables * (load(mass, s, i) + eps))
+                store(factor, s, i, f)
+                store(rho, s, i, load(phi, s, i) * f)
         return
-    den = factor[0]
-    den[:] = 0
-    for s in range(n_buckets):
-        for i in range(BLOCK):
-            den[i] += phi[s, i] * mass[s, i]
-    tiny = _TINY32 if phi.itemsize == 4 else _TINY64
-    for i in range(BLOCK):
-        den[i] = phi.dtype.type(0) if den[i] < tiny else one / den[i]  # NaN is not below anything: it stays visible
-    for s in range(n_buckets - 1, -1, -1):
-        for i in range(BLOCK):
-            factor[s, i] = den[i]
-            rho[s, i] = phi[s, i] * den[i]
+    tiny = spread(phi.dtype.type(_TINY32 if phi.itemsize == 4 else _TINY64))
+    for i in range(0, BLOCK, lanes(phi)):
+        den = zero
+        for s in range(n_buckets):
+            den = fma(load(phi, s, i), load(mass, s, i), den)
+        # NaN is neither at least tiny nor below it: it stays visible
+        f = select(at_least(den, tiny), one / den, select(at_least(tiny, den), zero, den))
+        store(factor, 0, i, f)
+        for s in range(n_buckets):
+            store(rho, s, i, load(phi, s, i) * f)
 
 
 @helper
@@ -57,24 +57,22 @@ def weigh_backward(
     bucket_mean: bool, d_mass: np.ndarray,
 ) -> None:  # fmt: skip
     """From h = d_rho [S, n], which becomes d_phi, fill also d_mass [S, n], token by token."""
-    n_buckets = phi.shape[0]
+    n_buckets, zero = phi.shape[0], spread(phi.dtype.type(0))
     if bucket_mean:
         # factor = 1 / (L * (mass + eps)); rho = phi * factor
-        tables = phi.dtype.type(n_tables)
+        minus_tables = spread(phi.dtype.type(-n_tables))
         for s in range(n_buckets):
-            for i in range(BLOCK):
-                d_mass[s, i] = -rho[s, i] * h[s, i] * factor[s, i] * tables
-                h[s, i] *= factor[s, i]
+            for i in range(0, BLOCK, lanes(phi)):
+                d_phi = load(h, s, i) * load(factor, s, i)
+                store(d_mass, s, i, load(rho, s, i) * d_phi * minus_tables)
+                store(h, s, i, d_phi)
         return
     # factor = 1 / sum_s phi * mass; rho = phi * factor
-    d_den = d_mass[0]
-    d_den[:] = 0
-    for s in range(n_buckets):
-        for i in range(BLOCK):
-            d_den[i] -= rho[s, i] * h[s, i]
-    for i in range(BLOCK):
-        d_den[i] *= factor[0, i]
-    for s in range(n_buckets - 1, -1, -1):
-        for i in range(BLOCK):
-            h[s, i] = h[s, i] * factor[s, i] + d_den[i] * mass[s, i]
-            d_mass[s, i] = d_den[i] * phi[s, i]
+    for i in range(0, BLOCK, lanes(phi)):
+        f, asked = load(factor, 0, i), zero
+        for s in range(n_buckets):
+            asked = fma(load(rho, s, i), load(h, s, i), asked)
+        d_den = (zero - asked) * f
+        for s in range(n_buckets):
+            store(h, s, i, fma(load(h, s, i), f, d_den * load(mass, s, i)))
+            store(d_mass, s, i, d_den * load(phi, s, i))

@@ -1,4 +1,9 @@
-"""The arrays of one block of tokens that a kernel works in: made once per launch, small enough for the nearest caches."""
+"""The arrays of one block of tokens that a kernel works in: made once per launch, small enough for the nearest caches.
+
+All begin on a cache line, so that no vector crosses one. Some have room past their end, for transpositions write whole
+squares of a vector's lanes. Fresh memory is not cleared: coefficients past a block's last token hold anything, and where
+that matters `states.clear_after` zeroes them.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,24 @@ from typing import NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.blocks import KEY, VALUE, load
+from racecore.ops.blocks import KEY, VALUE, load, rows_ahead
 from racecore.ops.cpu_call import Call
-from racecore.ops.products import padded
-from racecore.ops.soft_hash.cpu import Hash
-from racecore.ops.states import load_keep
-from racecore.plan import BLOCK
+from racecore.ops.memory import matrices
+from racecore.ops.products import NOTHING, Ahead, padded
+from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
+from racecore.ops.states import Partial, Running, load_keep, new_running
+from racecore.plan import TOKENS
 
-__all__ = ["Scratch", "hash_of", "load_keys", "new_scratch"]
+__all__ = [
+    "Scratch", "hash_of", "load_keys", "load_row", "n_buckets_of", "new_partial", "new_scratch", "new_states", "task_of",
+]  # fmt: skip
 
 
 class Scratch(NamedTuple):
     """Rows have the token first, [BLOCK, D] or [BLOCK, V]; coefficients have it last, [planes or buckets, BLOCK].
 
-    D and V are padded to whole vectors here; the padding is zero and stays zero.
+    D and V are padded to whole vectors here; the padding is zero and stays zero. So is S in transposed arrays, ..._t, where
+    the padding holds anything.
     """
 
     q: np.ndarray  # [BLOCK, D]
@@ -31,10 +40,8 @@ class Scratch(NamedTuple):
     o: np.ndarray
     g: np.ndarray
     d_v: np.ndarray
-    keep: np.ndarray  # [BLOCK]: 1 where a key takes part, else 0
+    keep: np.ndarray  # [1, BLOCK]: 1 where a key takes part, else 0
     ones: np.ndarray
-    factors: np.ndarray  # [3, L*P, BLOCK], see Hash
-    d_u: np.ndarray  # [L*P, BLOCK]
     phi_q: np.ndarray  # [S, BLOCK]
     phi_k: np.ndarray
     d_phi: np.ndarray
@@ -42,25 +49,80 @@ class Scratch(NamedTuple):
     d_mass: np.ndarray
     factor: np.ndarray
     rho: np.ndarray
-    value_sum: np.ndarray  # [S, V]
-    block_sum: np.ndarray
-    d_planes: np.ndarray  # [L*P, D]
-    pairs: np.ndarray  # [BLOCK, BLOCK]: a number per key and query of the block
-    d_pairs: np.ndarray
+    weights_t: np.ndarray  # [BLOCK, S]
+    answers_t: np.ndarray
+    factors: np.ndarray  # this and the next three: see Hash
+    d_u: np.ndarray
+    d_planes: np.ndarray
+    u_t: np.ndarray
 
 
 @helper
 def hash_of(call: Call, m: int, w: Scratch) -> Hash:
     """Return the hash of state head m with the arrays that it works in."""
-    return Hash(call.planes[m], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes)
+    return Hash(
+        call.planes[m], call.planes_t[m], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes, w.u_t
+    )  # fmt: skip
 
 
 @helper
-def load_keys(call: Call, b: int, t: int, g: int, n: int, w: Scratch) -> None:
-    """Load n keys and values of a block, zeros where they are masked, and which those are."""
+def task_of(call: Call, task: int) -> tuple[int, int, int]:
+    """Return the segment of a task, and its first state head and the one after its last."""
+    heads = call.planes.shape[0] // call.n_kv_heads
+    n_groups = -(-call.n_kv_heads // call.kv_heads_per_task)
+    first = task % n_groups * call.kv_heads_per_task
+    last = min(first + call.kv_heads_per_task, call.n_kv_heads)
+    return task // n_groups, first * heads, last * heads
+
+
+@helper
+def load_keys(call: Call, b: int, t: int, m: int, n: int, step: int, w: Scratch) -> tuple[Ahead, Ahead]:
+    """Load n keys and values of a block for state head m, zeros where they are masked, and which those are.
+
+    They stay for the other state heads that share them. Returns the keys and values `step` tokens on, for asking.
+    """
+    heads = call.planes.shape[0] // call.n_kv_heads
+    g = m // heads
+    if m % heads > 0:
+        return NOTHING, NOTHING
     load_keep(call.mask, b, t, n, w.keep)
-    load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep)
-    load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep)
+    load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep[0])
+    load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep[0])
+    next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim)
+    return next_k, rows_ahead(call.table, VALUE, (b, t + step, g), call.value_dim)
+
+
+@helper
+def load_row(
+    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, width: int, x: np.ndarray, w: Scratch
+) -> Ahead:
+    """Load n rows of a query head; return those `step` tokens on, for asking."""
+    load(call.table, line, (b, t, h), n, width, x, w.ones)
+    return rows_ahead(call.table, line, (b, t + step, h), width)
+
+
+@helper
+def new_partial(call: Call) -> Partial:
+    """Make empty sums for the state heads of a task."""
+    heads = call.kv_heads_per_task * (call.planes.shape[0] // call.n_kv_heads)
+    mass = matrices(heads, n_buckets_of(call), TOKENS, call.planes.dtype)
+    value_sum = matrices(heads, n_buckets_of(call), padded(call.value_dim), call.planes.dtype)
+    mass[:] = 0
+    value_sum[:] = 0
+    return Partial(mass, value_sum)
+
+
+@helper
+def new_states(call: Call) -> Running:
+    """Make room for the states of the heads of a task."""
+    heads = call.kv_heads_per_task * (call.planes.shape[0] // call.n_kv_heads)
+    return new_running(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
+
+
+@helper
+def n_buckets_of(call: Call) -> int:
+    """Return S."""
+    return call.n_tables << (call.planes.shape[1] // call.n_tables)
 
 
 @helper
@@ -69,15 +131,17 @@ def new_scratch(call: Call) -> Scratch:
     dtype = call.planes.dtype
     n_rows, wide_d = call.planes.shape[1:]  # the planes come padded
     wide_v = padded(call.value_dim)
-    n_buckets = call.n_tables << (n_rows // call.n_tables)
-    x = np.zeros((4, BLOCK, wide_d), dtype)
-    y = np.zeros((4, BLOCK, wide_v), dtype)
-    c = np.empty((7, n_buckets, BLOCK), dtype)
-    s = np.zeros((2, n_buckets, wide_v), dtype)
-    w = np.empty((2, BLOCK, BLOCK), dtype)
+    n_buckets = n_buckets_of(call)
+    wide_s = padded(n_buckets)
+    x, y = matrices(4, TOKENS, wide_d, dtype), matrices(4, TOKENS, wide_v, dtype)
+    x[:, :, call.head_dim :] = 0
+    y[:, :, call.value_dim :] = 0
+    ones = matrices(2, 1, TOKENS, dtype)
+    ones[:] = 1
+    c = matrices(7, n_buckets, TOKENS, dtype)
+    c_t = matrices(2, TOKENS, wide_s, dtype)
     return Scratch(
-        x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], np.ones(BLOCK, dtype), np.ones(BLOCK, dtype),
-        np.empty((3, n_rows, BLOCK), dtype), np.empty((n_rows, BLOCK), dtype),
-        c[0], c[1], c[2], c[3], c[4], c[5], c[6], s[0], s[1],
-        np.zeros((n_rows, wide_d), dtype), w[0], w[1],
+        x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], ones[0], ones[1][0],
+        c[0], c[1], c[6], c[2], c[3], c[4], c[5],  # d_phi is the last: transpositions write past its end
+        c_t[0], c_t[1], *new_hash_arrays(n_rows, wide_d, dtype),
     )  # fmt: skip

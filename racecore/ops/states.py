@@ -1,13 +1,40 @@
-"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, and masked keys."""
+"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, running masses, masked keys."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.products import accumulate
+from racecore.ops.memory import matrices
+from racecore.ops.products import Ahead, accumulate, padded, transpose
+from racecore.ops.vectors import (
+    lanes,
+    last,
+    load,
+    running_sum,
+    running_sum_from_end,
+    spread,
+    store,
+    total,
+    widen_add,
+)
+from racecore.plan import BLOCK
 
-__all__ = ["add_block", "drop_masked", "load_keep", "widen"]
+__all__ = [
+    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "drop_masked", "flush", "group_ends", "load_keep",
+    "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
+]  # fmt: skip
+
+GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
+
+
+class Partial(NamedTuple):
+    """What the tokens since the last `flush` add to the state of each head of a task."""
+
+    mass: np.ndarray  # [heads, S, BLOCK]: the sum of a row is a mass
+    value_sum: np.ndarray  # [heads, S, V], V padded
 
 
 @helper
@@ -15,43 +42,145 @@ def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> Non
     """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it is, ones."""
     if mask.shape[0] > 0:
         for i in range(n):
-            keep[i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
+            keep[0, i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
 
 
 @helper
 def drop_masked(mask: np.ndarray, keep: np.ndarray, n: int, phi: np.ndarray) -> None:
-    """phi = phi * keep, where there is a mask."""
+    """phi = phi * keep, where there is a mask; and zero for tokens past the block's last."""
     if mask.shape[0] > 0:
         for s in range(phi.shape[0]):
-            for i in range(n):
-                phi[s, i] *= keep[i]
+            for i in range(0, BLOCK, lanes(phi)):
+                store(phi, s, i, load(phi, s, i) * load(keep, 0, i))
+    clear_after(n, phi)
+
+
+@helper
+def clear_after(n: int, c: np.ndarray) -> None:
+    """Zero the coefficients of tokens that a block does not have."""
+    if n < BLOCK:
+        for s in range(c.shape[0]):
+            c[s, n:] = 0
 
 
 @helper
 def add_block(
-    mass_terms: np.ndarray, c: np.ndarray, x: np.ndarray, n: int, block_sum: np.ndarray, total: np.ndarray
+    mass_terms: np.ndarray, c: np.ndarray, x: np.ndarray, n: int, j: int, partial: Partial, ahead: Ahead
 ) -> None:
-    """Add a block to a float64 state: sum_i mass_terms[s, i] to its masses, sum_i c[s, i] * x[i] to its value sums."""
-    n_buckets = block_sum.shape[0]
-    width = total.shape[0] // n_buckets - 1
-    block_sum[:] = 0
-    accumulate(c, x, n_buckets, n, block_sum)
-    for s in range(n_buckets):
-        mass = 0.0
-        for i in range(n):
-            mass += np.float64(mass_terms[s, i])
-        total[s] += mass
-        row = total[n_buckets + s * width : n_buckets + (s + 1) * width]
-        for d in range(width):
-            row[d] += block_sum[s, d]
+    """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its value sums.
+
+    Coefficients past token n must be zero.
+    """
+    mass = partial.mass[j]
+    for s in range(mass.shape[0]):
+        for i in range(0, BLOCK, lanes(mass)):
+            store(mass, s, i, load(mass, s, i) + load(mass_terms, s, i))
+    accumulate(c, x, mass.shape[0], n, partial.value_sum[j], ahead)
 
 
 @helper
-def widen(state: np.ndarray, mass: np.ndarray, value_sum: np.ndarray) -> None:
-    """Round a float64 state to the dtype of the arithmetic, its masses repeated for every token of a block."""
-    n_buckets = value_sum.shape[0]
-    width = state.shape[0] // n_buckets - 1
+def group_ends(t: int, begin: int, end: int) -> bool:
+    """Tell whether the block at t is the last one before a `flush`."""
+    return t + BLOCK >= end or (t + BLOCK - begin) % GROUP == 0
+
+
+@helper
+def flush(partial: Partial, j: int, state: np.ndarray) -> None:
+    """Add the sums of head j to a float64 state [S*(1+V)] and start again from zero."""
+    mass, value_sum = partial.mass[j], partial.value_sum[j]
+    n_buckets, zero = mass.shape[0], spread(mass.dtype.type(0))
+    width, step = state.shape[0] // n_buckets - 1, lanes(mass)
+    whole = width // step * step
     for s in range(n_buckets):
-        mass[s, :] = state[s]
-        for d in range(width):
-            value_sum[s, d] = state[n_buckets + s * width + d]
+        sums = zero
+        for i in range(0, BLOCK, step):
+            sums = sums + load(mass, s, i)
+            store(mass, s, i, zero)
+        state[s] += np.float64(total(sums))
+        row = n_buckets + s * width
+        for d in range(0, whole, step):
+            widen_add(load(value_sum, s, d), state.ctypes.data + 8 * (row + d))
+            store(value_sum, s, d, zero)
+        for d in range(whole, width):
+            state[row + d] += value_sum[s, d]
+            value_sum[s, d] = 0
+
+
+class Running(NamedTuple):
+    """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic but for the masses."""
+
+    mass: np.ndarray  # [heads, S], float64
+    value_sum: np.ndarray  # [heads, S, V], V padded
+    value_sum_t: np.ndarray  # [heads, V, S], both padded: the same transposed, for sums over V
+
+
+@helper
+def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Running:
+    """Make room for the states of so many heads."""
+    wide_s, wide_v = padded(n_buckets), padded(value_dim)
+    rows, columns = matrices(heads, n_buckets, wide_v, dtype), matrices(heads, wide_v, wide_s, dtype)
+    return Running(np.empty((heads, n_buckets)), rows, columns)
+
+
+@helper
+def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) -> None:
+    """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]."""
+    n_buckets = run.mass.shape[1]
+    width = states.shape[1] // n_buckets - 1
+    for m in range(m0, m1):
+        i, state = m - m0, states[m]
+        for s in range(n_buckets):
+            run.mass[i, s] = state[s]
+            for d in range(width):
+                run.value_sum[i, s, d] = state[n_buckets + s * width + d]
+            run.value_sum[i, s, width:] = 0  # a NaN of the task before must not stay in the padding
+        if transposed:
+            transpose(run.value_sum[i], n_buckets, run.value_sum.shape[2], run.value_sum_t[i])
+
+
+@helper
+def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
+    """Repeat the masses of a state for every token of a block."""
+    for s in range(masses.shape[0]):
+        value = spread(masses.dtype.type(mass[s]))
+        for i in range(0, BLOCK, lanes(masses)):
+            store(masses, s, i, value)
+
+
+@helper
+def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
+    """c[s, i] += mass[s]."""
+    for s in range(c.shape[0]):
+        value = spread(c.dtype.type(mass[s]))
+        for i in range(0, BLOCK, lanes(c)):
+            store(c, s, i, load(c, s, i) + value)
+
+
+@helper
+def running_mass(phi: np.ndarray, mass: np.ndarray, masses: np.ndarray) -> None:
+    """Fill masses[:, i] with the masses up to and including token i, and advance `mass` [S], float64, by the block.
+
+    phi [S, BLOCK] is zero past the block's last token.
+    """
+    for s in range(phi.shape[0]):
+        for i in range(0, BLOCK, lanes(phi)):
+            sums = running_sum(load(phi, s, i))
+            store(masses, s, i, sums + spread(phi.dtype.type(mass[s])))
+            mass[s] += np.float64(last(sums))
+
+
+@helper
+def running_mass_backward(d_masses: np.ndarray, d_mass: np.ndarray, d_phi: np.ndarray) -> None:
+    """Add to d_phi[:, j] what tokens i >= j of this block, d_masses [heads, S, BLOCK], and later blocks ask of mass.
+
+    d_mass [S], float64, is what later blocks ask, and moves to before this block.
+    """
+    step = lanes(d_phi)
+    for s in range(d_phi.shape[0]):
+        for i in range(BLOCK - step, -1, -step):
+            terms = load(d_masses[0], s, i)
+            for h in range(1, d_masses.shape[0]):
+                terms = terms + load(d_masses[h], s, i)
+            sums = running_sum_from_end(terms)
+            store(d_phi, s, i, load(d_phi, s, i) + sums + spread(d_phi.dtype.type(d_mass[s])))
+            d_mass[s] += np.float64(total(terms))

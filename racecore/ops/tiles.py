@@ -2,7 +2,7 @@
 
 Why: the compiler's own vector loops reach a third of what a core can do, because they load and store every sum at every
 step. A tile keeps its sums in registers while the contraction runs past them. What a tile does is said in plain Python
-beside it; `ops.products` puts tiles together and has plain loops for what is left over.
+beside it; `ops.products` puts tiles together.
 
 How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code for one size of tile.
 The code uses generic vectors of 64 bytes, so it is right on every processor: LLVM splits them where registers are
@@ -21,6 +21,10 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "ADD",
+    "OVERWRITE",
+    "STREAM",
+    "Emitter",
     "copy_row",
     "dot_1x1",
     "dot_1x4",
@@ -33,15 +37,18 @@ __all__ = [
     "outer_4x2",
     "outer_8x1",
     "outer_8x2",
+    "outer_8xhalf",
     "prefetch",
     "stream_row",
+    "transpose",
 ]
 
 _VECTOR_BYTES = 64
+OVERWRITE, ADD, STREAM = 0, 1, 2  # what a tile does with its sums; STREAM writes whole vectors around the caches
 _FLAGS = ("contract",)  # lets multiply and add fuse, and nothing else
 
 
-class _Emitter:
+class Emitter:
     """LLVM code for one tile: typed loads and stores at addresses, and a counted loop that carries the sums."""
 
     def __init__(self, builder: Any, element: Any) -> None:
@@ -71,10 +78,34 @@ class _Emitter:
     def store(self, value: Any, address: Any) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=self.size)
 
-    def splat(self, number: Any) -> Any:
-        undefined = ir.Constant(self.vector, ir.Undefined)
+    def stream(self, value: Any, address: Any) -> None:
+        """Store a whole vector around the caches, at an address on a cache line."""
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        instruction = self.builder.store(value, pointer, align=_VECTOR_BYTES)
+        one = self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        instruction.set_metadata("nontemporal", one)
+
+    def store_all(self, values: list[Any], addresses: list[Any], streaming: Any) -> None:
+        """Store vectors, around the caches where the number `streaming` says so."""
+        yes = self.builder.icmp_signed("==", streaming, ir.Constant(self.word, STREAM))
+        with self.builder.if_else(yes) as (then, otherwise):
+            with then:
+                for value, address in zip(values, addresses, strict=True):
+                    self.stream(value, address)
+            with otherwise:
+                for value, address in zip(values, addresses, strict=True):
+                    self.store(value, address)
+
+    def kept(self, keep: Any, value: Any) -> Any:
+        """Return `value` where the number `keep` is ADD, else zero."""
+        zero = ir.Constant(value.type, [0.0] * value.type.count)
+        return self.builder.select(self.builder.icmp_signed("==", keep, ir.Constant(self.word, ADD)), value, zero)
+
+    def splat(self, number: Any, kind: Any = None) -> Any:
+        kind = kind or self.vector
+        undefined = ir.Constant(kind, ir.Undefined)
         one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
         return self.builder.shuffle_vector(one, undefined, zeros)
 
     def fma(self, a: Any, b: Any, total: Any) -> Any:
@@ -107,38 +138,47 @@ class _Emitter:
         return sums
 
 
-def _outer_tile(n_rows: int, n_vectors: int) -> Any:
-    """Return a tile that adds a product to n_rows x (n_vectors * lanes) numbers.
+def _outer_tile(n_rows: int, n_halves: int) -> Any:
+    """Return a tile that adds a product to n_rows x (n_halves * lanes / 2) numbers; n_halves is 1 or even.
 
     In plain Python, for every row r and column d of the tile::
 
-        c[r * c_row + d] += sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
+        total = sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
+        c[r * c_row + d] = (c[r * c_row + d] if mode == ADD else 0) + total
     """
 
     @intrinsic
-    def tile(typing_context, a, a_row, a_step, b, b_step, c, c_row, count, like):
+    def tile(typing_context, a, a_row, a_step, b, b_step, c, c_row, count, mode, like):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a, a_row, a_step, b, b_step, c, c_row, count, _ = arguments
-            emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+            a, a_row, a_step, b, b_step, c, c_row, count, mode, _ = arguments
+            emit = Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+            kind = emit.vector if n_halves > 1 else ir.VectorType(emit.element, emit.lanes // 2)
+            n_vectors = max(1, n_halves // 2)
             places = [
                 emit.address(c, emit.times(c_row, r), v * emit.lanes) for r in range(n_rows) for v in range(n_vectors)
             ]
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                row = [emit.load(emit.address(addresses[1], v * emit.lanes), emit.vector) for v in range(n_vectors)]
+                row = [emit.load(emit.address(addresses[1], v * emit.lanes), kind) for v in range(n_vectors)]
                 new = []
                 for r in range(n_rows):
-                    factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element))
+                    factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element), kind)
                     new += [emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)]
                 return new
 
-            start = [emit.load(place, emit.vector) for place in places]
+            start = [ir.Constant(kind, [0.0] * kind.count)] * len(places)
             steps = [emit.times(a_step, emit.size), emit.times(b_step, emit.size)]
-            for value, place in zip(emit.loop(count, start, [a, b], steps, step), places, strict=True):
-                emit.store(value, place)
+            sums = emit.loop(count, start, [a, b], steps, step)
+            # what was there is added last: shorter chains of additions lose less
+            sums = [builder.fadd(emit.kept(mode, emit.load(p, kind)), s) for p, s in zip(places, sums, strict=True)]
+            if n_halves > 1:
+                emit.store_all(sums, places, mode)
+            else:
+                for value, place in zip(sums, places, strict=True):
+                    emit.store(value, place)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8, like), code
+        return types.void(*[types.int64] * 9, like), code
 
     return tile
 
@@ -155,7 +195,7 @@ def _dot_tile(n_rows: int, n_columns: int) -> Any:
     def tile(typing_context, m, m_row, x, x_row, c, c_row, count, like):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             m, m_row, x, x_row, c, c_row, count, _ = arguments
-            emit = _Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+            emit = Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 rows = [emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector) for r in range(n_rows)]
@@ -179,7 +219,7 @@ def _dot_tile(n_rows: int, n_columns: int) -> Any:
     return tile
 
 
-def _totals(emit: _Emitter, vectors: list[Any]) -> Any:
+def _totals(emit: Emitter, vectors: list[Any]) -> Any:
     """Add up the lanes of each of 1, 2, 4, ... vectors; return the totals as one vector.
 
     Every round adds even lanes to odd ones, of two vectors at a time while there are two. Neighbours are added first,
@@ -195,7 +235,7 @@ def _totals(emit: _Emitter, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _add_neighbours(emit: _Emitter, a: Any, b: Any | None) -> Any:
+def _add_neighbours(emit: Emitter, a: Any, b: Any | None) -> Any:
     """Return a[0] + a[1], a[2] + a[3], ..., then the same of b."""
     n = a.type.count * (1 if b is None else 2)
     index = ir.VectorType(ir.IntType(32), n // 2)
@@ -204,6 +244,35 @@ def _add_neighbours(emit: _Emitter, a: Any, b: Any | None) -> Any:
         for first in (0, 1)
     )
     return emit.builder.fadd(even, odd)
+
+
+@intrinsic
+def transpose(typing_context, source, source_row, target, target_row, like):
+    """Write a square of lanes x lanes numbers transposed: target[j * target_row + i] = source[i * source_row + j]."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_row, target, target_row, _ = arguments
+        emit = Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+        rows = [emit.load(emit.address(source, emit.times(source_row, i)), emit.vector) for i in range(emit.lanes)]
+        step = 1
+        while step < emit.lanes:  # swap off-diagonal squares of step x step numbers
+            for i in range(emit.lanes):
+                if i & step == 0:
+                    rows[i], rows[i + step] = _swap_squares(emit, rows[i], rows[i + step], step)
+            step *= 2
+        for j, row in enumerate(rows):
+            emit.store(row, emit.address(target, emit.times(target_row, j)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, like), code
+
+
+def _swap_squares(emit: Emitter, a: Any, b: Any, step: int) -> tuple[Any, Any]:
+    """Exchange the odd runs of `step` lanes of a with the even ones of b."""
+    n, index = emit.lanes, ir.VectorType(ir.IntType(32), emit.lanes)
+    first = [i if i & step == 0 else n + i - step for i in range(n)]
+    second = [i + step if i & step == 0 else n + i for i in range(n)]
+    return tuple(emit.builder.shuffle_vector(a, b, ir.Constant(index, picks)) for picks in (first, second))
 
 
 def _row_copy(streaming: bool) -> Any:
@@ -216,15 +285,14 @@ def _row_copy(streaming: bool) -> Any:
     def copy(typing_context, target, source, count):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             target, source, count = arguments
-            emit = _Emitter(builder, ir.FloatType())
+            emit = Emitter(builder, ir.FloatType())
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 value = emit.load(addresses[1], emit.vector)
-                pointer = builder.inttoptr(addresses[0], emit.vector.as_pointer())
-                store = builder.store(value, pointer, align=_VECTOR_BYTES if streaming else emit.size)
                 if streaming:
-                    one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-                    store.set_metadata("nontemporal", one)
+                    emit.stream(value, addresses[0])
+                else:
+                    emit.store(value, addresses[0])
                 return sums
 
             vector_step = ir.Constant(emit.word, _VECTOR_BYTES)
@@ -266,6 +334,7 @@ def prefetch(typing_context, address):
 copy_row, stream_row = _row_copy(False), _row_copy(True)
 
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
-outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
-outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 1) for rows in (8, 4, 1))
+outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 4) for rows in (8, 4, 1))
+outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
+outer_8xhalf = _outer_tile(8, 1)
 dot_4x4, dot_1x4, dot_4x1, dot_1x1 = _dot_tile(4, 4), _dot_tile(1, 4), _dot_tile(4, 1), _dot_tile(1, 1)

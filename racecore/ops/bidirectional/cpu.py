@@ -1,7 +1,7 @@
 """Bidirectional attention through a sketch: Numba kernels, one block of tokens at a time; see `reference` for the plain form.
 
-No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a block are float32 (or
-the dtype of the arithmetic), sums over blocks float64.
+No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a few blocks are float32
+(or the dtype of the arithmetic), sums over those float64.
 """
 
 from __future__ import annotations
@@ -9,15 +9,34 @@ from __future__ import annotations
 import numpy as np
 
 from racecore import arrays, plan, progress
-from racecore.jit import kernel
-from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, load, store
+from racecore.jit import helper, kernel
+from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.products import expand, project
+from racecore.ops.products import NOTHING, Ahead, expand, project_wide, transpose
 from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import hash_of, load_keys, new_scratch
+from racecore.ops.scratch import (
+    Scratch,
+    hash_of,
+    load_keys,
+    load_row,
+    new_partial,
+    new_scratch,
+    new_states,
+    task_of,
+)
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
-from racecore.ops.states import add_block, drop_masked, widen
-from racecore.plan import BLOCK
+from racecore.ops.states import (
+    add_block,
+    add_mass,
+    clear_after,
+    drop_masked,
+    flush,
+    group_ends,
+    spread_mass,
+    start,
+)
+from racecore.ops.tiles import fence
+from racecore.plan import BLOCK, TOKENS
 from racecore.problem import GradientBuffers, Problem, Sketch
 
 __all__ = ["read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
@@ -41,19 +60,20 @@ def segment_sums(part: Problem, chunk: np.ndarray) -> tuple[np.ndarray, int]:
 
 @kernel
 def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
-    w = new_scratch(call)
-    heads = call.planes.shape[0] // call.n_kv_heads
+    w, partial = new_scratch(call), new_partial(call)
     for task in range(first, last):
-        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
-        sums[index, g * heads : (g + 1) * heads] = 0
+        sums[index, m0:m1] = 0
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keys(call, b, t, g, n, w)
-            for m in range(g * heads, (g + 1) * heads):
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
+            for m in range(m0, m1):
+                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
-                add_block(w.phi_k, w.phi_k, w.v, n, w.block_sum, sums[index, m])
+                add_block(w.phi_k, w.phi_k, w.v, n, m - m0, partial, next_v)
+                if group_ends(t, begin, end):
+                    flush(partial, m - m0, sums[index, m])
 
 
 def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -> None:
@@ -63,7 +83,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
         return
     for chunk in plan.chunks(part, "key"):
         call = make_call(part, chunk, d_key=grads.key, d_value=grads.value)
-        hash_parts = empty_hash_parts(part, chunk, wants_hash)
+        hash_parts = empty_hash_parts(part, chunk, grads.hash)
         n_tokens = launch(_sum_keys_backward, call, d_sketch.flat, hash_parts)
         if grads.hash is not None:
             scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[1:])
@@ -73,32 +93,41 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 
 @kernel
 def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
-    w = new_scratch(call)
-    n_buckets = w.phi_k.shape[0]
+    w, d_state = new_scratch(call), new_states(call)
     heads = call.planes.shape[0] // call.n_kv_heads
     for task in range(first, last):
-        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        hash_parts[index, g * heads : (g + 1) * heads] = 0
+        hash_parts[index, m0:m1] = 0
+        start(d_states[owner], m0, m1, True, d_state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            load_keys(call, b, t, g, n, w)
-            w.d_k[:] = 0
-            w.d_v[:] = 0
-            for m in range(g * heads, (g + 1) * heads):
-                if t == begin or heads > 1:
-                    widen(d_states[owner, m], w.d_mass, w.block_sum)  # block_sum: the gradient of value_sum
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k)
+            for m in range(m0, m1):
+                i, g, share = m - m0, m // heads, m % heads
+                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
+                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                project(w.block_sum, w.v, w.rho.shape[0], n, w.d_phi)
-                expand(w.phi_k, w.block_sum, n_buckets, n, w.d_v)
+                ask_state(d_state.value_sum_t[i], w.v, n, w, next_v)
+                d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0)
+                expand(w.phi_k, d_state.value_sum[i], w.phi_k.shape[0], n, d_v)
                 # mass += phi_k
-                w.d_phi[:] += w.d_mass
+                add_mass(d_state.mass[i], w.d_phi)
                 # phi_k = hash_block(k)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, w.d_k, hash_parts[index, m])
-            store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k)
-            store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v)
+                d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
+                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, d_k, hash_parts[index, m])
+                if share == heads - 1:
+                    store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
+                    store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
+    fence()
+
+
+@helper
+def ask_state(value_sum_t: np.ndarray, x: np.ndarray, n: int, w: Scratch, ahead: Ahead) -> None:
+    """d_phi[:, i] = value_sum @ x[i], given value_sum transposed."""
+    n_buckets = w.d_phi.shape[0]
+    project_wide(value_sum_t, x, n_buckets, n, w.answers_t, ahead)
+    transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
@@ -109,23 +138,24 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
 
 @kernel
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
-    w = new_scratch(call)
-    heads = call.planes.shape[0] // call.n_kv_heads
+    w, state = new_scratch(call), new_states(call)
     repeats = call.n_heads // call.planes.shape[0]
     for task in range(first, last):
-        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        for m in range(g * heads, (g + 1) * heads):
-            widen(states[owner, m], w.mass, w.value_sum)
-            for h in range(m * repeats, (m + 1) * repeats):
-                for t in range(begin, end, BLOCK):
-                    n = min(BLOCK, end - t)
-                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
-                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
-                    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
-                    w.o[:] = 0
-                    expand(w.rho, w.value_sum, w.rho.shape[0], n, w.o)
-                    store(call.table, OUT, (b, t, h), n, call.value_dim, w.o)
+        start(states[owner], m0, m1, False, state)
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            for h in range(m0 * repeats, m1 * repeats):
+                m = h // repeats
+                next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
+                hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+                spread_mass(state.mass[m - m0], w.mass)
+                weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
+                expand(w.rho, state.value_sum[m - m0], w.rho.shape[0], n, o)
+                store(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
+    fence()
 
 
 def read_out_backward(
@@ -135,7 +165,7 @@ def read_out_backward(
     for chunk in plan.chunks(part, "query"):
         call = make_call(part, chunk, d_out=d_out, d_query=grads.query)
         d_sums = arrays.empty((len(chunk), *sketch.flat.shape[1:]), np.float64)
-        hash_parts = empty_hash_parts(part, chunk, grads.hash is not None)
+        hash_parts = empty_hash_parts(part, chunk, grads.hash)
         n_tokens = launch(_read_out_backward, call, sketch.flat, d_sums, hash_parts)
         scan(chunk[:, 0], d_sums, d_sketch.flat)
         if grads.hash is not None:
@@ -148,29 +178,34 @@ def read_out_backward(
 def _read_out_backward(
     call: Call, first: int, last: int, states: np.ndarray, d_sums: np.ndarray, hash_parts: np.ndarray
 ) -> None:
-    w = new_scratch(call)
-    heads = call.planes.shape[0] // call.n_kv_heads
+    w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.planes.shape[0]
     for task in range(first, last):
-        index, g = task // call.n_kv_heads, task % call.n_kv_heads
+        index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        d_sums[index, g * heads : (g + 1) * heads] = 0
-        hash_parts[index, g * heads : (g + 1) * heads] = 0
-        for m in range(g * heads, (g + 1) * heads):
-            widen(states[owner, m], w.mass, w.value_sum)
-            for h in range(m * repeats, (m + 1) * repeats):
-                for t in range(begin, end, BLOCK):
-                    n = min(BLOCK, end - t)
-                    load(call.table, QUERY, (b, t, h), n, call.head_dim, w.q, w.ones)
-                    load(call.table, D_OUT, (b, t, h), n, call.value_dim, w.g, w.ones)
-                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q)
-                    weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
-                    # out = rho.T @ value_sum
-                    project(w.value_sum, w.g, w.rho.shape[0], n, w.d_phi)
-                    # rho = weigh(phi_q, mass)
-                    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
-                    add_block(w.d_mass, w.rho, w.g, n, w.block_sum, d_sums[index, m])
-                    # phi_q = hash_block(q)
-                    w.d_q[:] = 0
-                    hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, w.d_q, hash_parts[index, m])
-                    store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q)
+        d_sums[index, m0:m1] = 0
+        hash_parts[index, m0:m1] = 0
+        start(states[owner], m0, m1, True, state)
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            for h in range(m0 * repeats, m1 * repeats):
+                m = h // repeats
+                i = m - m0
+                next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
+                next_g = load_row(call, D_OUT, b, t, h, n, TOKENS, call.value_dim, w.g, w)
+                hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+                spread_mass(state.mass[i], w.mass)
+                weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                # out = rho.T @ value_sum
+                ask_state(state.value_sum_t[i], w.g, n, w, next_g)
+                # rho = weigh(phi_q, mass)
+                weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
+                clear_after(n, w.d_mass)
+                add_block(w.d_mass, w.rho, w.g, n, i, partial, NOTHING)
+                if group_ends(t, begin, end) and h % repeats == repeats - 1:
+                    flush(partial, i, d_sums[index, m])
+                # phi_q = hash_block(q)
+                d_q = rows_to_write(call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False)
+                hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, d_q, hash_parts[index, m])
+                store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
+    fence()

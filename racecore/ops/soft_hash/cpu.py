@@ -8,113 +8,118 @@ The logits are linear in the corner, so the softmax over corners is a product ov
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore.jit import helper, kernel
 from racecore.ops.cpu_call import pad_planes
-from racecore.ops.elementary import exp_of_nonpositive, tanh
-from racecore.ops.products import accumulate, expand, project
-from racecore.plan import BLOCK
+from racecore.ops.elementary import sigmoids, tanh
+from racecore.ops.memory import matrices
+from racecore.ops.products import (
+    NOTHING,
+    Ahead,
+    Rows,
+    accumulate,
+    expand,
+    is_wide,
+    padded,
+    project,
+    project_wide,
+    rows_of,
+    transpose,
+)
+from racecore.ops.vectors import fma, lanes, load, spread, store, total
+from racecore.plan import BLOCK, TOKENS
 from racecore.threads import run
 
 __all__ = ["soft_hash", "soft_hash_backward"]
 
 
 class Hash(NamedTuple):
-    """The hash of one state head, and the arrays of a block that it works in."""
+    """The hash of one state head, and the arrays of a block that it works in. D and the planes of the last three are padded."""
 
-    planes: np.ndarray  # [L*P, D], D padded
+    planes: np.ndarray  # [L*P, D]
+    planes_t: np.ndarray  # [D, L*P]
     beta: float
     n_tables: int  # L
-    factors: (
-        np.ndarray
-    )  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), sigmoid(-2 beta tanh(u)); kept for the way back
+    factors: np.ndarray  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), 1 - that; kept for the way back
     d_u: np.ndarray  # [L*P, BLOCK]
     d_planes: np.ndarray  # [L*P, D]
+    u_t: np.ndarray  # [BLOCK, L*P]
 
 
 @helper
-def hash_block(f: Hash, x: np.ndarray, n: int, phi: np.ndarray) -> None:
-    """Hash n rows x [n, D] into phi [S, n].
+def hash_block(f: Hash, x: np.ndarray, n: int, phi: np.ndarray, ahead: Ahead) -> None:
+    """Hash n rows x [n, D] into phi [S, n], and ask for the rows that come next.
 
-    Element-wise loops run over whole blocks: a constant length vectorises better, and nobody reads columns past n.
+    Element-wise loops run over whole blocks; nobody reads columns past n.
     """
-    # Typed constants throughout: an integer literal would turn float32 arithmetic into float64.
-    zero, one = phi.dtype.type(0), phi.dtype.type(1)
-    twice_beta = f.beta + f.beta
     tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     n_rows = f.planes.shape[0]
-    project(f.planes, x, n_rows, n, tanh_u)
+    if is_wide(n_rows):
+        project_wide(f.planes_t, x, n_rows, n, f.u_t, ahead)
+        transpose(f.u_t, TOKENS, n_rows, tanh_u)
+    else:
+        project(f.planes, x, n_rows, n, tanh_u, ahead)
+    twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
     for k in range(n_rows):
-        for i in range(BLOCK):
-            t = tanh(tanh_u[k, i])
-            z = twice_beta * t
-            e = exp_of_nonpositive(-abs(z))
-            high = one / (one + e)
-            low = e * high  # sigmoid(-|z|) without cancellation
-            tanh_u[k, i] = t
-            plus[k, i] = high if z >= zero else low
-            minus[k, i] = low if z >= zero else high
+        for i in range(0, BLOCK, lanes(phi)):
+            t = tanh(load(tanh_u, k, i))
+            high, low = sigmoids(twice_beta * t, one)
+            store(tanh_u, k, i, t)
+            store(plus, k, i, high)
+            store(minus, k, i, low)
     n_planes = n_rows // f.n_tables
     for table in range(f.n_tables):
-        _corner_products(plus, minus, table * n_planes, n_planes, phi[table << n_planes : (table + 1) << n_planes])
+        _corner_products(plus, minus, table * n_planes, n_planes, table << n_planes, phi)
 
 
 @helper
-def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, phi: np.ndarray) -> None:
-    """Fill phi [R, BLOCK] of one table, plane by plane from the least significant bit: every plane doubles the rows."""
-    phi[0] = 1
-    for bit in range(n_planes):
-        a, b = plus[first + n_planes - 1 - bit], minus[first + n_planes - 1 - bit]
-        for r in range(1 << bit):
-            low, high = phi[r], phi[r + (1 << bit)]
-            for i in range(BLOCK):
-                value = low[i]
-                high[i] = value * a[i]
-                low[i] = value * b[i]
+def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, phi: np.ndarray) -> None:
+    """Fill the rows of one table from `row` on, plane by plane from the least significant bit: every plane doubles them."""
+    last_plane = first + n_planes - 1
+    for i in range(0, BLOCK, lanes(phi)):
+        store(phi, row, i, load(minus, last_plane, i))
+        store(phi, row + 1, i, load(plus, last_plane, i))
+        for bit in range(1, n_planes):
+            a, b = load(plus, last_plane - bit, i), load(minus, last_plane - bit, i)
+            half = 1 << bit
+            for r in range(row, row + half):
+                value = load(phi, r, i)
+                store(phi, r + half, i, value * a)
+                store(phi, r, i, value * b)
 
 
 @helper
 def hash_block_backward(
-    f: Hash, d_phi: np.ndarray, x: np.ndarray, n: int, phi: np.ndarray, d_x: np.ndarray, d_hash: np.ndarray
+    f: Hash, d_phi: np.ndarray, x: np.ndarray, n: int, phi: np.ndarray, d_x: Rows, d_hash: np.ndarray
 ) -> None:
-    """Invert `hash_block`: add to d_x [n, D] and to d_hash, L*P*D numbers for planes and one for beta.
+    """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes and one for beta.
 
     `f` is as `hash_block` left it. An empty d_hash means that this gradient is not wanted. d_phi [S, n] is overwritten.
     """
     tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
-    n_rows, one = f.planes.shape[0], phi.dtype.type(1)
+    n_rows, one = f.planes.shape[0], spread(phi.dtype.type(1))
     n_planes = n_rows // f.n_tables
     wants_hash = d_hash.shape[0] > 0
-    for s in range(d_phi.shape[0]):
-        for i in range(BLOCK):
-            d_phi[s, i] *= phi[s, i]
     # phi[s] = prod_p plus[p] or minus[p]
     for table in range(f.n_tables):
-        _corner_products_backward(
-            d_phi[table << n_planes : (table + 1) << n_planes], plus, minus, table * n_planes, n_planes, f.d_u
-        )
+        _corner_products_backward(d_phi, phi, table << n_planes, plus, minus, table * n_planes, n_planes, f.d_u)
     # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
     if wants_hash:
-        d_beta = 0.0
-        for k in range(n_rows):
-            total = phi.dtype.type(0)
-            for i in range(n):
-                total += f.d_u[k, i] * tanh_u[k, i]
-            d_beta += total
-        d_hash[-1] += d_beta
+        _add_d_beta(f.d_u, tanh_u, n_rows, n, d_hash)
+    beta = spread(f.beta)
     for k in range(n_rows):
-        for i in range(BLOCK):
-            t = tanh_u[k, i]
-            f.d_u[k, i] *= f.beta * (one - t) * (one + t)
+        for i in range(0, BLOCK, lanes(phi)):
+            t = load(tanh_u, k, i)
+            store(f.d_u, k, i, load(f.d_u, k, i) * (beta * (one - t) * (one + t)))
     # u = planes @ x.T
     expand(f.d_u, f.planes, n_rows, n, d_x)
-    if wants_hash:
+    if wants_hash and d_hash.shape[0] > 1:
         head_dim = (d_hash.shape[0] - 1) // n_rows  # the last number is beta's
         f.d_planes[:] = 0
-        accumulate(f.d_u, x, n_rows, n, f.d_planes)
+        accumulate(f.d_u, x, n_rows, n, f.d_planes, NOTHING)
         for k in range(n_rows):
             row = d_hash[k * head_dim : (k + 1) * head_dim]
             for d in range(head_dim):
@@ -122,84 +127,110 @@ def hash_block_backward(
 
 
 @helper
-def _corner_products_backward(
-    weighted: np.ndarray, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, d_y: np.ndarray
-) -> None:
-    """From weighted = d_phi * phi [R, BLOCK] of one table, overwritten, to d_y [P, BLOCK], y = beta * tanh(u).
-
-    With s1, s0 the sums of `weighted` over corners that have the plane's bit set or not,
-    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after plane.
-    """
-    for p in range(n_planes):
-        row, a, b = d_y[first + p], plus[first + p], minus[first + p]
-        half = 1 << (n_planes - 1 - p)
-        row[:] = 0
-        for r in range(half):
-            low, high = weighted[r], weighted[r + half]
-            for i in range(BLOCK):
-                s0, s1 = low[i], high[i]
-                d = s1 * b[i] - s0 * a[i]
-                row[i] += d + d
-                low[i] = s0 + s1
+def _add_d_beta(d_y: np.ndarray, tanh_u: np.ndarray, n_rows: int, n: int, d_hash: np.ndarray) -> None:
+    """Add <d_y, tanh(u)> over the n tokens of a block to the last number of d_hash."""
+    if n < BLOCK:
+        for k in range(n_rows):
+            d_y[k, n:] = 0
+            tanh_u[k, n:] = 0  # 0 * NaN
+    sums = spread(tanh_u.dtype.type(0))
+    for k in range(n_rows):
+        for i in range(0, BLOCK, lanes(tanh_u)):
+            sums = fma(load(d_y, k, i), load(tanh_u, k, i), sums)
+    d_hash[-1] += np.float64(total(sums))
 
 
 @helper
-def _new_hash(planes: np.ndarray, beta: float, n_tables: int) -> Hash:
-    n_rows, dtype = planes.shape[0], planes.dtype
-    factors, d_u = np.empty((3, n_rows, BLOCK), dtype), np.empty((n_rows, BLOCK), dtype)
-    return Hash(planes, beta, n_tables, factors, d_u, np.empty_like(planes))
+def _corner_products_backward(
+    d_phi: np.ndarray, phi: np.ndarray, row: int, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int,
+    d_y: np.ndarray,
+) -> None:  # fmt: skip
+    """From d_phi of one table, rows from `row` on, overwritten, to d_y [P, BLOCK], y = beta * tanh(u).
+
+    With w = d_phi * phi, and s1, s0 its sums over corners that have the plane's bit set or not,
+    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after plane.
+    """
+    zero = spread(phi.dtype.type(0))
+    for i in range(0, BLOCK, lanes(phi)):
+        for p in range(n_planes):
+            half = 1 << (n_planes - 1 - p)
+            s0, s1 = zero, zero
+            for r in range(row, row + half):
+                low, high = load(d_phi, r, i), load(d_phi, r + half, i)
+                if p == 0:
+                    low, high = low * load(phi, r, i), high * load(phi, r + half, i)
+                s0, s1 = s0 + low, s1 + high
+                store(d_phi, r, i, low + high)
+            d = s1 * load(minus, first + p, i) - s0 * load(plus, first + p, i)
+            store(d_y, first + p, i, d + d)
+
+
+@helper
+def new_hash_arrays(n_rows: int, wide_d: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Make the arrays of a `Hash`: factors, d_u, d_planes and u_t."""
+    wide_rows = padded(n_rows)
+    rows = matrices(4, wide_rows, TOKENS, dtype)
+    return rows[:3], rows[3], matrices(1, n_rows, wide_d, dtype)[0], matrices(1, TOKENS, wide_rows, dtype)[0]
 
 
 @kernel
 def _hash_rows(
-    x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int, out: np.ndarray
-) -> None:
+    x: np.ndarray, planes: np.ndarray, planes_t: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int,
+    out: np.ndarray,
+) -> None:  # fmt: skip
     """Hash rows first ... last - 1 of x [N, M, D] into out [N, M, S]."""
-    head_dim = x.shape[2]
-    block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
-    phi = np.empty((out.shape[2], BLOCK), x.dtype)
+    head_dim, n_buckets = x.shape[2], out.shape[2]
+    block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
+    block[:] = 0
+    phi = matrices(1, n_buckets, TOKENS, x.dtype)[0]
+    arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
-        f = _new_hash(planes[m], beta[m], n_tables)
+        f = Hash(planes[m], planes_t[m], beta[m], n_tables, *arrays)
         for start in range(first, last, BLOCK):
             n = min(BLOCK, last - start)
-            block[:n, :head_dim] = x[start : start + n, m]
-            hash_block(f, block, n, phi)
             for i in range(n):
-                for s in range(out.shape[2]):
+                for d in range(head_dim):
+                    block[i, d] = x[start + i, m, d]
+            hash_block(f, block, n, phi, NOTHING)
+            for i in range(n):
+                for s in range(n_buckets):
                     out[start + i, m, s] = phi[s, i]
 
 
 @kernel
 def _hash_rows_backward(
-    d_out: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int,
-    d_x: np.ndarray, d_hash: np.ndarray,
+    d_out: np.ndarray, x: np.ndarray, planes: np.ndarray, planes_t: np.ndarray, beta: np.ndarray, n_tables: int, first: int,
+    last: int, d_x: np.ndarray, d_hash: np.ndarray,
 ) -> None:  # fmt: skip
     """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
-    head_dim = x.shape[2]
-    block = np.zeros((BLOCK, planes.shape[2]), x.dtype)
-    d_block = np.zeros_like(block)
-    phi = np.empty((d_out.shape[2], BLOCK), x.dtype)
-    d_phi = np.empty_like(phi)
+    head_dim, n_buckets = x.shape[2], d_out.shape[2]
+    block, d_block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0], matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
+    block[:] = 0
+    phi, d_phi = matrices(1, n_buckets, TOKENS, x.dtype)[0], matrices(1, n_buckets, TOKENS, x.dtype)[0]
+    arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
-        f = _new_hash(planes[m], beta[m], n_tables)
+        f = Hash(planes[m], planes_t[m], beta[m], n_tables, *arrays)
         for start in range(first, last, BLOCK):
             n = min(BLOCK, last - start)
-            block[:n, :head_dim] = x[start : start + n, m]
             for i in range(n):
-                for s in range(d_out.shape[2]):
+                for d in range(head_dim):
+                    block[i, d] = x[start + i, m, d]
+            for i in range(n):
+                for s in range(n_buckets):
                     d_phi[s, i] = d_out[start + i, m, s]
-            hash_block(f, block, n, phi)
-            d_block[:] = 0
-            hash_block_backward(f, d_phi, block, n, phi, d_block, d_hash[start // BLOCK, m])
-            d_x[start : start + n, m] = d_block[:n, :head_dim]
+            hash_block(f, block, n, phi, NOTHING)
+            hash_block_backward(f, d_phi, block, n, phi, rows_of(d_block, False), d_hash[start // BLOCK, m])
+            for i in range(n):
+                for d in range(head_dim):
+                    d_x[start + i, m, d] = d_block[i, d]
 
 
 def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """Return phi [..., M, S] of the rows x [..., M, D], with planes [M, L, P, D] and beta [M]."""
-    rows, w, b, n_tables = _flat(x, planes, beta)
+    rows, (w, w_t), b, n_tables = _flat(x, planes, beta)
     out = np.empty((*rows.shape[:2], n_tables << planes.shape[2]), x.dtype)
     run(
-        lambda i, j: _hash_rows(rows, w, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out),
+        lambda i, j: _hash_rows(rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out),
         -(-len(rows) // BLOCK),
         64,
     )
@@ -210,20 +241,22 @@ def soft_hash_backward(
     d_phi: np.ndarray, x: np.ndarray, planes: np.ndarray, beta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return d_x [..., M, D], d_planes [M, L, P, D] and d_beta [M], the last two in float64."""
-    rows, w, b, n_tables = _flat(x, planes, beta)
+    rows, (w, w_t), b, n_tables = _flat(x, planes, beta)
     d_rows = np.ascontiguousarray(d_phi.reshape(*rows.shape[:2], d_phi.shape[-1]), x.dtype)
     d_x = np.empty_like(rows)
     n_blocks = -(-len(rows) // BLOCK)
     d_hash = np.zeros((n_blocks, len(w), planes[0].size + 1))
     run(
-        lambda i, j: _hash_rows_backward(d_rows, rows, w, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash),
+        lambda i, j: _hash_rows_backward(
+            d_rows, rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash
+        ),
         n_blocks, 64,
     )  # fmt: skip
     total = d_hash.sum(axis=0)
     return d_x.reshape(x.shape), total[:, :-1].reshape(planes.shape), total[:, -1]
 
 
-def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Return x [N, M, D], planes [M, L*P, padded D] and beta [M] in the dtype of x, and L."""
+def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray, int]:
+    """Return x [N, M, D], planes as `pad_planes` gives them and beta [M] in the dtype of x, and L."""
     rows = np.ascontiguousarray(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return rows, pad_planes(planes, x.dtype), np.ascontiguousarray(beta, x.dtype), planes.shape[1]

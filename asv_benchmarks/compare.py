@@ -1,0 +1,241 @@
+"""Measure racecore, its peers in torch and the machine's own ceilings in one run; write the table and the picture.
+
+    python asv_benchmarks/compare.py                       # everything: some twenty minutes on an idle machine
+    python asv_benchmarks/compare.py --quick               # a few lengths, about a minute: does it all work?
+    python asv_benchmarks/compare.py --methods racecore softmax --lengths 2^12 2^14
+    python asv_benchmarks/compare.py --from-json docs/performance.json    # draw again, without measuring
+
+Forward + backward of one attention layer: B = 1, H = 4, D = V = 128, float32, gradients of query, key, value (and beta,
+where there is one), as many threads as there are processors, no environment variables. Every method and length runs in a
+process of its own: one call on 128 tokens, then the full length, repeated; the best repetition counts. Peak memory is what
+a process needed beyond its inputs (query, key, value and the gradient of the output), so outputs and gradients are in it.
+racecore writes into the arrays that its first call returned (`out=`); what allocating them at every call costs is printed
+too. Sweeps of peers end where a call would take longer than `--patience`, or need more than 85 % of the free memory.
+
+Needs Linux, torch for the peers and Matplotlib for the picture: pip install torch matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import ceilings
+import machine
+import report
+import workers
+from cases import BATCH, DIM, HASHES, HEADS, METHODS, Case, Setting, all_cases
+
+__all__ = ["main"]
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LENGTHS = [2**n for n in range(10, 21)]
+PATIENCE = 20.0  # seconds of one call
+SECONDS = 1.5  # of repetitions
+MEMORY_SHARE = 0.85
+_FIRST = 2**10  # the length that foretells time and memory of the first one asked for
+
+
+class Sweep:
+    """All cases over all lengths, length by length, so that what is compared is measured within minutes."""
+
+    def __init__(self, cases: list[Case], patience: float, seconds: float) -> None:
+        self.cases = cases
+        self.patience = patience
+        self.seconds = seconds
+        self.runs: list[dict[str, Any]] = []
+        self.stopped: list[dict[str, Any]] = []
+        self._last: dict[Case, dict[str, Any]] = {}
+
+    def prepare(self, first: int) -> None:
+        """Compile what racecore has no compiled kernels for yet, and foretell what the first length takes."""
+        for case in self.cases:
+            if case.method != "racecore" and first <= _FIRST:
+                continue
+            try:
+                self._last[case] = self._measure(case, _FIRST)
+            except workers.WorkerError as error:
+                self._stop(case, _FIRST, str(error))
+
+    def at(self, tokens: int) -> None:
+        """Measure every case that has not been stopped."""
+        done = {Case.of(stop) for stop in self.stopped}
+        for case in self.cases:
+            if case in done:
+                continue
+            reason = self._too_much(case, tokens)
+            if reason is None:
+                try:
+                    record = self._measure(case, tokens)
+                except workers.WorkerError as error:
+                    reason = str(error)
+                else:
+                    self._last[case] = record
+                    self.runs.append(record)
+                    print(report.run_line(record), flush=True)
+                    continue
+            self._stop(case, tokens, reason)
+
+    def _measure(self, case: Case, tokens: int) -> dict[str, Any]:
+        memory = int(MEMORY_SHARE * machine.free_memory())
+        job = {"kind": "case", "case": case.as_dict(), "tokens": tokens, "seconds": self.seconds, "memory": memory}
+        return {**case.as_dict(), "tokens": tokens, **workers.run(job, timeout=180 + 6 * self.patience)}
+
+    def _too_much(self, case: Case, tokens: int) -> str | None:
+        """Return why the next length is not tried, judged by the one before."""
+        last = self._last.get(case)
+        if last is None:
+            return None
+        ratio = tokens / last["tokens"]
+        seconds = last["seconds"] * ratio**case.exponent
+        if seconds > self.patience:
+            return f"time: some {seconds:.0f} s a call"
+        n_bytes = last["peak_bytes"] * ratio + 4 * BATCH * tokens * HEADS * DIM * 4
+        if n_bytes > MEMORY_SHARE * machine.free_memory():
+            return f"memory: some {n_bytes / 1e9:.0f} GB"
+        return None
+
+    def _stop(self, case: Case, tokens: int, reason: str) -> None:
+        self.stopped.append({**case.as_dict(), "tokens": tokens, "reason": reason})
+        print(f"{case.label}, {case.direction}: stops before {tokens:,} tokens; {reason}", flush=True)
+
+
+def experiments(tokens: int, long_tokens: int, n_processors: int) -> dict[str, list[Setting]]:
+    """Return settings of racecore that are measured in turns, in one process, for the ratio between them."""
+    counts = sorted({1, min(2, n_processors), n_processors})
+    found = {}
+    for causal in (False, True):
+        way = "causal" if causal else "bidirectional"
+        found[f"fresh outputs, {way}"] = [Setting(tokens, causal, fresh_outputs=fresh) for fresh in (False, True)]
+        found[f"threads, {way}"] = [Setting(tokens, causal, threads=n) for n in counts]
+        if importlib.util.find_spec("ml_dtypes") is not None:
+            found[f"bfloat16, {way}"] = [Setting(tokens, causal, dtype=name) for name in ("float32", "bfloat16")]
+    found["heads, causal"] = [Setting(long_tokens, True, heads=n) for n in (HEADS, 1)]
+    return found
+
+
+def measure_experiments(settings: dict[str, list[Setting]], seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """Run every experiment in a process of its own; return each setting with its timings."""
+    results = {}
+    for name, variants in settings.items():
+        memory = int(MEMORY_SHARE * machine.free_memory())
+        chosen = [variant.as_dict() for variant in variants]
+        job = {"kind": "settings", "settings": chosen, "seconds": seconds, "memory": memory}
+        try:
+            timings = workers.run(job, timeout=300)["timings"]
+        except workers.WorkerError as error:
+            print(f"{name}: not measured; {error}", flush=True)
+            continue
+        results[name] = [variant.as_dict() | timing for variant, timing in zip(variants, timings, strict=True)]
+    return results
+
+
+def measure_ceilings(rounds: int, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Measure all cores and one core; keep the better of this and of an earlier measurement."""
+    found = {"all": ceilings.measure(rounds=rounds), "one": ceilings.measure(1, rounds=rounds)}
+    if before is not None:
+        for name, rates in found.items():
+            rates |= {key: max(value, before[name][key]) for key, value in rates.items()}
+    return found
+
+
+def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
+    """Measure everything, in the order: ceilings, peers verified, sweep, experiments, ceilings again."""
+    quick = options.quick
+    rounds, seconds, patience = (3, 0.2, min(options.patience, 2.0)) if quick else (12, SECONDS, options.patience)
+    cases = all_cases(options.methods, HASHES[:1] if quick else HASHES)
+    data: dict[str, Any] = {
+        "command": " ".join(["python asv_benchmarks/compare.py", *sys.argv[1:]]),
+        "machine": machine.describe(),
+        "setting": {"batch": BATCH, "heads": HEADS, "dim": DIM, "dtype": "float32"},
+        "lengths": options.lengths,
+    }
+    print(report.machine_line(data))
+    data["ceilings"] = measure_ceilings(rounds)
+    if set(options.methods) - {"racecore"}:
+        data["verified"] = workers.run({"kind": "verify"}, timeout=300)
+        print("verified: every peer computes what its name says", flush=True)
+    sweep = Sweep(cases, patience, seconds)
+    data |= {"runs": sweep.runs, "stopped": sweep.stopped, "experiments": {}}
+    print("warming up (kernels that are not yet compiled here take a minute or two, once)", flush=True)
+    sweep.prepare(options.lengths[0])
+    for tokens in options.lengths:
+        sweep.at(tokens)
+        save(data)
+    if "racecore" in options.methods:
+        tokens, long_tokens = (2**12, 2**14) if quick else (2**16, 2**18)
+        settings = experiments(tokens, long_tokens, data["machine"]["processors"])
+        data["experiments"] = measure_experiments(settings, seconds)
+    if not quick:  # the machine may have been disturbed the first time
+        data["ceilings"] = measure_ceilings(rounds, data["ceilings"])
+    save(data)
+    return data
+
+
+def check_packages(methods: list[str]) -> None:
+    """Say what is missing before anything is measured."""
+    needed = ["matplotlib", "torch"] if set(methods) - {"racecore"} else ["matplotlib"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"the comparison needs {' and '.join(missing)}: pip install {' '.join(missing)} "
+            "(without torch, --methods racecore works)"
+        )
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test; writes to a temporary folder")
+    parser.add_argument("--lengths", nargs="+", type=_length, metavar="T", help="tokens, such as 4096 or 2^12")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
+                        help=f"of {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of one call (%(default)g)")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="instead of docs")
+    parser.add_argument("--from-json", type=pathlib.Path, metavar="FILE", help="draw what was measured before")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.lengths = sorted(set(options.lengths or ([2**10, 2**12] if options.quick else LENGTHS)))
+    if options.output is None:
+        scratch = options.quick and options.from_json is None
+        options.output = pathlib.Path(tempfile.mkdtemp(prefix="racecore-compare-")) if scratch else ROOT / "docs"
+    return options
+
+
+def _length(text: str) -> int:
+    base, _, power = text.replace("**", "^").partition("^")
+    tokens = int(base) ** int(power or 1)
+    if tokens < 1 or tokens % 128:
+        raise argparse.ArgumentTypeError(f"a length is a positive multiple of 128 tokens, got {text}")
+    return tokens
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    options = parse(arguments)
+    if options.worker is not None:
+        print(json.dumps(workers.answer(json.loads(options.worker))))
+        return
+    path = options.output / "performance.json"
+    if options.from_json is not None:
+        data = json.loads(options.from_json.read_text())
+    else:
+        check_packages(options.methods)
+        options.output.mkdir(parents=True, exist_ok=True)
+        data = measure(options, lambda data: path.write_text(json.dumps(data, indent=1) + "\n"))
+        print(f"\nwrote {path}")
+    for written in report.write(data, options.output):
+        print(f"wrote {written}")
+    print("\n" + "\n".join(report.summary(data)))
+    failed = [stop for stop in data["stopped"] if stop["method"] == "racecore" and "memory" not in stop["reason"]]
+    if failed:
+        raise SystemExit(f"racecore itself did not finish: {failed}")
+
+
+if __name__ == "__main__":
+    main()

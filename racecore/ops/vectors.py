@@ -1,0 +1,323 @@
+"""A vector of numbers as a value in compiled code: load it, calculate with it, store it.
+
+Why: left to itself the compiler turns about half of the element-wise loops of a block into vector code, and that at a half or
+a quarter of the width. With this type the loops say what they mean: ``store(a, r, i, load(b, r, i) * load(c, r, i))``
+works on 64 bytes at once. Everything element-wise in the kernels is written with it; the products are in `ops.tiles`.
+
+How: `Vector` is a Numba type over an LLVM vector of 16 float32 or 8 float64; each operation below is an intrinsic of one
+or a few LLVM instructions. LLVM splits the vectors where registers are narrower, so this is right on every processor.
+Multiply and add may fuse, nothing is reordered.
+
+Matrices are C-contiguous scratch arrays whose rows are whole vectors (`lanes` numbers); positions are not checked.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
+
+from racecore.jit import helper, inlined
+
+__all__ = [
+    "VECTOR_BYTES", "Vector", "absolute", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes", "last",
+    "load", "load_vector", "maximum", "power_of_two", "running_sum", "running_sum_from_end", "select", "spread",
+    "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
+]  # fmt: skip
+
+VECTOR_BYTES = 64
+_FUSE = ("contract",)  # lets multiply and add fuse, and nothing else
+
+
+class Vector(types.Type):
+    """The Numba type of a vector of `element`, float32 or float64."""
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+        self.lanes = VECTOR_BYTES // (element.bitwidth // 8)
+        super().__init__(name=f"Vector({element})")
+
+
+class Condition(types.Type):
+    """The Numba type of what comparing two vectors gives: a bit per lane."""
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+        self.lanes = VECTOR_BYTES // (element.bitwidth // 8)
+        super().__init__(name=f"Condition({element})")
+
+
+def _element(vector: Vector) -> Any:
+    return ir.DoubleType() if vector.element == types.float64 else ir.FloatType()
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(_element(kind), kind.lanes))
+
+
+@register_model(Condition)
+class _ConditionModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Condition) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.lanes))
+
+
+# Loading and storing -------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load_vector(typing_context, address, like):
+    """Return the vector at an address, of numbers of the type of `like`."""
+    kind = Vector(like)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer())
+        return builder.load(pointer, align=_element(kind).get_abi_size(context.target_data))
+
+    return kind(types.int64, like), code
+
+
+@intrinsic
+def store_vector(typing_context, value, address):
+    """Write a vector to an address."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[1], arguments[0].type.as_pointer())
+        builder.store(arguments[0], pointer, align=_element(signature.args[0]).get_abi_size(context.target_data))
+        return context.get_dummy_value()
+
+    return types.void(value, types.int64), code
+
+
+@intrinsic
+def spread(typing_context, number):
+    """Return a vector with the same number in every lane."""
+    kind = Vector(number)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        undefined = ir.Constant(context.get_value_type(kind), ir.Undefined)
+        one = builder.insert_element(undefined, arguments[0], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), [0] * kind.lanes)
+        return builder.shuffle_vector(one, undefined, zeros)
+
+    return kind(number), code
+
+
+@inlined
+def lanes(m: Any) -> int:
+    """Return how many numbers of the dtype of an array a vector holds."""
+    return VECTOR_BYTES // m.itemsize
+
+
+@inlined
+def at(m: Any, row: int, column: int) -> int:
+    """Return the address of an element of a C-contiguous matrix."""
+    return m.ctypes.data + m.itemsize * (row * m.shape[1] + column)
+
+
+@inlined
+def load(m: Any, row: int, column: int) -> Any:
+    """Return the vector that begins at an element."""
+    return load_vector(at(m, row, column), m.dtype.type(0))
+
+
+@inlined
+def store(m: Any, row: int, column: int, value: Any) -> None:
+    """Write a vector from an element on."""
+    store_vector(value, at(m, row, column))
+
+
+@helper
+def copy(source: Any, target: Any) -> None:
+    """Copy a matrix whose rows are whole vectors."""
+    for r in range(source.shape[0]):
+        for c in range(0, source.shape[1], lanes(source)):
+            store(target, r, c, load(source, r, c))
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def _binary(name: str) -> Any:
+    """Return an intrinsic that applies an LLVM instruction lane by lane to two vectors."""
+
+    @intrinsic
+    def apply(typing_context, a, b):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return getattr(builder, name)(*arguments, flags=_FUSE)
+
+        return a(a, b), code
+
+    return apply
+
+
+_add, _subtract, _multiply, _divide = (_binary(name) for name in ("fadd", "fsub", "fmul", "fdiv"))
+
+
+@overload(operator.add)
+def _overload_add(a, b):
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return lambda a, b: _add(a, b)
+    return None
+
+
+@overload(operator.sub)
+def _overload_subtract(a, b):
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return lambda a, b: _subtract(a, b)
+    return None
+
+
+@overload(operator.mul)
+def _overload_multiply(a, b):
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return lambda a, b: _multiply(a, b)
+    return None
+
+
+@overload(operator.truediv)
+def _overload_divide(a, b):
+    if isinstance(a, Vector) and isinstance(b, Vector):
+        return lambda a, b: _divide(a, b)
+    return None
+
+
+def _by_intrinsic(name: str, n_arguments: int) -> Any:
+    """Return an intrinsic that calls llvm.`name` on vectors."""
+
+    def typed(typing_context, *vectors):
+        kind = vectors[0]
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = context.get_value_type(kind)
+            full_name = f"llvm.{name}.v{kind.lanes}f{kind.element.bitwidth}"
+            signature = ir.FunctionType(value, [value] * n_arguments)
+            return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
+
+        return kind(*vectors), code
+
+    if n_arguments == 1:
+        return intrinsic(lambda typing_context, a: typed(typing_context, a))
+    return intrinsic(lambda typing_context, a, b, c: typed(typing_context, a, b, c))
+
+
+absolute = _by_intrinsic("fabs", 1)
+floor = _by_intrinsic("floor", 1)
+exp_by_lanes = _by_intrinsic("exp", 1)  # calls the C library's, lane by lane
+tanh_by_lanes = _by_intrinsic("tanh", 1)
+fma = _by_intrinsic("fma", 3)  # a * b + c, rounded once
+
+
+@intrinsic
+def at_least(typing_context, a, b):
+    """Return the lanes where a >= b; false where either is NaN."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fcmp_ordered(">=", *arguments)
+
+    return Condition(a.element)(a, b), code
+
+
+@intrinsic
+def select(typing_context, condition, yes, no):
+    """Return `yes` in the lanes of `condition` and `no` in the others."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(*arguments)
+
+    return yes(condition, yes, no), code
+
+
+@inlined
+def maximum(a: Any, b: Any) -> Any:
+    """Return the larger of two, `a` where it is NaN."""
+    return select(at_least(b, a), b, a)
+
+
+@intrinsic
+def power_of_two(typing_context, n):
+    """Return 2^n of whole numbers -126 <= n <= 127 in a vector of float32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words = ir.VectorType(ir.IntType(32), n.lanes)
+        biased = builder.add(builder.fptosi(arguments[0], words), ir.Constant(words, [127] * n.lanes))
+        return builder.bitcast(builder.shl(biased, ir.Constant(words, [23] * n.lanes)), arguments[0].type)
+
+    return n(n), code
+
+
+# Across lanes and dtypes ---------------------------------------------------------------------------------------------
+
+
+def _picked(builder: Any, a: Any, b: Any, picks: list[int]) -> Any:
+    """Return a shuffle of two vectors."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(picks)), picks))
+
+
+@intrinsic
+def total(typing_context, a):
+    """Return the sum of all lanes, halves added to halves."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, n = arguments[0], a.lanes
+        while n > 1:
+            n //= 2
+            low, high = (_picked(builder, value, value, list(range(first, first + n))) for first in (0, n))
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return a.element(a), code
+
+
+def _running(towards: int) -> Any:
+    """Return an intrinsic for sums along the lanes, upwards (1) or downwards (-1)."""
+
+    @intrinsic
+    def sums(typing_context, a):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value, step, n = arguments[0], 1, a.lanes
+            zero = ir.Constant(value.type, [0.0] * n)
+            while step < n:
+                sources = [i - towards * step for i in range(n)]
+                picks = [n + i if 0 <= i < n else 0 for i in sources]
+                value = builder.fadd(value, _picked(builder, zero, value, picks))
+                step *= 2
+            return value
+
+        return a(a), code
+
+    return sums
+
+
+running_sum = _running(1)  # a[0], a[0] + a[1], ...: a lane sees none of those after it, not even as NaN
+running_sum_from_end = _running(-1)  # the same from the last lane to the first
+
+
+@intrinsic
+def last(typing_context, a):
+    """Return the number in the last lane."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.extract_element(arguments[0], ir.Constant(ir.IntType(32), a.lanes - 1))
+
+    return a.element(a), code
+
+
+@intrinsic
+def widen_add(typing_context, a, address):
+    """Add the lanes, as float64, to the float64 numbers from an address on."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.DoubleType(), a.lanes)
+        pointer = builder.inttoptr(arguments[1], kind.as_pointer())
+        wide = builder.fpext(arguments[0], kind) if a.element == types.float32 else arguments[0]
+        builder.store(builder.fadd(builder.load(pointer, align=8), wide), pointer, align=8)
+        return context.get_dummy_value()
+
+    return types.void(a, types.int64), code
