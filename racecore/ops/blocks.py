@@ -31,7 +31,7 @@ from racecore.ops.narrow import (
     to_bfloat16,
     to_half,
 )
-from racecore.ops.products import Ahead, Rows, rows_of
+from racecore.ops.products import Ahead, Rows, Source, rows_of, source_of
 from racecore.ops.vectors import load_vector, store_vector
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "VALUE",
     "describe",
     "load",
+    "read",
     "rows_ahead",
     "rows_to_write",
     "store",
@@ -173,6 +174,21 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
         else:
             _load_row(address, step, code, block[i, :width])
         address += row_step
+
+
+@helper
+def read(
+    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray, straight: bool
+) -> Source:
+    """Return where a product reads rows of an input, which are loaded into `block` unless it can read them `straight`.
+
+    It can if they need no conversion and no padding. That pays where it reads them once: copies cost more than they save.
+    """
+    fits = table[line, 4] == 1 and _size(table[line, _CODE]) == block.itemsize and width == block.shape[1]
+    if straight and fits:
+        return Source(_address(table, line, place), table[line, 2])
+    load(table, line, place, n, width, block, keep)
+    return source_of(block)
 
 
 @helper

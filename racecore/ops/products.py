@@ -14,7 +14,7 @@ with the register tiles of `ops.tiles`; scratch arrays are padded (`padded`) to 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.extending import register_jitable
@@ -24,19 +24,9 @@ from racecore.ops import tiles
 from racecore.ops.vectors import VECTOR_BYTES, lanes
 
 __all__ = [
-    "NOTHING",
-    "Ahead",
-    "Rows",
-    "accumulate",
-    "ask",
-    "expand",
-    "is_wide",
-    "padded",
-    "project",
-    "project_wide",
-    "rows_of",
-    "transpose",
-]
+    "NOTHING", "Ahead", "Rows", "Source", "accumulate", "ask", "expand", "is_wide", "padded", "project", "project_wide",
+    "rows_of", "source_of", "transpose",
+]  # fmt: skip
 
 _PADDING = 16  # columns: a vector of float32, two of float64
 _HALF = 8  # of them
@@ -52,6 +42,19 @@ def padded(width: int) -> int:
 def is_wide(n_rows: int) -> bool:
     """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows up to half vectors."""
     return n_rows >= _HALF and -n_rows % _HALF * 2 < n_rows
+
+
+class Source(NamedTuple):
+    """Where a product reads rows: scratch, or straight from an input."""
+
+    address: Any  # of the first row, int64
+    row: int  # from a row to the next, in elements
+
+
+@helper
+def source_of(x: np.ndarray) -> Source:
+    """Return where the rows of a scratch array are."""
+    return Source(np.int64(x.ctypes.data), x.shape[1])
 
 
 class Ahead(NamedTuple):
@@ -78,26 +81,26 @@ def ask(ahead: Ahead, first: int, last: int) -> None:
 
 
 @helper
-def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
+def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
     """c[k, i] = <m[k], x[i]> for k < n_rows and i < n."""
     size, like = m.itemsize, m.dtype.type(0)
-    m_row, x_row, c_row = m.shape[1], x.shape[1], c.shape[1]
+    m_row, c_row = m.shape[1], c.shape[1]
     count = m.shape[1] * size // VECTOR_BYTES
     k = 0
     while k < n_rows:
         i = 0
         mk = m.ctypes.data + size * k * m_row
         while i < n:
-            xi = x.ctypes.data + size * i * x_row
+            xi = x.address + size * i * x.row
             ci = c.ctypes.data + size * (k * c_row + i)
             if k + 4 <= n_rows and i + 4 <= n:
-                tiles.dot_4x4(mk, m_row, xi, x_row, ci, c_row, count, like)
+                tiles.dot_4x4(mk, m_row, xi, x.row, ci, c_row, count, like)
             elif k + 4 <= n_rows:
-                tiles.dot_4x1(mk, m_row, xi, x_row, ci, c_row, count, like)
+                tiles.dot_4x1(mk, m_row, xi, x.row, ci, c_row, count, like)
             elif i + 4 <= n:
-                tiles.dot_1x4(mk, m_row, xi, x_row, ci, c_row, count, like)
+                tiles.dot_1x4(mk, m_row, xi, x.row, ci, c_row, count, like)
             else:
-                tiles.dot_1x1(mk, m_row, xi, x_row, ci, c_row, count, like)
+                tiles.dot_1x1(mk, m_row, xi, x.row, ci, c_row, count, like)
             step = 4 if i + 4 <= n else 1
             if k == 0:
                 ask(ahead, i, i + step)
@@ -106,14 +109,14 @@ def project(m: np.ndarray, x: np.ndarray, n_rows: int, n: int, c: np.ndarray, ah
 
 
 @helper
-def project_wide(m_t: np.ndarray, x: np.ndarray, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead) -> None:
+def project_wide(m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
     Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must be there.
     """
-    size, like = x.itemsize, x.dtype.type(0)
-    half = lanes(x) // 2
-    m_row, x_row, c_row = m_t.shape[1], x.shape[1], c_t.shape[1]
+    size, like = m_t.itemsize, m_t.dtype.type(0)
+    half = lanes(m_t) // 2
+    m_row, c_row, count = m_t.shape[1], c_t.shape[1], m_t.shape[0]
     k = 0
     while k < n_rows:
         left = -(-(n_rows - k) // half)
@@ -121,13 +124,13 @@ def project_wide(m_t: np.ndarray, x: np.ndarray, n_rows: int, n: int, c_t: np.nd
         for i in range(0, n, 8):
             if k == 0:
                 ask(ahead, i, min(i + 8, n))
-            xi, ci = x.ctypes.data + size * i * x_row, c_t.ctypes.data + size * (i * c_row + k)
+            xi, ci = x.address + size * i * x.row, c_t.ctypes.data + size * (i * c_row + k)
             if left >= 4:
-                tiles.outer_8x2(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+                tiles.outer_8x2(xi, x.row, 1, mk, m_row, ci, c_row, count, tiles.OVERWRITE, like)
             elif left >= 2:
-                tiles.outer_8x1(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+                tiles.outer_8x1(xi, x.row, 1, mk, m_row, ci, c_row, count, tiles.OVERWRITE, like)
             else:
-                tiles.outer_8xhalf(xi, x_row, 1, mk, m_row, ci, c_row, x_row, tiles.OVERWRITE, like)
+                tiles.outer_8xhalf(xi, x.row, 1, mk, m_row, ci, c_row, count, tiles.OVERWRITE, like)
         k += half * (4 if left >= 4 else (2 if left >= 2 else 1))
 
 
@@ -147,7 +150,7 @@ def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarra
 class Rows(NamedTuple):
     """Where a product writes its rows: scratch, or straight to an output."""
 
-    address: int  # of the first row
+    address: Any  # of the first row, int64
     row: int  # from a row to the next, in elements
     mode: int  # ADD, OVERWRITE or STREAM
 
@@ -155,7 +158,7 @@ class Rows(NamedTuple):
 @helper
 def rows_of(x: np.ndarray, add: bool) -> Rows:
     """Return where the rows of a scratch array are, to be added to or overwritten."""
-    return Rows(int(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE)
+    return Rows(np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE)
 
 
 @helper
@@ -166,10 +169,10 @@ def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
 
 
 @helper
-def accumulate(c: np.ndarray, x: np.ndarray, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
+def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
     """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
-    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.ctypes.data, x.shape[1]), (m.ctypes.data, m.shape[1])
-    _product(a, b, y, n_rows, n, x.shape[1], tiles.ADD, x.dtype.type(0), x.itemsize, ahead)
+    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.address, x.row), (m.ctypes.data, m.shape[1])
+    _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, ahead)
 
 
 @helper

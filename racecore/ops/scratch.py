@@ -12,16 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.blocks import KEY, VALUE, load, rows_ahead
+from racecore.ops.blocks import KEY, QUERY, VALUE, read, rows_ahead
 from racecore.ops.cpu_call import Call
 from racecore.ops.memory import matrices
-from racecore.ops.products import NOTHING, Ahead, padded
+from racecore.ops.products import NOTHING, Ahead, Source, is_wide, padded
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.ops.states import Partial, Running, load_keep, new_running
+from racecore.ops.vectors import lanes
 from racecore.plan import TOKENS
 
 __all__ = [
-    "Scratch", "hash_of", "load_keys", "load_row", "n_buckets_of", "new_partial", "new_scratch", "new_states", "task_of",
+    "Keys", "Scratch", "hash_of", "hashes_once", "n_buckets_of", "new_partial", "new_scratch", "new_states", "read_keys",
+    "read_query", "task_of",
 ]  # fmt: skip
 
 
@@ -75,30 +77,52 @@ def task_of(call: Call, task: int) -> tuple[int, int, int]:
     return task // n_groups, first * heads, last * heads
 
 
-@helper
-def load_keys(call: Call, b: int, t: int, m: int, n: int, step: int, w: Scratch) -> tuple[Ahead, Ahead]:
-    """Load n keys and values of a block for state head m, zeros where they are masked, and which those are.
+class Keys(NamedTuple):
+    """A block of keys and values, and the next one to be asked for."""
 
-    They stay for the other state heads that share them. Returns the keys and values `step` tokens on, for asking.
+    k: Source
+    v: Source
+    next_k: Ahead
+    next_v: Ahead
+
+
+@helper
+def read_keys(
+    call: Call, b: int, t: int, m: int, n: int, step: int, straight_k: bool, straight_v: bool, w: Scratch
+) -> Keys:
+    """Read n keys and values of a block for state head m, zeros where they are masked, and which those are.
+
+    Copies stay for the other state heads that share them. The next block is `step` tokens on.
     """
     heads = call.planes.shape[0] // call.n_kv_heads
-    g = m // heads
-    if m % heads > 0:
-        return NOTHING, NOTHING
-    load_keep(call.mask, b, t, n, w.keep)
-    load(call.table, KEY, (b, t, g), n, call.head_dim, w.k, w.keep[0])
-    load(call.table, VALUE, (b, t, g), n, call.value_dim, w.v, w.keep[0])
+    g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
+    if first:
+        load_keep(call.mask, b, t, n, w.keep)
+    n_loads = n if first else 0
+    k = read(call.table, KEY, (b, t, g), n_loads, call.head_dim, w.k, w.keep[0], straight_k and not masked)
+    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v and not masked)
+    if not first:
+        return Keys(k, v, NOTHING, NOTHING)
     next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim)
-    return next_k, rows_ahead(call.table, VALUE, (b, t + step, g), call.value_dim)
+    return Keys(k, v, next_k, rows_ahead(call.table, VALUE, (b, t + step, g), call.value_dim))
 
 
 @helper
-def load_row(
-    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, width: int, x: np.ndarray, w: Scratch
-) -> Ahead:
-    """Load n rows of a query head; return those `step` tokens on, for asking."""
-    load(call.table, line, (b, t, h), n, width, x, w.ones)
-    return rows_ahead(call.table, line, (b, t + step, h), width)
+def read_query(
+    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, straight: bool, x: np.ndarray, w: Scratch
+) -> tuple[Source, Ahead]:
+    """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
+    width = call.head_dim if line == QUERY else call.value_dim
+    source = read(call.table, line, (b, t, h), n, width, x, w.ones, straight)
+    return source, rows_ahead(call.table, line, (b, t + step, h), width)
+
+
+@helper
+def hashes_once(call: Call, d_hash_width: int) -> bool:
+    """Tell whether a block's rows are read once for their hash: one pass over the planes, no gradient of planes."""
+    n_rows = call.planes.shape[1]
+    one_pass = n_rows <= 4 or (is_wide(n_rows) and n_rows <= 2 * lanes(call.planes))
+    return one_pass and d_hash_width <= 1
 
 
 @helper

@@ -8,7 +8,7 @@ import numpy as np
 
 from racecore.jit import helper
 from racecore.ops.memory import matrices
-from racecore.ops.products import Ahead, accumulate, padded, transpose
+from racecore.ops.products import Ahead, Source, accumulate, padded, transpose
 from racecore.ops.vectors import (
     lanes,
     last,
@@ -64,9 +64,7 @@ def clear_after(n: int, c: np.ndarray) -> None:
 
 
 @helper
-def add_block(
-    mass_terms: np.ndarray, c: np.ndarray, x: np.ndarray, n: int, j: int, partial: Partial, ahead: Ahead
-) -> None:
+def add_block(mass_terms: np.ndarray, c: np.ndarray, x: Source, n: int, j: int, partial: Partial, ahead: Ahead) -> None:
     """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its value sums.
 
     Coefficients past token n must be zero.

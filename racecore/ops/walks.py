@@ -25,7 +25,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.jit import helper
-from racecore.ops.products import Ahead, ask
+from racecore.ops.products import Ahead, Source, ask
 from racecore.ops.tiles import Emitter
 from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK
@@ -155,29 +155,29 @@ _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2,
 
 @helper
 def walk_rows(
-    source: np.ndarray, target: np.ndarray, a: np.ndarray, x: np.ndarray, b: np.ndarray, y: np.ndarray,
+    source: np.ndarray, target: np.ndarray, a: np.ndarray, x: Source, b: np.ndarray, y: np.ndarray,
     n: int, backward: bool, add: bool, ahead: Ahead,
 ) -> None:  # fmt: skip
     """Walk over n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from `source` to `target`.
 
     a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors. `backward` goes from the last token to the first; `add` adds to y.
     """
-    size, like = x.itemsize, x.dtype.type(0)
-    step_d = lanes(x)
-    n_rows, width, row = source.shape[0], x.shape[1], source.shape[1]
+    size, like = y.itemsize, y.dtype.type(0)
+    step_d = lanes(y)
+    n_rows, width, row = source.shape[0], y.shape[1], source.shape[1]
     first, step = (n - 1, -1) if backward else (0, 1)
     d = 0
     while d < width:
         two = d + 2 * step_d <= width
         ask(ahead, n * d // width, n * min(d + 2 * step_d, width) // width)
-        xd, yd = x.ctypes.data + size * (first * width + d), y.ctypes.data + size * (first * width + d)
+        xd, yd = x.address + size * (first * x.row + d), y.ctypes.data + size * (first * width + d)
         s = 0
         while s < n_rows:
             left = n_rows - s
             offset, weight = size * (s * row + d), size * (s * BLOCK + first)
             arguments = (
                 source.ctypes.data + offset, target.ctypes.data + offset, row, a.ctypes.data + weight,
-                b.ctypes.data + weight, step, xd, step * width, yd, step * width, n, 1 if add or s > 0 else 0, like,
+                b.ctypes.data + weight, step, xd, step * x.row, yd, step * width, n, 1 if add or s > 0 else 0, like,
             )  # fmt: skip
             if left >= 8:
                 if two:

@@ -12,16 +12,17 @@ from racecore import arrays, plan, progress
 from racecore.jit import helper, kernel
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.products import NOTHING, Ahead, expand, project_wide, transpose
+from racecore.ops.products import NOTHING, Ahead, Source, expand, project_wide, transpose
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
     Scratch,
     hash_of,
-    load_keys,
-    load_row,
+    hashes_once,
     new_partial,
     new_scratch,
     new_states,
+    read_keys,
+    read_query,
     task_of,
 )
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
@@ -36,6 +37,7 @@ from racecore.ops.states import (
     start,
 )
 from racecore.ops.tiles import fence
+from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK, TOKENS
 from racecore.problem import GradientBuffers, Problem, Sketch
 
@@ -61,6 +63,7 @@ def segment_sums(part: Problem, chunk: np.ndarray) -> tuple[np.ndarray, int]:
 @kernel
 def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
     w, partial = new_scratch(call), new_partial(call)
+    straight_k, straight_v = hashes_once(call, 0), w.phi_k.shape[0] <= 8
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
@@ -68,10 +71,10 @@ def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
+                keys = read_keys(call, b, t, m, n, TOKENS, straight_k, straight_v, w)
+                hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
-                add_block(w.phi_k, w.phi_k, w.v, n, m - m0, partial, next_v)
+                add_block(w.phi_k, w.phi_k, keys.v, n, m - m0, partial, keys.next_v)
                 if group_ends(t, begin, end):
                     flush(partial, m - m0, sums[index, m])
 
@@ -95,6 +98,8 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
     w, d_state = new_scratch(call), new_states(call)
     heads = call.planes.shape[0] // call.n_kv_heads
+    straight_k = hashes_once(call, hash_parts.shape[2])
+    straight_v = heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -104,18 +109,18 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
                 i, g, share = m - m0, m // heads, m % heads
-                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
+                keys = read_keys(call, b, t, m, n, TOKENS, straight_k, straight_v, w)
+                hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                ask_state(d_state.value_sum_t[i], w.v, n, w, next_v)
+                ask_state(d_state.value_sum_t[i], keys.v, n, w, keys.next_v)
                 d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0)
                 expand(w.phi_k, d_state.value_sum[i], w.phi_k.shape[0], n, d_v)
                 # mass += phi_k
                 add_mass(d_state.mass[i], w.d_phi)
                 # phi_k = hash_block(k)
                 d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, d_k, hash_parts[index, m])
+                hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m])
                 if share == heads - 1:
                     store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
                     store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
@@ -123,7 +128,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
 
 
 @helper
-def ask_state(value_sum_t: np.ndarray, x: np.ndarray, n: int, w: Scratch, ahead: Ahead) -> None:
+def ask_state(value_sum_t: np.ndarray, x: Source, n: int, w: Scratch, ahead: Ahead) -> None:
     """d_phi[:, i] = value_sum @ x[i], given value_sum transposed."""
     n_buckets = w.d_phi.shape[0]
     project_wide(value_sum_t, x, n_buckets, n, w.answers_t, ahead)
@@ -140,6 +145,7 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     w, state = new_scratch(call), new_states(call)
     repeats = call.n_heads // call.planes.shape[0]
+    straight_q = hashes_once(call, 0)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -148,8 +154,8 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
             n = min(BLOCK, end - t)
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
-                next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
-                hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
+                hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(state.mass[m - m0], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
@@ -180,6 +186,7 @@ def _read_out_backward(
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.planes.shape[0]
+    straight_q = hashes_once(call, hash_parts.shape[2])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -191,21 +198,21 @@ def _read_out_backward(
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
                 i = m - m0
-                next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
-                next_g = load_row(call, D_OUT, b, t, h, n, TOKENS, call.value_dim, w.g, w)
-                hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
+                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, False, w.g, w)
+                hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(state.mass[i], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 # out = rho.T @ value_sum
-                ask_state(state.value_sum_t[i], w.g, n, w, next_g)
+                ask_state(state.value_sum_t[i], g, n, w, next_g)
                 # rho = weigh(phi_q, mass)
                 weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
                 clear_after(n, w.d_mass)
-                add_block(w.d_mass, w.rho, w.g, n, i, partial, NOTHING)
+                add_block(w.d_mass, w.rho, g, n, i, partial, NOTHING)
                 if group_ends(t, begin, end) and h % repeats == repeats - 1:
                     flush(partial, i, d_sums[index, m])
                 # phi_q = hash_block(q)
                 d_q = rows_to_write(call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, d_q, hash_parts[index, m])
+                hash_block_backward(hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, hash_parts[index, m])
                 store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
     fence()

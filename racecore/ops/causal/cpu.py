@@ -21,17 +21,18 @@ from racecore.ops import vectors
 from racecore.ops.bidirectional.cpu import segment_sums
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.products import NOTHING, Ahead, ask, rows_of, transpose
+from racecore.ops.products import NOTHING, Ahead, Source, ask, rows_of, source_of, transpose
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
     Scratch,
     hash_of,
-    load_keys,
-    load_row,
+    hashes_once,
     n_buckets_of,
     new_partial,
     new_scratch,
     new_states,
+    read_keys,
+    read_query,
     task_of,
 )
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
@@ -108,6 +109,7 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
     """Walk along segments, each from the state before it, states [n, M, S*(1+V)]."""
     w, state, spare = new_scratch(call), new_states(call), _new_spare(call)
     repeats = call.n_heads // call.planes.shape[0]
+    straight, straight_v = hashes_once(call, 0), repeats == 1 and w.phi_k.shape[0] <= 8
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
@@ -115,17 +117,17 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
+                keys = read_keys(call, b, t, m, n, TOKENS, straight, straight_v, w)
+                hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 running_mass(w.phi_k, state.mass[m - m0], w.mass)
                 before = state.value_sum[m - m0]
                 for h in range(m * repeats, (m + 1) * repeats):
-                    next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
-                    hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+                    q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
+                    hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                     after = before if h % repeats == repeats - 1 else spare.after
-                    walk_rows(before, after, w.phi_k, w.v, w.rho, w.o, n, False, False, next_v)
+                    walk_rows(before, after, w.phi_k, keys.v, w.rho, w.o, n, False, False, keys.next_v)
                     store(call.table, OUT, (b, t, h), n, call.value_dim, w.o, rows_of(w.o, False))
     fence()
 
@@ -172,6 +174,7 @@ def _walk_queries_backward(
     """Walk forward again for the gradients of queries; keep rho and d_mass of every token in `read`, sum them in d_sums."""
     w, state, spare, partial = new_scratch(call), new_states(call), _new_spare(call), new_partial(call)
     repeats = call.n_heads // call.planes.shape[0]
+    straight = hashes_once(call, hash_parts.shape[2])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, block = call.segments[index]
@@ -182,21 +185,23 @@ def _walk_queries_backward(
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
                 i = m - m0
-                next_k, next_v = load_keys(call, b, t, m, n, TOKENS, w)
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
+                keys = read_keys(call, b, t, m, n, TOKENS, straight, False, w)
+                hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 running_mass(w.phi_k, state.mass[i], w.mass)
                 transpose(w.phi_k, w.phi_k.shape[0], TOKENS, w.weights_t)
                 for h in range(m * repeats, (m + 1) * repeats):
                     after_t = state.value_sum_t[i] if h % repeats == repeats - 1 else spare.after_t
-                    _read_block_backward(call, (b, t, h), n, state.value_sum_t[i], after_t, next_v, w)
+                    q = _read_block_backward(
+                        call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w
+                    )
                     copy(w.rho, read[block, h, 0])
                     copy(w.d_mass, read[block, h, 1])
                     # sums of these are what earlier keys and values of the sequence get
-                    add_block(w.d_mass, w.rho, w.g, n, i, partial, NOTHING)
+                    add_block(w.d_mass, w.rho, source_of(w.g), n, i, partial, NOTHING)
                     # phi_q = hash_block(q)
                     d_q = rows_to_write(call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False)
-                    hash_block_backward(hash_of(call, m, w), w.d_phi, w.q, n, w.phi_q, d_q, hash_parts[index, m])
+                    hash_block_backward(hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, hash_parts[index, m])
                     store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
                 if group_ends(t, begin, end):
                     flush(partial, i, d_sums[index, m])
@@ -206,29 +211,29 @@ def _walk_queries_backward(
 
 @helper
 def _read_block_backward(
-    call: Call,
-    place: tuple[int, int, int],
-    n: int,
-    before_t: np.ndarray,
-    after_t: np.ndarray,
-    next_v: Ahead,
-    w: Scratch,
-) -> None:
-    """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass and d_phi."""
+    call: Call, place: tuple[int, int, int], n: int, before_t: np.ndarray, after_t: np.ndarray, next_v: Ahead,
+    straight: bool, w: Scratch,
+) -> Source:  # fmt: skip
+    """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass and d_phi.
+
+    Returns the queries.
+    """
     b, t, h = place
     m = h * call.planes.shape[0] // call.n_heads
-    next_q = load_row(call, QUERY, b, t, h, n, TOKENS, call.head_dim, w.q, w)
-    next_g = load_row(call, D_OUT, b, t, h, n, TOKENS, call.value_dim, w.g, w)
-    hash_block(hash_of(call, m, w), w.q, n, w.phi_q, next_q)
+    q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
+    _, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, False, w.g, w)
+    hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * value_sum[s], after token i was added
     n_buckets = w.rho.shape[0]
+    ask(next_v, 0, n // 2)
     walk_weights(before_t, after_t, w.weights_t, w.v, w.g, w.answers_t, n_buckets, n, False, False, next_g)
     transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
+    ask(next_v, n // 2, n)
     # rho = weigh(phi_q, mass)
     weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
     clear_after(n, w.d_mass)
-    ask(next_v, 0, n)
+    return q
 
 
 @kernel
@@ -239,6 +244,7 @@ def _walk_keys_backward(
     w, d_state, spare = new_scratch(call), new_states(call), _new_spare(call)
     heads = call.planes.shape[0] // call.n_kv_heads
     repeats = call.n_heads // call.planes.shape[0]
+    straight = hashes_once(call, hash_parts.shape[2])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, first_block = call.segments[index]
@@ -249,20 +255,20 @@ def _walk_keys_backward(
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
                 g, share = m // heads, m % heads
-                next_k, next_v = load_keys(call, b, t, m, n, -TOKENS, w)
-                hash_block(hash_of(call, m, w), w.k, n, w.phi_k, next_k)
+                keys = read_keys(call, b, t, m, n, -TOKENS, straight, False, w)
+                hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 for h in range(m * repeats, (m + 1) * repeats):
-                    next_g = load_row(call, D_OUT, b, t, h, n, -TOKENS, call.value_dim, w.g, w)
+                    _, next_g = read_query(call, D_OUT, b, t, h, n, -TOKENS, False, w.g, w)
                     copy(read[block, h, 0], w.rho)
-                    _ask_gradients(w, d_state, m - m0, h % repeats, share == 0, n, spare, next_v, next_g)
+                    _ask_gradients(w, d_state, m - m0, h % repeats, share == 0, n, spare, keys.next_v, next_g)
                 transpose(w.answers_t, TOKENS, w.rho.shape[0], w.d_phi)
                 # what queries from this token on divide by: mass += phi_k
                 d_masses = read[block, m * repeats : (m + 1) * repeats, 1]
                 running_mass_backward(d_masses, d_state.mass[m - m0], w.d_phi)
                 # phi_k = hash_block(k)
                 d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, w.k, n, w.phi_k, d_k, hash_parts[index, m])
+                hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m])
                 if share == heads - 1:
                     store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
                     store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, rows_of(w.d_v, False))
@@ -283,7 +289,7 @@ def _ask_gradients(
     before, before_t = (state, state_t) if r == 0 else (spare.none, spare.none_t)
     after, after_t = (state, state_t) if r == 0 else (spare.after, spare.after_t)
     # value_sum[s] += phi_k[s, i] * v[i], read with rho by this query and all later ones
-    walk_rows(before, after, w.rho, w.g, w.phi_k, w.d_v, n, True, r > 0 or not first_share, next_v)
+    walk_rows(before, after, w.rho, source_of(w.g), w.phi_k, w.d_v, n, True, r > 0 or not first_share, next_v)
     walk_weights(before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g)
     if r > 0:
         _add_to(state, after)

@@ -20,6 +20,7 @@ from racecore.ops.products import (
     NOTHING,
     Ahead,
     Rows,
+    Source,
     accumulate,
     expand,
     is_wide,
@@ -27,6 +28,7 @@ from racecore.ops.products import (
     project,
     project_wide,
     rows_of,
+    source_of,
     transpose,
 )
 from racecore.ops.vectors import fma, lanes, load, spread, store, total
@@ -50,7 +52,7 @@ class Hash(NamedTuple):
 
 
 @helper
-def hash_block(f: Hash, x: np.ndarray, n: int, phi: np.ndarray, ahead: Ahead) -> None:
+def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, ahead: Ahead) -> None:
     """Hash n rows x [n, D] into phi [S, n], and ask for the rows that come next.
 
     Element-wise loops run over whole blocks; nobody reads columns past n.
@@ -93,7 +95,7 @@ def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: 
 
 @helper
 def hash_block_backward(
-    f: Hash, d_phi: np.ndarray, x: np.ndarray, n: int, phi: np.ndarray, d_x: Rows, d_hash: np.ndarray
+    f: Hash, d_phi: np.ndarray, x: Source, n: int, phi: np.ndarray, d_x: Rows, d_hash: np.ndarray
 ) -> None:
     """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes and one for beta.
 
@@ -191,7 +193,7 @@ def _hash_rows(
             for i in range(n):
                 for d in range(head_dim):
                     block[i, d] = x[start + i, m, d]
-            hash_block(f, block, n, phi, NOTHING)
+            hash_block(f, source_of(block), n, phi, NOTHING)
             for i in range(n):
                 for s in range(n_buckets):
                     out[start + i, m, s] = phi[s, i]
@@ -218,8 +220,8 @@ def _hash_rows_backward(
             for i in range(n):
                 for s in range(n_buckets):
                     d_phi[s, i] = d_out[start + i, m, s]
-            hash_block(f, block, n, phi, NOTHING)
-            hash_block_backward(f, d_phi, block, n, phi, rows_of(d_block, False), d_hash[start // BLOCK, m])
+            hash_block(f, source_of(block), n, phi, NOTHING)
+            hash_block_backward(f, d_phi, source_of(block), n, phi, rows_of(d_block, False), d_hash[start // BLOCK, m])
             for i in range(n):
                 for d in range(head_dim):
                     d_x[start + i, m, d] = d_block[i, d]
