@@ -5,7 +5,7 @@ import numba
 import numpy as np
 import pytest
 
-from racecore.ops import blocks, elementary, products, tiles, vectors, walks
+from racecore.ops import blocks, elementary, products, states, tiles, vectors, walks
 from racecore.ops.cpu_call import scan
 
 
@@ -28,6 +28,10 @@ def aligned(*shape, dtype, rng=None):
     if rng is not None:
         result[:] = rng.standard_normal(shape)
     return result
+
+
+def source_of(x):
+    return products.Source(x.ctypes.data, x.shape[1])
 
 
 def _elementwise(function):
@@ -87,31 +91,45 @@ def test_sigmoids(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_running_sums_and_totals(dtype):
+def test_totals(dtype):
     @numba.njit
-    def run(x, up, down, totals):
-        for i in range(0, x.shape[1], vectors.lanes(x)):
-            v = vectors.load(x, 0, i)
-            vectors.store(up, 0, i, vectors.running_sum(v))
-            vectors.store(down, 0, i, vectors.running_sum_from_end(v))
-            totals[i] = vectors.total(v)
-            totals[i + 1] = vectors.last(v)
+    def run(x):
+        return vectors.total(vectors.load(x, 0, 0))
 
-    n = 64 // np.dtype(dtype).itemsize
-    x = np.arange(1, 1 + 2 * n, dtype=dtype)[None]
-    up, down, totals = np.empty_like(x), np.empty_like(x), np.zeros(2 * n, dtype)
-    run(x, up, down, totals)
-    rows = x.reshape(2, n)
-    np.testing.assert_array_equal(up.reshape(2, n), rows.cumsum(axis=1))
-    np.testing.assert_array_equal(down.reshape(2, n), rows[:, ::-1].cumsum(axis=1)[:, ::-1])
-    np.testing.assert_array_equal(totals[::n], rows.sum(axis=1))
-    np.testing.assert_array_equal(totals[1::n], rows[:, -1])
-    x[0, 3] = np.nan
-    run(x, up, down, totals)
-    assert np.isfinite(up[0, :3]).all()
-    assert np.isnan(up[0, 3:n]).all()
-    assert np.isnan(down[0, :4]).all()
-    assert np.isfinite(down[0, 4:]).all()
+    assert run(np.arange(16, dtype=dtype)[None]) == np.arange(64 // np.dtype(dtype).itemsize).sum()
+
+
+@pytest.mark.parametrize("n_buckets", [2, 8, 24, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-13)])
+def test_running_masses(n_buckets, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    wide = -(-n_buckets // 16) * 16
+    phi, phi_t, masses_t = aligned(n_buckets, 32, dtype=dtype, rng=rng), *aligned(2, 32, wide, dtype=dtype)
+    mass, masses = np.zeros(wide), aligned(n_buckets, 32, dtype=dtype)
+    mass[:n_buckets] = before = rng.random(n_buckets) * 10
+    compiled(states.running_mass)(phi, mass, phi_t, masses_t, masses)
+    np.testing.assert_allclose(masses, before[:, None] + phi.cumsum(axis=1), atol=tolerance)
+    np.testing.assert_allclose(mass[:n_buckets], before + phi.sum(axis=1), atol=tolerance)
+    np.testing.assert_array_equal(phi_t[:, :n_buckets], phi.T)
+    phi[:, 13] = np.nan
+    compiled(states.running_mass)(phi, mass, phi_t, masses_t, masses)
+    assert np.isfinite(masses[:, :13]).all()
+    assert np.isnan(masses[:, 13:]).all()
+
+
+@pytest.mark.parametrize("n_buckets", [2, 8, 24, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-13)])
+def test_running_masses_backward(n_buckets, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    wide = -(-n_buckets // 16) * 16
+    d_masses, (mass_t, d_phi_t) = aligned(3, n_buckets, 32, dtype=dtype, rng=rng), aligned(2, 32, wide, dtype=dtype)
+    d_mass, d_phi_t[:] = np.zeros(wide), 1
+    d_mass[:n_buckets] = later = rng.random(n_buckets)
+    compiled(states.running_mass_backward)(d_masses, mass_t, d_mass, d_phi_t)
+    terms = d_masses.sum(axis=0)
+    expected = 1 + later[:, None] + terms[:, ::-1].cumsum(axis=1)[:, ::-1]
+    np.testing.assert_allclose(d_phi_t[:, :n_buckets].T, expected, atol=tolerance)
+    np.testing.assert_allclose(d_mass[:n_buckets], later + terms.sum(axis=1), atol=tolerance)
 
 
 SIZES = [
@@ -132,14 +150,14 @@ TOLERANCES = [(np.float64, 1e-12), (np.float32, 1e-4)]
 def test_products(n_rows, n, width, dtype, tolerance):
     rng = np.random.default_rng(0)
     m, x, c = (aligned(*shape, dtype=dtype, rng=rng) for shape in ((n_rows, width), (32, width), (n_rows, 32)))
-    nothing = products.NOTHING
+    nothing, x_source = products.NOTHING, source_of(x)
     result = aligned(n_rows, 32, dtype=dtype)
-    compiled(products.project)(m, x, n_rows, n, result, nothing)
+    compiled(products.project)(m, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result[:, :n], m @ x[:n].T, atol=tolerance)
     m_t = aligned(width, -(-n_rows // 16) * 16, dtype=dtype)
     m_t[:, :n_rows] = m.T
     result = aligned(32, m_t.shape[1], dtype=dtype)
-    compiled(products.project_wide)(m_t, x, n_rows, n, result, nothing)
+    compiled(products.project_wide)(m_t, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result[:n, :n_rows], x[:n] @ m.T, atol=tolerance)
     for mode, start in ((tiles.OVERWRITE, np.nan), (tiles.ADD, 2.0), (tiles.STREAM, np.nan)):
         result = aligned(32, width, dtype=dtype)
@@ -148,7 +166,7 @@ def test_products(n_rows, n, width, dtype, tolerance):
         np.testing.assert_allclose(result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance)
         assert mode == tiles.ADD or np.isnan(result[n:]).all()
     result = m.copy()
-    compiled(products.accumulate)(c, x, n_rows, n, result, nothing)
+    compiled(products.accumulate)(c, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=tolerance)
 
 
@@ -185,7 +203,7 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     after, rows = aligned(n_buckets, width, dtype=dtype), aligned(32, width, dtype=dtype)
     rows[:] = 1
     for add in (False, True):
-        compiled(walks.walk_rows)(before, after, a, x, b, rows, n, backward, add, products.NOTHING)
+        compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, n, backward, add, products.NOTHING)
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
@@ -210,7 +228,7 @@ def test_walks_never_meet_what_is_to_come(backward):
     x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
-    compiled(walks.walk_rows)(state, state.copy(), a, x, b, rows, 32, backward, False, products.NOTHING)
+    compiled(walks.walk_rows)(state, state.copy(), a, source_of(x), b, rows, 32, backward, False, products.NOTHING)
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
     assert np.isnan(rows[poisoned, 5]).all()

@@ -152,8 +152,8 @@ def between_nan(array: np.ndarray) -> np.ndarray:
 
 @numba.njit
 def _there_and_back(f, x, n, phi, d_phi, d_x, d_hash):
-    soft_hash_cpu.hash_block(f, x, n, phi, products.NOTHING)
-    soft_hash_cpu.hash_block_backward(f, d_phi, x, n, phi, products.rows_of(d_x, False), d_hash)
+    soft_hash_cpu.hash_block(f, products.source_of(x), n, phi, products.NOTHING)
+    soft_hash_cpu.hash_block_backward(f, d_phi, products.source_of(x), n, phi, products.rows_of(d_x, False), d_hash)
 
 
 @pytest.mark.parametrize("n", [1, 31, 32])

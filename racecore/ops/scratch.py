@@ -162,10 +162,10 @@ def new_scratch(call: Call) -> Scratch:
     y[:, :, call.value_dim :] = 0
     ones = matrices(2, 1, TOKENS, dtype)
     ones[:] = 1
-    c = matrices(7, n_buckets, TOKENS, dtype)
+    c, mass = matrices(6, n_buckets, TOKENS, dtype), matrices(1, n_buckets, TOKENS, dtype)[0]
     c_t = matrices(2, TOKENS, wide_s, dtype)
     return Scratch(
         x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], ones[0], ones[1][0],
-        c[0], c[1], c[6], c[2], c[3], c[4], c[5],  # d_phi is the last: transpositions write past its end
+        c[0], c[1], c[5], mass, c[2], c[3], c[4],  # d_phi and mass end their memory: transpositions write past them
         c_t[0], c_t[1], *new_hash_arrays(n_rows, wide_d, dtype),
     )  # fmt: skip

@@ -11,16 +11,14 @@ from racecore.ops.memory import matrices
 from racecore.ops.products import Ahead, Source, accumulate, padded, transpose
 from racecore.ops.vectors import (
     lanes,
-    last,
     load,
-    running_sum,
-    running_sum_from_end,
+    load_rounded,
     spread,
     store,
     total,
     widen_add,
 )
-from racecore.plan import BLOCK
+from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
     "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "drop_masked", "flush", "group_ends", "load_keep",
@@ -107,7 +105,7 @@ def flush(partial: Partial, j: int, state: np.ndarray) -> None:
 class Running(NamedTuple):
     """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic but for the masses."""
 
-    mass: np.ndarray  # [heads, S], float64
+    mass: np.ndarray  # [heads, S], float64, S padded
     value_sum: np.ndarray  # [heads, S, V], V padded
     value_sum_t: np.ndarray  # [heads, V, S], both padded: the same transposed, for sums over V
 
@@ -117,13 +115,13 @@ def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Runni
     """Make room for the states of so many heads."""
     wide_s, wide_v = padded(n_buckets), padded(value_dim)
     rows, columns = matrices(heads, n_buckets, wide_v, dtype), matrices(heads, wide_v, wide_s, dtype)
-    return Running(np.empty((heads, n_buckets)), rows, columns)
+    return Running(np.zeros((heads, wide_s)), rows, columns)
 
 
 @helper
 def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) -> None:
     """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]."""
-    n_buckets = run.mass.shape[1]
+    n_buckets = run.value_sum.shape[1]
     width = states.shape[1] // n_buckets - 1
     for m in range(m0, m1):
         i, state = m - m0, states[m]
@@ -155,30 +153,39 @@ def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
 
 
 @helper
-def running_mass(phi: np.ndarray, mass: np.ndarray, masses: np.ndarray) -> None:
-    """Fill masses[:, i] with the masses up to and including token i, and advance `mass` [S], float64, by the block.
+def running_mass(
+    phi: np.ndarray, mass: np.ndarray, phi_t: np.ndarray, masses_t: np.ndarray, masses: np.ndarray
+) -> None:
+    """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64, by the block.
 
-    phi [S, BLOCK] is zero past the block's last token.
+    phi [S, BLOCK] is zero past the block's last token. It is left transposed in phi_t [BLOCK, S]: buckets in lanes make a
+    running sum one addition per vector.
     """
-    for s in range(phi.shape[0]):
-        for i in range(0, BLOCK, lanes(phi)):
-            sums = running_sum(load(phi, s, i))
-            store(masses, s, i, sums + spread(phi.dtype.type(mass[s])))
-            mass[s] += np.float64(last(sums))
+    n_buckets = phi.shape[0]
+    transpose(phi, n_buckets, TOKENS, phi_t)
+    for s in range(0, n_buckets, lanes(phi)):
+        before = load_rounded(mass.ctypes.data + 8 * s, phi.dtype.type(0))
+        sums = before - before
+        for i in range(BLOCK):
+            sums = sums + load(phi_t, i, s)
+            store(masses_t, i, s, before + sums)
+        widen_add(sums, mass.ctypes.data + 8 * s)
+    transpose(masses_t, TOKENS, n_buckets, masses)
 
 
 @helper
-def running_mass_backward(d_masses: np.ndarray, d_mass: np.ndarray, d_phi: np.ndarray) -> None:
-    """Add to d_phi[:, j] what tokens i >= j of this block, d_masses [heads, S, BLOCK], and later blocks ask of mass.
+def running_mass_backward(d_masses: np.ndarray, mass_t: np.ndarray, d_mass: np.ndarray, d_phi_t: np.ndarray) -> None:
+    """Add to d_phi_t[j] what tokens i >= j of this block, d_masses [heads, S, BLOCK], and later blocks ask of mass.
 
-    d_mass [S], float64, is what later blocks ask, and moves to before this block.
+    d_mass, float64, is what later blocks ask, and moves to before this block. mass_t [BLOCK, S] is for use meanwhile.
     """
-    step = lanes(d_phi)
-    for s in range(d_phi.shape[0]):
-        for i in range(BLOCK - step, -1, -step):
-            terms = load(d_masses[0], s, i)
-            for h in range(1, d_masses.shape[0]):
-                terms = terms + load(d_masses[h], s, i)
-            sums = running_sum_from_end(terms)
-            store(d_phi, s, i, load(d_phi, s, i) + sums + spread(d_phi.dtype.type(d_mass[s])))
-            d_mass[s] += np.float64(total(terms))
+    n_buckets = d_masses.shape[1]
+    for h in range(d_masses.shape[0]):
+        transpose(d_masses[h], n_buckets, TOKENS, mass_t)
+        for s in range(0, n_buckets, lanes(mass_t)):
+            before = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
+            sums = spread(mass_t.dtype.type(0))
+            for i in range(BLOCK - 1, -1, -1):
+                sums = sums + load(mass_t, i, s)
+                store(d_phi_t, i, s, load(d_phi_t, i, s) + (before + sums if h == 0 else sums))
+            widen_add(sums, d_mass.ctypes.data + 8 * s)

@@ -25,8 +25,8 @@ from numba.extending import intrinsic, overload, register_model
 from racecore.jit import helper, inlined
 
 __all__ = [
-    "VECTOR_BYTES", "Vector", "absolute", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes", "last",
-    "load", "load_vector", "maximum", "power_of_two", "running_sum", "running_sum_from_end", "select", "spread",
+    "VECTOR_BYTES", "Vector", "absolute", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes",
+    "load", "load_rounded", "load_vector", "maximum", "power_of_two",   "select", "spread",
     "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
 
@@ -275,38 +275,17 @@ def total(typing_context, a):
     return a.element(a), code
 
 
-def _running(towards: int) -> Any:
-    """Return an intrinsic for sums along the lanes, upwards (1) or downwards (-1)."""
-
-    @intrinsic
-    def sums(typing_context, a):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value, step, n = arguments[0], 1, a.lanes
-            zero = ir.Constant(value.type, [0.0] * n)
-            while step < n:
-                sources = [i - towards * step for i in range(n)]
-                picks = [n + i if 0 <= i < n else 0 for i in sources]
-                value = builder.fadd(value, _picked(builder, zero, value, picks))
-                step *= 2
-            return value
-
-        return a(a), code
-
-    return sums
-
-
-running_sum = _running(1)  # a[0], a[0] + a[1], ...: a lane sees none of those after it, not even as NaN
-running_sum_from_end = _running(-1)  # the same from the last lane to the first
-
-
 @intrinsic
-def last(typing_context, a):
-    """Return the number in the last lane."""
+def load_rounded(typing_context, address, like):
+    """Return the float64 numbers from an address on, rounded to the type of `like`."""
+    kind = Vector(like)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.extract_element(arguments[0], ir.Constant(ir.IntType(32), a.lanes - 1))
+        wide = ir.VectorType(ir.DoubleType(), kind.lanes)
+        value = builder.load(builder.inttoptr(arguments[0], wide.as_pointer()), align=8)
+        return builder.fptrunc(value, context.get_value_type(kind)) if like == types.float32 else value
 
-    return a.element(a), code
+    return kind(types.int64, like), code
 
 
 @intrinsic

@@ -11,6 +11,7 @@ token is added, then asks. So causality is strict by construction.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray) -> None:
                 keys = read_keys(call, b, t, m, n, TOKENS, straight, straight_v, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
-                running_mass(w.phi_k, state.mass[m - m0], w.mass)
+                running_mass(w.phi_k, state.mass[m - m0], w.weights_t, w.answers_t, w.mass)
                 before = state.value_sum[m - m0]
                 for h in range(m * repeats, (m + 1) * repeats):
                     q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
@@ -154,7 +155,9 @@ def _walk_chunk_backward(
     scan(owners, states, checkpoint.copy())
     hash_parts = empty_hash_parts(part, chunk, grads.hash)
     d_sums = arrays.empty(states.shape, np.float64)
-    read = arrays.empty((count_blocks(chunk), part.n_heads, 2, part.n_buckets, BLOCK), part.dtype)  # rho and d_mass
+    shape = (count_blocks(chunk), part.n_heads, 2, part.n_buckets, BLOCK)  # rho and d_mass
+    size = math.prod(shape)
+    read = arrays.empty((size + BLOCK * BLOCK,), part.dtype)[:size].reshape(shape)  # transpositions read past the end
     n_tokens = launch(_walk_queries_backward, call, states, read, d_sums, hash_parts)
     if grads.hash is not None:
         scan(no_owners, hash_parts, grads.hash[:1], reverse=True)
@@ -188,8 +191,7 @@ def _walk_queries_backward(
                 keys = read_keys(call, b, t, m, n, TOKENS, straight, False, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
-                running_mass(w.phi_k, state.mass[i], w.mass)
-                transpose(w.phi_k, w.phi_k.shape[0], TOKENS, w.weights_t)
+                running_mass(w.phi_k, state.mass[i], w.weights_t, w.answers_t, w.mass)
                 for h in range(m * repeats, (m + 1) * repeats):
                     after_t = state.value_sum_t[i] if h % repeats == repeats - 1 else spare.after_t
                     q = _read_block_backward(
@@ -262,10 +264,10 @@ def _walk_keys_backward(
                     _, next_g = read_query(call, D_OUT, b, t, h, n, -TOKENS, False, w.g, w)
                     copy(read[block, h, 0], w.rho)
                     _ask_gradients(w, d_state, m - m0, h % repeats, share == 0, n, spare, keys.next_v, next_g)
-                transpose(w.answers_t, TOKENS, w.rho.shape[0], w.d_phi)
                 # what queries from this token on divide by: mass += phi_k
                 d_masses = read[block, m * repeats : (m + 1) * repeats, 1]
-                running_mass_backward(d_masses, d_state.mass[m - m0], w.d_phi)
+                running_mass_backward(d_masses, w.weights_t, d_state.mass[m - m0], w.answers_t)
+                transpose(w.answers_t, TOKENS, w.rho.shape[0], w.d_phi)
                 # phi_k = hash_block(k)
                 d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
                 hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m])
