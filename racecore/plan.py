@@ -14,7 +14,10 @@ import numpy as np
 
 from racecore.problem import Problem
 
-__all__ = ["BLOCK", "SEGMENT", "TOKENS", "chunks", "count_blocks", "parts", "segment_bytes", "smallest_workspace"]
+__all__ = [
+    "BLOCK", "SEGMENT", "TOKENS", "can_keep_states", "chunks", "count_blocks", "have_own_states", "parts", "segment_bytes",
+    "smallest_workspace",
+]  # fmt: skip
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
@@ -90,6 +93,24 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
         n_blocks = -(-(piece[:, 3] - piece[:, 2]) // BLOCK)
         piece[:, 4] = np.cumsum(n_blocks) - n_blocks
     return pieces
+
+
+def have_own_states(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
+    """Tell whether state i is that before segment i: all were kept, or every sequence is one segment."""
+    if len(chunk) != n_states:
+        return False
+    return len(part.sequences) == 1 or bool((chunk[:, 0] == np.arange(n_states)).all())
+
+
+def can_keep_states(part: Problem) -> bool:
+    """Tell whether to keep the states before all segments for the backward pass, which else sums the keys again.
+
+    They may need a sixteenth of the memory of the inputs, unless the caller bounded memory.
+    """
+    head_dim, itemsize = part.planes.shape[3], part.dtype.itemsize
+    inputs = (part.n_heads + part.n_kv_heads) * head_dim + part.n_kv_heads * part.value_dim
+    state = part.n_state_heads * part.n_buckets * (1 + part.value_dim) * 8
+    return part.may_keep_states and state * 16 <= SEGMENT * inputs * itemsize
 
 
 def count_blocks(chunk: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["default_count", "run", "threads"]
+__all__ = ["count", "default_count", "run", "threads"]
 
 _requested: ContextVar[int | None] = ContextVar("racecore_threads", default=None)
 _lock = threading.Lock()
@@ -64,6 +64,11 @@ def default_count() -> int:
     return min(int(limit), processors) if limit.isascii() and limit.isdigit() and int(limit) > 0 else processors
 
 
+def count() -> int:
+    """Return the number of threads that a call from this Python thread uses."""
+    return _requested.get() or default_count()
+
+
 def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: int) -> None:
     """Call ``launch(first, last)`` over 0 ... n_tasks in steps of `tasks_per_launch`, on several threads.
 
@@ -71,7 +76,7 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
     stops further launches, waits for those under way (they write to memory that the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
-    n_threads = min(_requested.get() or default_count(), n_launches)
+    n_threads = min(count(), n_launches)
     job = _Job(launch, n_tasks, tasks_per_launch)
     if n_threads > 1:
         _ensure_helpers(n_threads - 1)

@@ -16,7 +16,7 @@ from racecore.jit import kernel
 from racecore.ops.blocks import describe
 from racecore.ops.products import padded
 from racecore.problem import Problem
-from racecore.threads import run
+from racecore.threads import count, run
 
 __all__ = ["Call", "empty_hash_parts", "launch", "make_call", "pad_planes", "scan"]
 
@@ -27,7 +27,7 @@ _MIN_ROWS, _MAX_ROWS = (
 )  # of query heads in a launch: one to twenty milliseconds, for Ctrl-C and idle threads
 _RUN_BYTES = 2048
 _STATE_BYTES = 1 << 18
-_ENOUGH_TASKS = 32
+_TASKS_PER_THREAD = 4
 _COLUMNS_PER_LAUNCH = 1 << 15
 
 
@@ -101,7 +101,7 @@ def _kv_heads_per_task(part: Problem, n_segments: int) -> int:
     row_bytes = part.dtype.itemsize * part.planes.shape[3]
     state_bytes = 2 * part.n_state_heads // part.n_kv_heads * part.n_buckets * part.value_dim * part.dtype.itemsize
     heads = min(part.n_kv_heads, max(1, min(_RUN_BYTES // row_bytes, _STATE_BYTES // state_bytes)))
-    while heads > 1 and n_segments * -(-part.n_kv_heads // heads) < _ENOUGH_TASKS:
+    while heads > 1 and n_segments * -(-part.n_kv_heads // heads) < _TASKS_PER_THREAD * count():
         heads //= 2
     return heads
 

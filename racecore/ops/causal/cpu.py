@@ -64,20 +64,19 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
     Returns
     -------
     list of float64 arrays
-        The states before every chunk, which the backward pass starts from; empty unless `keep_checkpoints`.
+        The states before every chunk, which the backward pass starts from, or before all of its segments where that is
+        affordable; empty unless `keep_checkpoints`.
     """
-    checkpoints = []
+    checkpoints, keep_all = [], plan.can_keep_states(part)
     for chunk in plan.chunks(part, "key"):
+        before = sketch.flat.copy()
+        states, _ = segment_sums(part, chunk)
+        scan(chunk[:, 0], states, sketch.flat)
+        progress.advance(launch(_walk, make_call(part, chunk, out=out), states))
         if keep_checkpoints:
-            checkpoints.append(sketch.flat.copy())
-        _walk_chunk(part, chunk, sketch, out)
+            checkpoints.append(states if keep_all else before)
+        del states  # before the next chunk asks for as much
     return checkpoints
-
-
-def _walk_chunk(part: Problem, chunk: np.ndarray, sketch: Sketch, out: np.ndarray) -> None:
-    states, _ = segment_sums(part, chunk)
-    scan(chunk[:, 0], states, sketch.flat)
-    progress.advance(launch(_walk, make_call(part, chunk, out=out), states))
 
 
 class Spare(NamedTuple):
@@ -151,8 +150,11 @@ def _walk_chunk_backward(
 ) -> None:
     call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
     owners, no_owners = chunk[:, 0], np.zeros_like(chunk[:, 0])
-    states, _ = segment_sums(part, chunk)
-    scan(owners, states, checkpoint.copy())
+    if plan.have_own_states(part, chunk, len(checkpoint)):
+        states = checkpoint
+    else:
+        states, _ = segment_sums(part, chunk)
+        scan(owners, states, checkpoint.copy())
     hash_parts = empty_hash_parts(part, chunk, grads.hash)
     d_sums = arrays.empty(states.shape, np.float64)
     shape = (count_blocks(chunk), part.n_heads, 2, part.n_buckets, BLOCK)  # rho and d_mass
