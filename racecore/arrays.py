@@ -7,6 +7,7 @@ are no multiple of the item size, cost a copy.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +24,8 @@ _ALIGNMENT = 64  # one cache line, and the widest vector store
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Return an uninitialised C-contiguous array whose data starts on a cache line."""
     dtype = np.dtype(dtype)
-    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(n_bytes + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + n_bytes].view(dtype).reshape(shape)
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _ALIGNMENT)
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -36,12 +35,12 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """Tell whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
-    return dtype.name == "bfloat16"
+    return dtype.isbuiltin == 2 and dtype.name == "bfloat16"  # 2: registered by a package; spelling a name is slow
 
 
 def is_supported(dtype: np.dtype) -> bool:
     """Tell whether `dtype`, in either byte order, is one that the kernels can read."""
-    return is_bfloat16(dtype) or (dtype.kind == "f" and dtype.itemsize in (2, 4, 8))
+    return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or is_bfloat16(dtype)
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def _check_dtypes(**named: np.ndarray) -> None:
 
 def _checked_lsh(lsh: SoftLSH | None, head_dim: int, n_heads: int) -> SoftLSH:
     if lsh is None:
-        return SoftLSH.random(head_dim=head_dim, n_tables=4, n_planes=4, beta=1.0, rng=0)
+        return _default_lsh(head_dim)
     if not isinstance(lsh, SoftLSH):
         raise TypeError(f"lsh must be a racecore.SoftLSH or None, got {type(lsh).__qualname__}")
     if lsh.head_dim != head_dim:
@@ -145,6 +146,12 @@ def _checked_lsh(lsh: SoftLSH | None, head_dim: int, n_heads: int) -> SoftLSH:
     if lsh.n_heads not in (None, n_heads):
         raise ValueError(f"lsh has planes or beta for {lsh.n_heads} query heads, the query has {n_heads}")
     return lsh
+
+
+@lru_cache(maxsize=8)
+def _default_lsh(head_dim: int) -> SoftLSH:
+    """Return the hash of a call that names none; drawing it takes longer than a short call."""
+    return SoftLSH.random(head_dim=head_dim, n_tables=4, n_planes=4, beta=1.0, rng=0)
 
 
 def _checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
@@ -165,10 +172,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
     """Return int64 [N, 5]: batch index, query begin and end, key begin and end."""
     batch, n_queries, n_keys = q.shape[0], q.shape[1], k.shape[1]
     if cu_seqlens is None:
-        table = np.zeros((batch, 5), np.int64)
-        table[:, 0] = np.arange(batch)
-        table[:, 2], table[:, 4] = n_queries, n_keys
-        return table
+        return _whole_sequences(batch, n_queries, n_keys)
     if isinstance(cu_seqlens, (list, tuple, range)):
         cu_seqlens = np.asarray(cu_seqlens, None if len(cu_seqlens) else np.int64)
     bounds = arrays.as_numpy(cu_seqlens, "cu_seqlens")
@@ -189,6 +193,14 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
         raise ValueError(f"cu_seqlens must not decrease, got {bounds[where]}, {bounds[where + 1]} at index {where}")
     begin, end = bounds[:-1], bounds[1:]
     return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
+
+
+def _whole_sequences(batch: int, n_queries: int, n_keys: int) -> np.ndarray:
+    """Return the table of sequences that are the rows of a batch."""
+    table = np.empty((batch, 5), np.int64)
+    table[:] = (0, 0, n_queries, 0, n_keys)
+    table[:, 0] = np.arange(batch)
+    return table
 
 
 def _check_chunk_size(chunk_size: int | None, memory_limit: int | str | None) -> None:
@@ -361,13 +373,12 @@ def _state_problem(
     side = q if q is not None else k
     if side is None:
         raise TypeError("a problem needs a query or a key")
-    planes, beta = state.lsh.per_head(state.mass.shape[1])
-    sequences = np.zeros((state.batch, 5), np.int64)
-    sequences[:, 0] = np.arange(state.batch)
-    sequences[:, 2 if q is not None else 4] = side.shape[1]
+    batch, n_state_heads, _ = state.sketch.flat.shape
+    planes, beta = state.lsh.per_head(n_state_heads)
+    sequences = _whole_sequences(batch, 0 if q is None else q.shape[1], 0 if k is None else k.shape[1])
     return Problem(
         query=q, key=k, value=v, planes=planes, beta=beta, key_mask=key_mask, sequences=sequences,
-        n_heads=side.shape[2] if q is not None else state.mass.shape[1], n_kv_heads=state.n_kv_heads,
+        n_heads=n_state_heads if q is None else q.shape[2], n_kv_heads=state.n_kv_heads,
         value_dim=state.value_dim, is_causal=False, readout=readout, dtype=arrays.compute_dtype(side.dtype),
     )  # fmt: skip
 

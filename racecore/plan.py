@@ -15,8 +15,8 @@ import numpy as np
 from racecore.problem import Problem
 
 __all__ = [
-    "BLOCK", "SEGMENT", "TOKENS", "can_keep_states", "chunks", "count_blocks", "have_own_states", "parts", "segment_bytes",
-    "smallest_workspace",
+    "BLOCK", "SEGMENT", "TOKENS", "are_whole", "can_keep_states", "chunks", "count_blocks", "have_own_states", "parts",
+    "segment_bytes", "smallest_workspace",
 ]  # fmt: skip
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
@@ -46,8 +46,11 @@ def smallest_workspace(problem: Problem) -> int:
 
 def parts(problem: Problem) -> Iterator[tuple[int, int]]:
     """Yield (first, last) ranges of sequences that are treated together."""
+    if len(problem.sequences) == 1:
+        yield 0, 1
+        return
     lengths = _lengths(problem)
-    per_segment, per_block = segment_bytes(problem)
+    per_segment, per_block = segment_bytes(problem) if problem.key is not None else (0, 0)  # reading takes no workspace
     costs = -(-lengths // SEGMENT) * per_segment + -(-lengths // BLOCK) * per_block
     first = bytes_used = tokens_used = 0
     for index, (cost, length) in enumerate(zip(costs.tolist(), lengths.tolist(), strict=True)):
@@ -79,6 +82,8 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     """
     begin, end = (part.sequences[:, 1], part.sequences[:, 2]) if side == "query" else (
         part.sequences[:, 3], part.sequences[:, 4])  # fmt: skip
+    if len(begin) == 1 and 0 < end[0] - begin[0] <= SEGMENT:  # as when decoding: saves 20 microseconds
+        return [np.array([[0, part.sequences[0, 0], begin[0], end[0], 0]])]
     counts = -(-(end - begin) // SEGMENT)
     owner = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -95,11 +100,14 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     return pieces
 
 
+def are_whole(chunk: np.ndarray, n_sequences: int) -> bool:
+    """Tell whether segment i is all that a chunk has of sequence i, for every sequence of the part."""
+    return len(chunk) == n_sequences and (n_sequences == 1 or bool((chunk[:, 0] == np.arange(n_sequences)).all()))
+
+
 def have_own_states(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
     """Tell whether state i is that before segment i: all were kept, or every sequence is one segment."""
-    if len(chunk) != n_states:
-        return False
-    return len(part.sequences) == 1 or bool((chunk[:, 0] == np.arange(n_states)).all())
+    return len(chunk) == n_states if len(part.sequences) == 1 else are_whole(chunk, n_states)
 
 
 def can_keep_states(part: Problem) -> bool:

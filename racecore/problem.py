@@ -51,6 +51,8 @@ class Problem:
 
     def part(self, first: int, last: int) -> Problem:
         """Return the same problem with only the sequences first ... last - 1."""
+        if (first, last) == (0, len(self.sequences)):
+            return self
         return replace(self, sequences=self.sequences[first:last])
 
     def new_sketch(self) -> Sketch:

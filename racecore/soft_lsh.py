@@ -55,10 +55,8 @@ class SoftLSH:
     __slots__ = ("_beta", "_fingerprint", "_planes")
 
     def __init__(self, planes: ArrayLike, beta: ArrayLike) -> None:
-        self._planes = _checked_planes(planes)
-        self._beta = _checked_beta(beta, self._planes)
-        self._planes.flags.writeable = False
-        self._beta.flags.writeable = False
+        self._planes = _locked(_checked_planes(planes))
+        self._beta = _locked(_checked_beta(beta, self._planes))
         self._fingerprint: str | None = None
 
     @classmethod
@@ -160,8 +158,7 @@ class SoftLSH:
 
     def per_head(self, n_state_heads: int) -> tuple[np.ndarray, np.ndarray]:
         """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without a copy."""
-        planes = np.broadcast_to(self._planes, (n_state_heads, *self._planes.shape[-3:]))
-        return planes, np.broadcast_to(self._beta, (n_state_heads,))
+        return _repeated(self._planes, 3, n_state_heads), _repeated(self._beta, 0, n_state_heads)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write planes, beta and a checksum to an .npz file, which appears whole or not at all."""
@@ -226,6 +223,20 @@ def _checked_beta(beta: ArrayLike, planes: np.ndarray) -> np.ndarray:
     if not (np.abs(array) <= _LARGEST_BETA).all():
         raise ValueError(f"beta must be finite and at most {_LARGEST_BETA:g}, got {beta!r}; useful values are 0 to 20")
     return array
+
+
+def _locked(array: np.ndarray) -> np.ndarray:
+    """Return a read-only view whose flag nobody can set back, as it could be on the array itself."""
+    array.flags.writeable = False
+    return array.view()
+
+
+def _repeated(array: np.ndarray, ndim: int, n: int) -> np.ndarray:
+    """Return n views of an array of `ndim` axes, or the array itself where it has an axis for them already."""
+    if array.ndim > ndim:
+        return array
+    # numpy.broadcast_to says the same and takes six times as long, which a call for one token notices
+    return np.ndarray((n, *array.shape), array.dtype, array, 0, (0, *array.strides))
 
 
 def _gaussian_rows(generator: np.random.Generator, n_rows: int, dim: int) -> np.ndarray:

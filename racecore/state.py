@@ -130,16 +130,17 @@ class RaceState:
             Shapes or dtypes that do not fit; the state is then unchanged.
         """
         problem = inputs.check_append(self, key, value, key_mask)
-        lengths = self._lengths + _added_tokens(problem)
-        before = self._sketch.flat.copy()
+        operations = backends.choose(None).bidirectional
+        if operations.add_at_once(problem, self._sketch, self._lengths):
+            return
+        before, lengths = self._sketch.flat.copy(), self._lengths.copy()
         try:
             for first, last in plan.parts(problem):
-                sketch = self._sketch.part(first, last)
-                backends.choose(None).bidirectional.sum_keys(problem.part(first, last), sketch)
+                operations.sum_keys(problem.part(first, last), self._sketch.part(first, last))
+            self._lengths += _added_tokens(problem)
         except BaseException:  # an interrupt must not leave half of the tokens behind
-            self._sketch.flat[...] = before
+            self._sketch.flat[...], self._lengths[...] = before, lengths
             raise
-        self._lengths[...] = lengths
 
     def attend(self, query: Any, *, readout: str = "ratio", backend: str | None = None) -> Any:
         """Answer queries from everything appended so far.
@@ -162,9 +163,9 @@ class RaceState:
         if problem.query is None:
             raise TypeError("query is missing")
         out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype)
+        operations = backends.choose(backend).bidirectional
         for first, last in plan.parts(problem):
-            part = problem.part(first, last)
-            backends.choose(backend).bidirectional.read_out(part, self._sketch.part(first, last), out)
+            operations.read_out(problem.part(first, last), self._sketch.part(first, last), out)
         return arrays.restorer(query)(out[0] if np.ndim(query) == 3 else out)
 
     def merge(self, other: RaceState) -> None:

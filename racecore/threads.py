@@ -76,6 +76,10 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
     stops further launches, waits for those under way (they write to memory that the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
+    if n_launches <= 1:
+        if n_tasks > 0:
+            launch(0, n_tasks)
+        return
     n_threads = min(count(), n_launches)
     job = _Job(launch, n_tasks, tasks_per_launch)
     if n_threads > 1:

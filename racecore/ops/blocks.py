@@ -60,16 +60,16 @@ _CODE = 5  # column of the dtype's code; the address is in column 0, strides of 
 
 def describe(*tensors: np.ndarray | None) -> np.ndarray:
     """Return the table, int64 [8, 6], of 4-D arrays in the order of the constants above; None for those not there."""
-    table = np.zeros((len(tensors), 6), np.int64)
-    for line, tensor in zip(table, tensors, strict=True):
+    lines = []  # of plain integers: filling an array bit by bit takes longer than a call for one token may
+    for tensor in tensors:
         if tensor is None:
-            line[_CODE] = -1
+            lines.append((0, 0, 0, 0, 0, -1))
             continue
         size = tensor.dtype.itemsize
-        line[0] = tensor.ctypes.data
-        line[1:5] = [stride // size for stride in tensor.strides]
-        line[_CODE] = _BFLOAT16 if arrays.is_bfloat16(tensor.dtype) else {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}[size]
-    return table
+        b, t, h, d = tensor.strides
+        code = _BFLOAT16 if arrays.is_bfloat16(tensor.dtype) else {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}[size]
+        lines.append((tensor.ctypes.data, b // size, t // size, h // size, d // size, code))
+    return np.array(lines, np.int64)
 
 
 @intrinsic

@@ -1,8 +1,8 @@
 """From a problem to kernel launches: arguments in one bundle, tasks spread over threads, scans over segments.
 
-A task is one segment of one or a few key/value heads, with all state heads and query heads that belong to them. Tasks
-write to places of their own; what they add up is added by `scan`, segment after segment in float64. That, and not luck,
-is why results do not depend on the number of threads.
+A task is one segment, or a run of them, of one or a few key/value heads, with all state heads and query heads that belong to
+them. Tasks write to places of their own; what segments amount to is added in their order in float64, by `scan` or by the
+task that has them all. That, and not luck, is why results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from racecore import arrays
 from racecore.jit import kernel
 from racecore.ops.blocks import describe
 from racecore.ops.products import padded
+from racecore.plan import SEGMENT
 from racecore.problem import Problem
 from racecore.threads import count, run
 
-__all__ = ["Call", "empty_hash_parts", "launch", "make_call", "pad_planes", "scan"]
+__all__ = ["Call", "empty_hash_parts", "in_series", "launch", "make_call", "pad_planes", "scan"]
 
 _LAUNCHES = 64  # at most as many where they are long enough: a launch costs some ten microseconds
 _MIN_ROWS, _MAX_ROWS = (
@@ -29,6 +30,7 @@ _RUN_BYTES = 2048
 _STATE_BYTES = 1 << 18
 _TASKS_PER_THREAD = 4
 _COLUMNS_PER_LAUNCH = 1 << 15
+_NO_MASK = np.zeros((0, 0), np.uint8)
 
 
 class Call(NamedTuple):
@@ -36,8 +38,9 @@ class Call(NamedTuple):
 
     table: np.ndarray  # int64 [8, 6], see ops.blocks
     segments: np.ndarray  # int64 [n, 5], see plan.chunks
-    planes: np.ndarray  # [M, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
-    planes_t: np.ndarray  # [M, D, L*P], both padded
+    runs: np.ndarray  # int64 [r, 2]: a task's first segment and the one after its last
+    planes: np.ndarray  # [M or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
+    planes_t: np.ndarray  # [M or 1, D, L*P], both padded; 1 where all heads share their planes
     beta: np.ndarray  # [M], likewise
     mask: np.ndarray  # uint8 [B, Tk], or [0, 0] for none
     n_tables: int  # L
@@ -60,14 +63,13 @@ def make_call(
     d_value: np.ndarray | None = None,
 ) -> Call:
     """Bundle the arguments for the segments of one chunk."""
-    if part.key_mask is None:
-        mask = np.zeros((0, 0), np.uint8)
-    else:
-        mask = np.ascontiguousarray(part.key_mask).view(np.uint8)
-    planes, planes_t = pad_planes(part.planes, part.dtype)
+    mask = _NO_MASK if part.key_mask is None else np.ascontiguousarray(part.key_mask).view(np.uint8)
+    shared = part.planes.strides[0] == 0
+    planes, planes_t = pad_planes(part.planes[:1] if shared else part.planes, part.dtype)
     return Call(
         table=describe(part.query, part.key, part.value, out, d_out, d_query, d_key, d_value),
         segments=chunk,
+        runs=_runs_of_one(len(chunk)),
         planes=planes,
         planes_t=planes_t,
         beta=np.ascontiguousarray(part.beta, part.dtype),
@@ -80,6 +82,44 @@ def make_call(
         kv_heads_per_task=_kv_heads_per_task(part, len(chunk)),
         bucket_mean=part.readout == "bucket_mean",
     )
+
+
+def _runs_of_one(n: int) -> np.ndarray:
+    return np.arange(n)[:, None] + np.array([0, 1])
+
+
+def in_series(call: Call) -> list[tuple[slice, Call]]:
+    """Cut a call into pieces whose tasks are whole sequences of a head or a few, segment after segment.
+
+    Returns
+    -------
+    list of (slice, Call)
+        The segments of the call that a piece has, and the piece. Empty if cores would be idle.
+    """
+    n, n_tokens = len(call.segments), call.segments[:, 3] - call.segments[:, 2]
+    first = np.flatnonzero(np.diff(call.segments[:, 0], prepend=-1))
+    lengths, n_threads = np.add.reduceat(n_tokens, first) if n else n_tokens, count()
+    sizes = (h for h in range(call.kv_heads_per_task, 0, -1) if call.n_kv_heads % h == 0)
+    heads = next((h for h in sizes if _fill(lengths, call.n_kv_heads // h, n_threads)), 0)
+    if heads == 0:
+        return []
+    step = n if len(first) > 1 else max(1, 2 * _MAX_ROWS * call.n_kv_heads // (SEGMENT * heads * call.n_heads))
+    pieces = []
+    for start in range(0, n, max(step, 1)):
+        rows = slice(start, min(start + step, n))
+        segments = call.segments[rows].copy()
+        segments[:, 4] -= segments[0, 4]
+        runs = np.stack([first, np.append(first[1:], n)], axis=1) if len(first) > 1 else np.array([[0, len(segments)]])
+        pieces.append((rows, call._replace(segments=segments, runs=runs, kv_heads_per_task=heads)))
+    return pieces
+
+
+def _fill(lengths: np.ndarray, n_groups: int, n_threads: int) -> bool:
+    """Tell whether sequences of such lengths, times groups of heads, keep all threads busy nine tenths of the time."""
+    n_tasks, longest, total = len(lengths) * n_groups, int(lengths.max(initial=0)), int(lengths.sum()) * n_groups
+    alike = longest * n_tasks == total
+    time = -(-n_tasks // n_threads) * longest if alike else total / n_threads + longest
+    return time * n_threads * 0.9 <= total
 
 
 def pad_planes(planes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -106,16 +146,19 @@ def _kv_heads_per_task(part: Problem, n_segments: int) -> int:
     return heads
 
 
-def launch(function: Any, call: Call, *arguments: Any) -> int:
-    """Run a kernel over all tasks of a call: function(call, first task, last task, *arguments). Return the tokens."""
-    n_tasks = len(call.segments) * -(-call.n_kv_heads // call.kv_heads_per_task)
+def launch(function: Any, call: Call, *arguments: Any, at_once: bool = False) -> int:
+    """Run a kernel over all tasks of a call: function(call, first task, last task, *arguments). Return the tokens.
+
+    `at_once` means in a single launch, by the calling thread.
+    """
+    n_tasks = len(call.runs) * -(-call.n_kv_heads // call.kv_heads_per_task)
     n_tokens = int((call.segments[:, 3] - call.segments[:, 2]).sum())
     rows_per_task = max(1, n_tokens * call.n_heads // max(n_tasks, 1))
     rows_per_launch = min(max(n_tokens * call.n_heads // _LAUNCHES, _MIN_ROWS), _MAX_ROWS)
     run(
         lambda first, last: function(call, first, last, *arguments),
         n_tasks,
-        max(1, rows_per_launch // rows_per_task),
+        max(1, n_tasks if at_once else rows_per_launch // rows_per_task),
     )
     return n_tokens
 
@@ -150,6 +193,6 @@ def _scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, first: int, 
             total[c] += x
 
 
-def empty_hash_parts(part: Problem, chunk: np.ndarray, total: np.ndarray | None) -> np.ndarray:
+def empty_hash_parts(part: Problem, segments: np.ndarray, total: np.ndarray | None) -> np.ndarray:
     """Return where tasks put their shares of `total`, gradients of planes and beta: [n, M, width]; width 0 if unwanted."""
-    return arrays.empty((len(chunk), part.n_state_heads, 0 if total is None else total.shape[2]), np.float64)
+    return arrays.empty((len(segments), part.n_state_heads, 0 if total is None else total.shape[2]), np.float64)

@@ -54,7 +54,8 @@ def store_key_rows(target: np.ndarray, batch: int, begin: int, end: int, rows: n
 def add_hash_gradient(hash_gradient: np.ndarray | None, d_planes: np.ndarray, d_beta: np.ndarray) -> None:
     """Add to one side of `GradientBuffers.hash`, [M, L*P*D + 1]."""
     if hash_gradient is not None:
-        hash_gradient[:, :-1] += d_planes.reshape(len(d_planes), -1)
+        if hash_gradient.shape[1] > 1:  # else that of beta alone is wanted
+            hash_gradient[:, :-1] += d_planes.reshape(len(d_planes), -1)
         hash_gradient[:, -1] += d_beta
 
 

@@ -62,15 +62,16 @@ class Scratch(NamedTuple):
 @helper
 def hash_of(call: Call, m: int, w: Scratch) -> Hash:
     """Return the hash of state head m with the arrays that it works in."""
+    own = m if call.planes.shape[0] > 1 else 0
     return Hash(
-        call.planes[m], call.planes_t[m], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes, w.u_t
+        call.planes[own], call.planes_t[own], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes, w.u_t
     )  # fmt: skip
 
 
 @helper
 def task_of(call: Call, task: int) -> tuple[int, int, int]:
-    """Return the segment of a task, and its first state head and the one after its last."""
-    heads = call.planes.shape[0] // call.n_kv_heads
+    """Return the run of segments of a task, and its first state head and the one after its last."""
+    heads = call.beta.shape[0] // call.n_kv_heads
     n_groups = -(-call.n_kv_heads // call.kv_heads_per_task)
     first = task % n_groups * call.kv_heads_per_task
     last = min(first + call.kv_heads_per_task, call.n_kv_heads)
@@ -88,22 +89,23 @@ class Keys(NamedTuple):
 
 @helper
 def read_keys(
-    call: Call, b: int, t: int, m: int, n: int, step: int, straight_k: bool, straight_v: bool, w: Scratch
+    call: Call, b: int, t: int, m: int, n: int, step: int, needs_k: bool, straight_k: bool, straight_v: bool, w: Scratch
 ) -> Keys:
     """Read n keys and values of a block for state head m, zeros where they are masked, and which those are.
 
-    Copies stay for the other state heads that share them. The next block is `step` tokens on.
+    Copies stay for the other state heads that share them. The next block is `step` tokens on. Without `needs_k`, keys are
+    left alone.
     """
-    heads = call.planes.shape[0] // call.n_kv_heads
+    heads = call.beta.shape[0] // call.n_kv_heads
     g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
     if first:
         load_keep(call.mask, b, t, n, w.keep)
     n_loads = n if first else 0
-    k = read(call.table, KEY, (b, t, g), n_loads, call.head_dim, w.k, w.keep[0], straight_k and not masked)
+    k = read(call.table, KEY, (b, t, g), n_loads if needs_k else 0, call.head_dim, w.k, w.keep[0], straight_k and not masked)
     v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v and not masked)
     if not first:
         return Keys(k, v, NOTHING, NOTHING)
-    next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim)
+    next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim) if needs_k else NOTHING
     return Keys(k, v, next_k, rows_ahead(call.table, VALUE, (b, t + step, g), call.value_dim))
 
 
@@ -128,7 +130,7 @@ def hashes_once(call: Call, d_hash_width: int) -> bool:
 @helper
 def new_partial(call: Call) -> Partial:
     """Make empty sums for the state heads of a task."""
-    heads = call.kv_heads_per_task * (call.planes.shape[0] // call.n_kv_heads)
+    heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
     mass = matrices(heads, n_buckets_of(call), TOKENS, call.planes.dtype)
     value_sum = matrices(heads, n_buckets_of(call), padded(call.value_dim), call.planes.dtype)
     mass[:] = 0
@@ -139,7 +141,7 @@ def new_partial(call: Call) -> Partial:
 @helper
 def new_states(call: Call) -> Running:
     """Make room for the states of the heads of a task."""
-    heads = call.kv_heads_per_task * (call.planes.shape[0] // call.n_kv_heads)
+    heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
     return new_running(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
 
 

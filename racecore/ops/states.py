@@ -21,8 +21,8 @@ from racecore.ops.vectors import (
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "drop_masked", "flush", "group_ends", "load_keep",
-    "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
+    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "count_kept", "drop_masked", "flush", "group_ends",
+    "load_keep", "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
 ]  # fmt: skip
 
 GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
@@ -41,6 +41,17 @@ def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> Non
     if mask.shape[0] > 0:
         for i in range(n):
             keep[0, i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
+
+
+@helper
+def count_kept(mask: np.ndarray, b: int, begin: int, end: int) -> int:
+    """Return how many keys of a segment take part."""
+    if mask.shape[0] == 0:
+        return end - begin
+    count = 0
+    for t in range(begin, end):
+        count += 1 if mask[b, t] != 0 else 0
+    return count
 
 
 @helper
@@ -174,18 +185,20 @@ def running_mass(
 
 
 @helper
-def running_mass_backward(d_masses: np.ndarray, mass_t: np.ndarray, d_mass: np.ndarray, d_phi_t: np.ndarray) -> None:
-    """Add to d_phi_t[j] what tokens i >= j of this block, d_masses [heads, S, BLOCK], and later blocks ask of mass.
+def running_mass_backward(
+    d_masses: np.ndarray, from_later: bool, mass_t: np.ndarray, d_mass: np.ndarray, d_phi_t: np.ndarray
+) -> None:
+    """Add to d_phi_t[j] what tokens i >= j of this block ask of mass, d_masses [S, BLOCK].
 
-    d_mass, float64, is what later blocks ask, and moves to before this block. mass_t [BLOCK, S] is for use meanwhile.
+    d_mass, float64, is what later blocks ask: it is added too where `from_later` says so, and moves to before this block.
+    mass_t [BLOCK, S] is for use meanwhile.
     """
-    n_buckets = d_masses.shape[1]
-    for h in range(d_masses.shape[0]):
-        transpose(d_masses[h], n_buckets, TOKENS, mass_t)
-        for s in range(0, n_buckets, lanes(mass_t)):
-            before = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
-            sums = spread(mass_t.dtype.type(0))
-            for i in range(BLOCK - 1, -1, -1):
-                sums = sums + load(mass_t, i, s)
-                store(d_phi_t, i, s, load(d_phi_t, i, s) + (before + sums if h == 0 else sums))
-            widen_add(sums, d_mass.ctypes.data + 8 * s)
+    n_buckets = d_masses.shape[0]
+    transpose(d_masses, n_buckets, TOKENS, mass_t)
+    for s in range(0, n_buckets, lanes(mass_t)):
+        later = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
+        sums = spread(mass_t.dtype.type(0))
+        for i in range(BLOCK - 1, -1, -1):
+            sums = sums + load(mass_t, i, s)
+            store(d_phi_t, i, s, load(d_phi_t, i, s) + (later + sums if from_later else sums))
+        widen_add(sums, d_mass.ctypes.data + 8 * s)

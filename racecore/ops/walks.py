@@ -25,8 +25,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.jit import helper
-from racecore.ops.products import Ahead, Source, ask
-from racecore.ops.tiles import Emitter
+from racecore.ops.products import Ahead, Rows, Source, ask
+from racecore.ops.tiles import ADD, OVERWRITE, Emitter
 from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK
 
@@ -53,24 +53,21 @@ class _Chains:
             i = r % len(chain)
             chain[i] = self.emit.fma(factor, state[r * len(self.chains) + v], chain[i])
 
-    def store(self, base: Any) -> None:
-        """Write the sums from an address on."""
-        for v, chain in enumerate(self.chains):
-            value = chain[0] if len(chain) == 1 else self.emit.builder.fadd(*chain)
-            self.emit.store(value, self.emit.address(base, v * self.emit.lanes))
+    def sums(self) -> list[Any]:
+        return [chain[0] if len(chain) == 1 else self.emit.builder.fadd(*chain) for chain in self.chains]
 
 
 def _rows_tile(n_rows: int, n_vectors: int) -> Any:
     """Return the tile of `walk_rows` that holds n_rows buckets and n_vectors vectors of columns.
 
-    Strides count elements. The state is read at `source` and written to `target`; y is added to where `keep` is 1 and
-    overwritten where it is 0.
+    Strides count elements. The state is read at `source` and written to `target`. What the tokens ask is written to z, by
+    the `mode` of the tiles of products, and y is added where `keep` is 1.
     """
 
     @intrinsic
-    def tile(typing_context, source, target, state_row, a, b, a_step, x, x_step, y, y_step, count, keep, like):
+    def tile(typing_context, source, target, state_row, a, b, a_step, x, x_step, y, y_step, z, z_step, count, keep, mode, like):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, target, state_row, a, b, a_step, x, x_step, y, y_step, count, keep, _ = arguments
+            source, target, state_row, a, b, a_step, x, x_step, y, y_step, z, z_step, count, keep, mode, _ = arguments
             emit = _emitter(builder, like)
             places = [(r, v) for r in range(n_rows) for v in range(n_vectors)]
 
@@ -78,7 +75,7 @@ def _rows_tile(n_rows: int, n_vectors: int) -> Any:
                 return emit.address(base, emit.times(state_row, r), v * emit.lanes)
 
             def token(addresses: list[Any], state: list[Any]) -> list[Any]:
-                a, b, x, y = addresses
+                a, b, x, y, z = addresses
                 row = [emit.load(emit.address(x, v * emit.lanes), emit.vector) for v in range(n_vectors)]
                 old = [emit.load(emit.address(y, v * emit.lanes), emit.vector) for v in range(n_vectors)]
                 state = list(state)
@@ -88,17 +85,17 @@ def _rows_tile(n_rows: int, n_vectors: int) -> Any:
                     for v in range(n_vectors):
                         state[r * n_vectors + v] = emit.fma(weight, row[v], state[r * n_vectors + v])
                     chains.add(r, emit.splat(emit.load(emit.address(b, r * BLOCK), emit.element)), state)
-                chains.store(y)
+                emit.store_all(chains.sums(), [emit.address(z, v * emit.lanes) for v in range(n_vectors)], mode)
                 return state
 
             start = [emit.load(place(source, r, v), emit.vector) for r, v in places]
-            steps = [emit.times(step, emit.size) for step in (a_step, a_step, x_step, y_step)]
-            end = emit.loop(count, start, [a, b, x, y], steps, token)
+            steps = [emit.times(step, emit.size) for step in (a_step, a_step, x_step, y_step, z_step)]
+            end = emit.loop(count, start, [a, b, x, y, z], steps, token)
             for (r, v), value in zip(places, end, strict=True):
                 emit.store(value, place(target, r, v))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 12, like), code
+        return types.void(*[types.int64] * 15, like), code
 
     return tile
 
@@ -133,7 +130,8 @@ def _weights_tile(n_halves: int) -> Any:
                     for v in range(n_vectors):
                         state[r * n_vectors + v] = emit.fma(added, weights[v], state[r * n_vectors + v])
                     chains.add(r, emit.splat(emit.load(emit.address(y, r), emit.element), kind), state)
-                chains.store(c)
+                for v, value in enumerate(chains.sums()):
+                    emit.store(value, emit.address(c, v * emit.lanes))
                 return state
 
             start = [emit.load(place(source, r, v), kind) for r, v in places]
@@ -155,12 +153,13 @@ _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2,
 
 @helper
 def walk_rows(
-    source: np.ndarray, target: np.ndarray, a: np.ndarray, x: Source, b: np.ndarray, y: np.ndarray,
-    n: int, backward: bool, add: bool, ahead: Ahead,
+    source: np.ndarray, target: np.ndarray, a: np.ndarray, x: Source, b: np.ndarray, y: np.ndarray, written: Rows,
+    n: int, backward: bool, ahead: Ahead,
 ) -> None:  # fmt: skip
     """Walk over n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from `source` to `target`.
 
-    a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors. `backward` goes from the last token to the first; `add` adds to y.
+    a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors. `backward` goes from the last token to the first. The rows y go to
+    where `written` says; if that is elsewhere, y is for use meanwhile.
     """
     size, like = y.itemsize, y.dtype.type(0)
     step_d = lanes(y)
@@ -174,29 +173,31 @@ def walk_rows(
         s = 0
         while s < n_rows:
             left = n_rows - s
+            rows = 8 if left >= 8 else (4 if left >= 4 else 1)
+            z, z_row, mode = yd, width, OVERWRITE
+            if left == rows:
+                z, z_row, mode = written.address + size * (first * written.row + d), written.row, written.mode
             offset, weight = size * (s * row + d), size * (s * BLOCK + first)
             arguments = (
                 source.ctypes.data + offset, target.ctypes.data + offset, row, a.ctypes.data + weight,
-                b.ctypes.data + weight, step, xd, step * x.row, yd, step * width, n, 1 if add or s > 0 else 0, like,
+                b.ctypes.data + weight, step, xd, step * x.row, yd, step * width, z, step * z_row, n,
+                1 if s > 0 or written.mode == ADD else 0, mode, like,
             )  # fmt: skip
-            if left >= 8:
+            if rows == 8:
                 if two:
                     _rows_8x2(*arguments)
                 else:
                     _rows_8x1(*arguments)
-                s += 8
-            elif left >= 4:
+            elif rows == 4:
                 if two:
                     _rows_4x2(*arguments)
                 else:
                     _rows_4x1(*arguments)
-                s += 4
+            elif two:
+                _rows_1x2(*arguments)
             else:
-                if two:
-                    _rows_1x2(*arguments)
-                else:
-                    _rows_1x1(*arguments)
-                s += 1
+                _rows_1x1(*arguments)
+            s += rows
         d += 2 * step_d if two else step_d
 
 

@@ -27,9 +27,11 @@ from racecore.ops.scratch import (
 )
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.ops.states import (
+    GROUP,
     add_block,
     add_mass,
     clear_after,
+    count_kept,
     drop_masked,
     flush,
     group_ends,
@@ -41,37 +43,79 @@ from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK, TOKENS
 from racecore.problem import GradientBuffers, Problem, Sketch
 
-__all__ = ["read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
+__all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
+
+_ROWS_AT_ONCE = 1 << 15  # of keys in a launch that cannot be cut: some milliseconds
+_BYTES_AT_ONCE = 1 << 28  # of states, likewise
+_NO_COUNTS = np.zeros(0, np.int64)
 
 
 def sum_keys(part: Problem, sketch: Sketch) -> None:
     """Add every key and value of `part` to `sketch`."""
     for chunk in plan.chunks(part, "key"):
-        sums, n_tokens = segment_sums(part, chunk)
-        scan(chunk[:, 0], sums, sketch.flat)
-        del sums  # before the next chunk asks for as much
+        if _are_groups(chunk, sketch):
+            n_tokens = launch(_sum_keys, make_call(part, chunk), sketch.flat, True, _NO_COUNTS)
+        else:
+            sums = new_sums(part, len(chunk))
+            n_tokens = sum_segments(make_call(part, chunk), sums)
+            scan(chunk[:, 0], sums, sketch.flat)
+            del sums  # before the next chunk asks for as much
         progress.advance(n_tokens)
 
 
-def segment_sums(part: Problem, chunk: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the state that each segment alone amounts to, float64 [n, M, S*(1+V)], and the number of tokens."""
-    width = part.n_buckets * (1 + part.value_dim)
-    sums = arrays.empty((len(chunk), part.n_state_heads, width), np.float64)
-    return sums, launch(_sum_keys, make_call(part, chunk), sums)
+def _are_groups(chunk: np.ndarray, sketch: Sketch) -> bool:
+    """Tell whether every sequence is one segment of one group.
+
+    A kernel then adds to every state once, and may as well do it in place: the same bits, but no states of segments.
+    """
+    n_tokens = chunk[:, 3] - chunk[:, 2]
+    return plan.are_whole(chunk, len(sketch.flat)) and bool(n_tokens.max(initial=0) <= GROUP)
+
+
+def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
+    """Add few keys and values to `sketch` and their numbers to `lengths` [N], in one launch: no interrupt can cut that.
+
+    Returns
+    -------
+    bool
+        False where they are too many; nothing has been done then.
+    """
+    chunk, *more = plan.chunks(part, "key")
+    n_tokens = int((chunk[:, 3] - chunk[:, 2]).sum())
+    too_many = n_tokens * part.n_state_heads > _ROWS_AT_ONCE or sketch.flat.nbytes > _BYTES_AT_ONCE
+    if more or too_many or not _are_groups(chunk, sketch):
+        return False
+    progress.advance(n_tokens)  # before: should the listener raise, nothing has happened yet
+    launch(_sum_keys, make_call(part, chunk), sketch.flat, True, lengths, at_once=True)
+    return True
+
+
+def new_sums(part: Problem, n: int) -> np.ndarray:
+    """Make room for the states of n segments, float64 [n, M, S*(1+V)]."""
+    return arrays.empty((n, part.n_state_heads, part.n_buckets * (1 + part.value_dim)), np.float64)
+
+
+def sum_segments(call: Call, sums: np.ndarray) -> int:
+    """Write the state that each segment alone amounts to; return the number of tokens."""
+    return launch(_sum_keys, call, sums, False, _NO_COUNTS)
 
 
 @kernel
-def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray) -> None:
+def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray, add: bool, counts: np.ndarray) -> None:
+    """Write the sum of every segment to its row of `sums`, or add it there; add its keys to `counts`, unless that is empty."""
     w, partial = new_scratch(call), new_partial(call)
     straight_k, straight_v = hashes_once(call, 0), w.phi_k.shape[0] <= 8
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
-        sums[index, m0:m1] = 0
+        if not add:
+            sums[index, m0:m1] = 0
+        if m0 == 0 and counts.shape[0] > 0:
+            counts[index] += count_kept(call.mask, b, begin, end)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                keys = read_keys(call, b, t, m, n, TOKENS, straight_k, straight_v, w)
+                keys = read_keys(call, b, t, m, n, TOKENS, True, straight_k, straight_v, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 add_block(w.phi_k, w.phi_k, keys.v, n, m - m0, partial, keys.next_v)
@@ -97,7 +141,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 @kernel
 def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
     w, d_state = new_scratch(call), new_states(call)
-    heads = call.planes.shape[0] // call.n_kv_heads
+    heads = call.beta.shape[0] // call.n_kv_heads
     straight_k = hashes_once(call, hash_parts.shape[2])
     straight_v = heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k)
     for task in range(first, last):
@@ -109,7 +153,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
                 i, g, share = m - m0, m // heads, m % heads
-                keys = read_keys(call, b, t, m, n, TOKENS, straight_k, straight_v, w)
+                keys = read_keys(call, b, t, m, n, TOKENS, True, straight_k, straight_v, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
@@ -144,7 +188,7 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
 @kernel
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     w, state = new_scratch(call), new_states(call)
-    repeats = call.n_heads // call.planes.shape[0]
+    repeats = call.n_heads // call.beta.shape[0]
     straight_q = hashes_once(call, 0)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
@@ -170,27 +214,32 @@ def read_out_backward(
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
     for chunk in plan.chunks(part, "query"):
         call = make_call(part, chunk, d_out=d_out, d_query=grads.query)
-        d_sums = arrays.empty((len(chunk), *sketch.flat.shape[1:]), np.float64)
         hash_parts = empty_hash_parts(part, chunk, grads.hash)
-        n_tokens = launch(_read_out_backward, call, sketch.flat, d_sums, hash_parts)
-        scan(chunk[:, 0], d_sums, d_sketch.flat)
+        if _are_groups(chunk, sketch):
+            n_tokens = launch(_read_out_backward, call, sketch.flat, d_sketch.flat, True, hash_parts)
+        else:
+            d_sums = arrays.empty((len(chunk), *sketch.flat.shape[1:]), np.float64)
+            n_tokens = launch(_read_out_backward, call, sketch.flat, d_sums, False, hash_parts)
+            scan(chunk[:, 0], d_sums, d_sketch.flat)
+            del d_sums
         if grads.hash is not None:
             scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[:1])
-        del d_sums, hash_parts
+        del hash_parts
         progress.advance(n_tokens)
 
 
 @kernel
 def _read_out_backward(
-    call: Call, first: int, last: int, states: np.ndarray, d_sums: np.ndarray, hash_parts: np.ndarray
+    call: Call, first: int, last: int, states: np.ndarray, d_sums: np.ndarray, add: bool, hash_parts: np.ndarray
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
-    repeats = call.n_heads // call.planes.shape[0]
+    repeats = call.n_heads // call.beta.shape[0]
     straight_q = hashes_once(call, hash_parts.shape[2])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        d_sums[index, m0:m1] = 0
+        if not add:
+            d_sums[index, m0:m1] = 0
         hash_parts[index, m0:m1] = 0
         start(states[owner], m0, m1, True, state)
         for t in range(begin, end, BLOCK):

@@ -17,7 +17,7 @@ from racecore.ops.rows import (
 from racecore.ops.soft_hash.reference import soft_hash, soft_hash_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
 
-__all__ = ["read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
+__all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
 
 
 def sum_keys(part: Problem, sketch: Sketch) -> None:
@@ -29,6 +29,11 @@ def sum_keys(part: Problem, sketch: Sketch) -> None:
             sketch.mass[n] += phi_k.sum(axis=0, dtype=np.float64)
             sketch.value_sum[n] += np.einsum("tms,tmv->msv", phi_k.astype(np.float64), v)
             progress.advance(end - begin)
+
+
+def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
+    """Return False: in plain NumPy, an interrupt may come between any two tokens."""
+    return False
 
 
 def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -> None:

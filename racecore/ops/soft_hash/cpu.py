@@ -57,19 +57,29 @@ def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, ahead: Ahead) -> Non
 
     Element-wise loops run over whole blocks; nobody reads columns past n.
     """
-    tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
-    n_rows = f.planes.shape[0]
+    tanh_u, n_rows = f.factors[0], f.planes.shape[0]
     if is_wide(n_rows):
         project_wide(f.planes_t, x, n_rows, n, f.u_t, ahead)
         transpose(f.u_t, TOKENS, n_rows, tanh_u)
     else:
         project(f.planes, x, n_rows, n, tanh_u, ahead)
-    twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(phi)):
-            t = tanh(load(tanh_u, k, i))
+            store(tanh_u, k, i, tanh(load(tanh_u, k, i)))
+    hash_again(f, tanh_u, phi)
+
+
+@helper
+def hash_again(f: Hash, tanh_u: np.ndarray, phi: np.ndarray) -> None:
+    """Fill phi [S, n] from tanh(u) [L*P, n] that `hash_block` left in f.factors[0], or from a copy of it."""
+    kept, plus, minus = f.factors[0], f.factors[1], f.factors[2]
+    twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
+    n_rows = f.planes.shape[0]
+    for k in range(n_rows):
+        for i in range(0, BLOCK, lanes(phi)):
+            t = load(tanh_u, k, i)
             high, low = sigmoids(twice_beta * t, one)
-            store(tanh_u, k, i, t)
+            store(kept, k, i, t)
             store(plus, k, i, high)
             store(minus, k, i, low)
     n_planes = n_rows // f.n_tables
