@@ -83,10 +83,11 @@ def check_attention(
         query=q, key=k, value=v, planes=planes, beta=beta, key_mask=mask, sequences=sequences,
         n_heads=q.shape[2], n_kv_heads=k.shape[2], value_dim=v.shape[3], is_causal=bool(is_causal), readout=readout,
         dtype=arrays.compute_dtype(q.dtype), chunk_tokens=None if chunk_size is None else int(chunk_size),
-        may_keep_states=chunk_size is None,
     )  # fmt: skip
     if memory_limit is not None:
         problem = _limited(problem, parse_bytes(memory_limit))
+    elif problem.is_causal and chunk_size is None and plan.can_keep_states(problem):
+        problem = replace(problem, keeps_states=True)
     return problem, lsh, had_batch
 
 
@@ -222,7 +223,7 @@ def _limited(problem: Problem, memory_limit: int) -> Problem:
             f"memory_limit is {memory_limit} bytes, but a segment of {plan.SEGMENT} tokens needs more temporary memory "
             f"here; the smallest memory_limit that works is {smallest} (bytes)"
         )
-    return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit), may_keep_states=False)
+    return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit))
 
 
 def parse_bytes(size: int | str) -> int:

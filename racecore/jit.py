@@ -15,7 +15,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from racecore import kernel_cache
 
-__all__ = ["exact_helper", "helper", "inlined", "kernel"]
+__all__ = ["exact_helper", "helper", "inlined", "kernel", "piece"]
 
 # contract: fused multiply-add. reassoc: sums in vector lanes. nsz: the sign of a zero does not matter.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
@@ -27,6 +27,11 @@ _EXACT: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract"}}
 def helper(function: Callable[..., Any]) -> Any:
     """Compile a function that only kernels call."""
     return numba.njit(**_OPTIONS, **_INNER)(function)
+
+
+def piece(function: Callable[..., Any]) -> Any:
+    """Compile a function that has one caller, as part of that: optimising it twice would only take time."""
+    return numba.njit(**_OPTIONS, inline="always")(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -15,12 +15,13 @@ import numpy as np
 from racecore.problem import Problem
 
 __all__ = [
-    "BLOCK", "SEGMENT", "TOKENS", "are_whole", "can_keep_states", "chunks", "count_blocks", "have_own_states", "parts",
-    "segment_bytes", "smallest_workspace",
+    "BLOCK", "KEPT_BYTES", "SEGMENT", "TOKENS", "are_whole", "can_keep_states", "chunks", "count_blocks", "have_own_states",
+    "parts", "segment_bytes", "smallest_workspace",
 ]  # fmt: skip
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
+KEPT_BYTES = 32 << 20  # at most, of states that forward keeps for backward
 TOKENS = np.int64(BLOCK)  # the same where Numba should see any integer: literals are types of their own, compiled apart
 
 
@@ -28,14 +29,15 @@ def segment_bytes(problem: Problem) -> tuple[int, int]:
     """Return the workspace that the backward pass needs per segment and, on top, per block of its tokens.
 
     A segment needs the state before it, the gradient of the state after it, and its share of the gradients of planes and
-    beta; a causal block needs two numbers per token, query head and bucket that its second pass reads again.
+    beta; a causal block needs numbers that its second pass reads again: per token two for every query head and bucket, and
+    one for every state head and plane.
     """
     n_rows = problem.planes.shape[1] * problem.planes.shape[2]
     head_dim = problem.planes.shape[3]
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
     hash_share = problem.n_state_heads * (n_rows * head_dim + 1) * 8
-    block = 2 * problem.n_heads * problem.n_buckets * BLOCK * problem.dtype.itemsize if problem.is_causal else 0
-    return 2 * state + 2 * hash_share, block
+    numbers = 2 * problem.n_heads * problem.n_buckets + problem.n_state_heads * n_rows if problem.is_causal else 0
+    return 2 * state + 2 * hash_share, numbers * BLOCK * problem.dtype.itemsize
 
 
 def smallest_workspace(problem: Problem) -> int:
@@ -110,15 +112,17 @@ def have_own_states(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
     return len(chunk) == n_states if len(part.sequences) == 1 else are_whole(chunk, n_states)
 
 
-def can_keep_states(part: Problem) -> bool:
+def can_keep_states(problem: Problem) -> bool:
     """Tell whether to keep the states before all segments for the backward pass, which else sums the keys again.
 
-    They may need a sixteenth of the memory of the inputs, unless the caller bounded memory.
+    They may need a sixteenth of the memory of the inputs, but never more than `KEPT_BYTES`: what a call needs must not grow
+    with the length.
     """
-    head_dim, itemsize = part.planes.shape[3], part.dtype.itemsize
-    inputs = (part.n_heads + part.n_kv_heads) * head_dim + part.n_kv_heads * part.value_dim
-    state = part.n_state_heads * part.n_buckets * (1 + part.value_dim) * 8
-    return part.may_keep_states and state * 16 <= SEGMENT * inputs * itemsize
+    head_dim, itemsize = problem.planes.shape[3], problem.dtype.itemsize
+    inputs = (problem.n_heads + problem.n_kv_heads) * head_dim + problem.n_kv_heads * problem.value_dim
+    state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
+    n_segments = int((-(-_lengths(problem) // SEGMENT)).sum())
+    return state * 16 <= SEGMENT * inputs * itemsize and n_segments * state <= KEPT_BYTES
 
 
 def count_blocks(chunk: np.ndarray) -> int:

@@ -37,7 +37,7 @@ class Problem:
     dtype: np.dtype  # of the arithmetic
     chunk_tokens: int | None = None  # at most so many tokens in flight, rounded up to whole segments
     workspace_bytes: int = 64 << 20  # at most so much temporary memory
-    may_keep_states: bool = True  # for the backward pass, beyond those at the boundaries of chunks
+    keeps_states: bool = False  # of all segments for the backward pass, not only those at the boundaries of chunks
 
     @property
     def n_state_heads(self) -> int:

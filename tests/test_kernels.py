@@ -125,7 +125,8 @@ def test_running_masses_backward(n_buckets, dtype, tolerance):
     d_masses, (mass_t, d_phi_t) = aligned(3, n_buckets, 32, dtype=dtype, rng=rng), aligned(2, 32, wide, dtype=dtype)
     d_mass, d_phi_t[:] = np.zeros(wide), 1
     d_mass[:n_buckets] = later = rng.random(n_buckets)
-    compiled(states.running_mass_backward)(d_masses, mass_t, d_mass, d_phi_t)
+    for head, d_masses_of_head in enumerate(d_masses):
+        compiled(states.running_mass_backward)(d_masses_of_head, head == 0, mass_t, d_mass, d_phi_t)
     terms = d_masses.sum(axis=0)
     expected = 1 + later[:, None] + terms[:, ::-1].cumsum(axis=1)[:, ::-1]
     np.testing.assert_allclose(d_phi_t[:, :n_buckets].T, expected, atol=tolerance)
@@ -202,11 +203,17 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
 
     after, rows = aligned(n_buckets, width, dtype=dtype), aligned(32, width, dtype=dtype)
     rows[:] = 1
-    for add in (False, True):
-        compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, n, backward, add, products.NOTHING)
+    streamed = aligned(32, width, dtype=dtype)
+    for mode in (tiles.OVERWRITE, tiles.ADD):
+        written = products.Rows(rows.ctypes.data, width, mode)
+        compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
+    written = products.Rows(streamed.ctypes.data, width, tiles.STREAM)
+    compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
+    np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
+    assert np.isnan(streamed[n:]).all()
 
     wide = -(-n_buckets // 16) * 16
     a_t, before_t, after_t = (aligned(r, wide, dtype=dtype) for r in (32, width, width))
@@ -228,7 +235,8 @@ def test_walks_never_meet_what_is_to_come(backward):
     x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
-    compiled(walks.walk_rows)(state, state.copy(), a, source_of(x), b, rows, 32, backward, False, products.NOTHING)
+    written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE)
+    compiled(walks.walk_rows)(state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING)
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
     assert np.isnan(rows[poisoned, 5]).all()

@@ -26,6 +26,9 @@ OPERATIONS = sorted(
 )
 
 
+NEVER_DIFFERENTIATED = {"add_at_once"}  # what a state that is decoded from is advanced by
+
+
 def implementations(operation: str) -> tuple[ModuleType, ModuleType]:
     return tuple(importlib.import_module(f"racecore.ops.{operation}.{name}") for name in ("reference", "cpu"))  # type: ignore[return-value]
 
@@ -51,7 +54,7 @@ def test_every_forward_has_its_backward_right_under_it(operation: str) -> None:
     for module in implementations(operation):
         lines = {name: inspect.getsourcelines(getattr(module, name))[1] for name in module.__all__}
         for name in module.__all__:
-            if not name.endswith("_backward"):
+            if not name.endswith("_backward") and name not in NEVER_DIFFERENTIATED:
                 assert lines[name] < lines[f"{name}_backward"], f"{module.__name__}.{name}"
 
 

@@ -168,7 +168,8 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
     as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
     for i in range(n):
         if keep[i] == 0:
-            block[i, :width] = 0
+            for d in range(width):
+                block[i, d] = 0
         elif as_it_is:
             tiles.copy_row(block.ctypes.data + i * block.strides[0], address, width * size // _LINE)
         else:

@@ -100,7 +100,8 @@ def in_series(call: Call) -> list[tuple[slice, Call]]:
     first = np.flatnonzero(np.diff(call.segments[:, 0], prepend=-1))
     lengths, n_threads = np.add.reduceat(n_tokens, first) if n else n_tokens, count()
     sizes = (h for h in range(call.kv_heads_per_task, 0, -1) if call.n_kv_heads % h == 0)
-    heads = next((h for h in sizes if _fill(lengths, call.n_kv_heads // h, n_threads)), 0)
+    single = len(first) == n  # segments: each is its own sequence, and there is nothing to do side by side
+    heads = next((h for h in sizes if single or _fill(lengths, call.n_kv_heads // h, n_threads)), 0)
     if heads == 0:
         return []
     step = n if len(first) > 1 else max(1, 2 * _MAX_ROWS * call.n_kv_heads // (SEGMENT * heads * call.n_heads))

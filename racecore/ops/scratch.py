@@ -14,12 +14,12 @@ import numpy as np
 from racecore.jit import helper
 from racecore.ops.blocks import KEY, QUERY, VALUE, read, rows_ahead
 from racecore.ops.cpu_call import Call
-from racecore.ops.memory import matrices
+from racecore.ops.memory import clear_columns, cleared_matrices, matrices
 from racecore.ops.products import NOTHING, Ahead, Source, is_wide, padded
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.ops.states import Partial, Running, load_keep, new_running
 from racecore.ops.vectors import lanes
-from racecore.plan import TOKENS
+from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
     "Keys", "Scratch", "hash_of", "hashes_once", "n_buckets_of", "new_partial", "new_scratch", "new_states", "read_keys",
@@ -131,11 +131,9 @@ def hashes_once(call: Call, d_hash_width: int) -> bool:
 def new_partial(call: Call) -> Partial:
     """Make empty sums for the state heads of a task."""
     heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
-    mass = matrices(heads, n_buckets_of(call), TOKENS, call.planes.dtype)
-    value_sum = matrices(heads, n_buckets_of(call), padded(call.value_dim), call.planes.dtype)
-    mass[:] = 0
-    value_sum[:] = 0
-    return Partial(mass, value_sum)
+    n_buckets, dtype = n_buckets_of(call), call.planes.dtype
+    mass = cleared_matrices(heads, n_buckets, TOKENS, dtype)
+    return Partial(mass, cleared_matrices(heads, n_buckets, padded(call.value_dim), dtype))
 
 
 @helper
@@ -160,10 +158,12 @@ def new_scratch(call: Call) -> Scratch:
     n_buckets = n_buckets_of(call)
     wide_s = padded(n_buckets)
     x, y = matrices(4, TOKENS, wide_d, dtype), matrices(4, TOKENS, wide_v, dtype)
-    x[:, :, call.head_dim :] = 0
-    y[:, :, call.value_dim :] = 0
+    for i in range(4):
+        clear_columns(x[i], call.head_dim)
+        clear_columns(y[i], call.value_dim)
     ones = matrices(2, 1, TOKENS, dtype)
-    ones[:] = 1
+    for i in range(BLOCK):
+        ones[0, 0, i] = ones[1, 0, i] = 1
     c, mass = matrices(6, n_buckets, TOKENS, dtype), matrices(1, n_buckets, TOKENS, dtype)[0]
     c_t = matrices(2, TOKENS, wide_s, dtype)
     return Scratch(

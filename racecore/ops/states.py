@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.memory import matrices
+from racecore.ops.memory import clear_columns, cleared_matrices, matrices
 from racecore.ops.products import Ahead, Source, accumulate, padded, transpose
 from racecore.ops.vectors import (
     lanes,
@@ -68,8 +68,7 @@ def drop_masked(mask: np.ndarray, keep: np.ndarray, n: int, phi: np.ndarray) -> 
 def clear_after(n: int, c: np.ndarray) -> None:
     """Zero the coefficients of tokens that a block does not have."""
     if n < BLOCK:
-        for s in range(c.shape[0]):
-            c[s, n:] = 0
+        clear_columns(c, n)
 
 
 @helper
@@ -126,7 +125,7 @@ def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Runni
     """Make room for the states of so many heads."""
     wide_s, wide_v = padded(n_buckets), padded(value_dim)
     rows, columns = matrices(heads, n_buckets, wide_v, dtype), matrices(heads, wide_v, wide_s, dtype)
-    return Running(np.zeros((heads, wide_s)), rows, columns)
+    return Running(cleared_matrices(1, heads, wide_s, np.float64)[0], rows, columns)
 
 
 @helper
@@ -140,7 +139,7 @@ def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) 
             run.mass[i, s] = state[s]
             for d in range(width):
                 run.value_sum[i, s, d] = state[n_buckets + s * width + d]
-            run.value_sum[i, s, width:] = 0  # a NaN of the task before must not stay in the padding
+        clear_columns(run.value_sum[i], width)  # a NaN of the task before must not stay in the padding
         if transposed:
             transpose(run.value_sum[i], n_buckets, run.value_sum.shape[2], run.value_sum_t[i])
 

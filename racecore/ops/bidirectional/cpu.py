@@ -12,6 +12,7 @@ from racecore import arrays, plan, progress
 from racecore.jit import helper, kernel
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
+from racecore.ops.memory import clear_rows
 from racecore.ops.products import NOTHING, Ahead, Source, expand, project_wide, transpose
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
@@ -109,7 +110,7 @@ def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray, add: bool, co
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
         if not add:
-            sums[index, m0:m1] = 0
+            clear_rows(sums[index], m0, m1)
         if m0 == 0 and counts.shape[0] > 0:
             counts[index] += count_kept(call.mask, b, begin, end)
         for t in range(begin, end, BLOCK):
@@ -147,7 +148,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        hash_parts[index, m0:m1] = 0
+        clear_rows(hash_parts[index], m0, m1)
         start(d_states[owner], m0, m1, True, d_state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
@@ -239,8 +240,8 @@ def _read_out_backward(
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
         if not add:
-            d_sums[index, m0:m1] = 0
-        hash_parts[index, m0:m1] = 0
+            clear_rows(d_sums[index], m0, m1)
+        clear_rows(hash_parts[index], m0, m1)
         start(states[owner], m0, m1, True, state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)

@@ -20,12 +20,12 @@ import numpy as np
 from numba.extending import register_jitable
 
 from racecore import plan, progress
-from racecore.jit import helper, kernel
+from racecore.jit import helper, kernel, piece
 from racecore.ops import vectors
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
 from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, in_series, launch, make_call, scan
-from racecore.ops.memory import matrices
+from racecore.ops.memory import add_rows, clear_rows, copy_rows, matrices
 from racecore.ops.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
@@ -72,7 +72,7 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
         The states before every chunk, which the backward pass starts from, or before all of its segments where that is
         affordable; empty unless `keep_checkpoints`.
     """
-    checkpoints, keep_all = [], keep_checkpoints and plan.can_keep_states(part)
+    checkpoints, keep_all = [], keep_checkpoints and part.keeps_states
     for chunk in plan.chunks(part, "key"):
         if keep_checkpoints:
             checkpoints.append(new_sums(part, len(chunk)) if keep_all else sketch.flat.copy())
@@ -102,8 +102,8 @@ class Spare(NamedTuple):
 @helper
 def _new_spare(call: Call) -> Spare:
     two = new_running(2, n_buckets_of(call), call.value_dim, call.planes.dtype)
-    two.value_sum[:] = 0
-    two.value_sum_t[:] = 0
+    clear_rows(two.value_sum[0], 0, two.value_sum.shape[1])
+    clear_rows(two.value_sum_t[0], 0, two.value_sum_t.shape[1])
     return Spare(two.value_sum[0], two.value_sum_t[0], two.value_sum[1], two.value_sum_t[1])
 
 
@@ -123,25 +123,25 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray, carry: np.ndarr
     unless it is empty.
     """
     w, state, spare, partial = new_scratch(call), new_states(call), _new_spare(call), new_partial(call)
-    sums = np.empty((1, partial.mass.shape[0], carry.shape[2]))
+    sums = matrices(1, partial.mass.shape[0], carry.shape[2], np.float64)
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
         for index in range(call.runs[run, 0], call.runs[run, 1]):
             owner = call.segments[index, 0]
             if in_series:
                 if states.shape[0] > 0:
-                    states[index, m0:m1] = carry[owner, m0:m1]
+                    copy_rows(carry[owner], m0, m1, states[index])
                 start(carry[owner], m0, m1, False, state)
-                sums[:] = 0
+                clear_rows(sums[0], 0, m1 - m0)
             else:
                 start(states[index], m0, m1, False, state)
             _walk_segment(call, index, m0, m1, state, spare, partial, sums, in_series, w)
             if in_series:
-                carry[owner, m0:m1] += sums[0, : m1 - m0]
+                add_rows(sums[0], m0, m1, carry[owner])
     fence()
 
 
-@helper
+@piece
 def _walk_segment(
     call: Call, index: int, m0: int, m1: int, state: Running, spare: Spare, partial: Partial, sums: np.ndarray,
     in_series: bool, w: Scratch,
@@ -255,7 +255,7 @@ def _walk_backward(
     w, state, spare, partial = new_scratch(call), new_states(call), _new_spare(call), new_partial(call)
     in_series = queries and keys
     heads = partial.mass.shape[0]
-    own_sums = np.empty((1, heads, d_states.shape[2]))
+    own_sums = matrices(1, heads, d_states.shape[2], np.float64)
     own_stash = matrices(1, SEGMENT // BLOCK * heads * _lines_per_head(call) if in_series else 0, TOKENS, stash.dtype)[0]
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
@@ -268,16 +268,16 @@ def _walk_backward(
             if queries:
                 sums, line = (own_sums, 0) if in_series else (d_states, index)
                 shift = m0 if in_series else 0
-                sums[line, m0 - shift : m1 - shift] = 0
-                hash_q[index, m0:m1] = 0
+                clear_rows(sums[line], m0 - shift, m1 - shift)
+                clear_rows(hash_q[index], m0, m1)
                 start(states[index], m0, m1, True, state)
                 _walk_queries(call, index, m0, m1, state, spare, partial, place, sums[line], shift, hash_q[index], w)
             if keys:
-                hash_k[index, m0:m1] = 0
+                clear_rows(hash_k[index], m0, m1)
                 start(d_states[owner if in_series else index], m0, m1, True, state)
                 _walk_keys(call, index, m0, m1, state, spare, place, hash_k[index], w)
             if in_series:
-                d_states[owner, m0:m1] += own_sums[0, : m1 - m0]  # every later token read the sums of this segment
+                add_rows(own_sums[0], m0, m1, d_states[owner])  # every later token read the sums of this segment
     fence()
 
 
@@ -297,7 +297,7 @@ def _part_of(stash: Stash, block: int, m: int, per_head: int, first: int, n: int
     return stash.lines[line : line + n]
 
 
-@helper
+@piece
 def _walk_queries(
     call: Call, index: int, m0: int, m1: int, state: Running, spare: Spare, partial: Partial, stash: Stash,
     d_sums: np.ndarray, shift: int, d_hash: np.ndarray, w: Scratch,
@@ -340,7 +340,7 @@ def _sizes(call: Call) -> tuple[int, int, int, int]:
     return call.n_heads // call.beta.shape[0], n_buckets_of(call), call.planes.shape[1], _lines_per_head(call)
 
 
-@helper
+@piece
 def _read_block_backward(
     call: Call, place: tuple[int, int, int], n: int, before_t: np.ndarray, after_t: np.ndarray, next_v: Ahead,
     straight: bool, w: Scratch,
@@ -367,7 +367,7 @@ def _read_block_backward(
     return q
 
 
-@helper
+@piece
 def _walk_keys(
     call: Call, index: int, m0: int, m1: int, d_state: Running, spare: Spare, stash: Stash, d_hash: np.ndarray, w: Scratch
 ) -> None:
@@ -405,7 +405,7 @@ def _walk_keys(
                 store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
 
 
-@helper
+@piece
 def _ask_gradients(
     rho: np.ndarray, d_v: Rows, d_state: Running, i: int, r: int, first_share: bool, n: int, spare: Spare, next_v: Ahead,
     next_g: Ahead, w: Scratch,

@@ -15,7 +15,7 @@ import numpy as np
 from racecore.jit import helper, kernel
 from racecore.ops.cpu_call import pad_planes
 from racecore.ops.elementary import sigmoids, tanh
-from racecore.ops.memory import matrices
+from racecore.ops.memory import clear_columns, clear_rows, matrices
 from racecore.ops.products import (
     NOTHING,
     Ahead,
@@ -130,7 +130,7 @@ def hash_block_backward(
     expand(f.d_u, f.planes, n_rows, n, d_x)
     if wants_hash and d_hash.shape[0] > 1:
         head_dim = (d_hash.shape[0] - 1) // n_rows  # the last number is beta's
-        f.d_planes[:] = 0
+        clear_rows(f.d_planes, 0, n_rows)
         accumulate(f.d_u, x, n_rows, n, f.d_planes, NOTHING)
         for k in range(n_rows):
             row = d_hash[k * head_dim : (k + 1) * head_dim]
@@ -142,9 +142,8 @@ def hash_block_backward(
 def _add_d_beta(d_y: np.ndarray, tanh_u: np.ndarray, n_rows: int, n: int, d_hash: np.ndarray) -> None:
     """Add <d_y, tanh(u)> over the n tokens of a block to the last number of d_hash."""
     if n < BLOCK:
-        for k in range(n_rows):
-            d_y[k, n:] = 0
-            tanh_u[k, n:] = 0  # 0 * NaN
+        clear_columns(d_y, n)
+        clear_columns(tanh_u, n)  # 0 * NaN
     sums = spread(tanh_u.dtype.type(0))
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(tanh_u)):
@@ -193,7 +192,7 @@ def _hash_rows(
     """Hash rows first ... last - 1 of x [N, M, D] into out [N, M, S]."""
     head_dim, n_buckets = x.shape[2], out.shape[2]
     block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
-    block[:] = 0
+    clear_rows(block, 0, BLOCK)
     phi = matrices(1, n_buckets, TOKENS, x.dtype)[0]
     arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
@@ -217,7 +216,7 @@ def _hash_rows_backward(
     """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
     head_dim, n_buckets = x.shape[2], d_out.shape[2]
     block, d_block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0], matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
-    block[:] = 0
+    clear_rows(block, 0, BLOCK)
     phi, d_phi = matrices(1, n_buckets, TOKENS, x.dtype)[0], matrices(1, n_buckets, TOKENS, x.dtype)[0]
     arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
