@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.memory import clear_columns, cleared_matrices, matrices
+from racecore.ops.memory import clear_columns, clear_rows, cleared_matrices, matrices
 from racecore.ops.products import Ahead, Source, accumulate, padded, transpose
 from racecore.ops.vectors import (
+    fma,
     lanes,
     load,
     load_rounded,
@@ -21,8 +22,8 @@ from racecore.ops.vectors import (
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "count_kept", "drop_masked", "flush", "group_ends",
-    "load_keep", "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
+    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "count_kept", "drop_masked", "expand_state",
+    "flush", "group_ends", "load_keep", "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
 ]  # fmt: skip
 
 GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
@@ -151,6 +152,20 @@ def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
         value = spread(masses.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(masses)):
             store(masses, s, i, value)
+
+
+@helper
+def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> None:
+    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` has it, from a float64 state [S*(1+V)]; V whole vectors."""
+    n_buckets, width = c.shape[0], x.shape[1]
+    like = x.dtype.type(0)
+    clear_rows(x, 0, n)
+    for s in range(n_buckets):  # outside, for memory is read once and in its order
+        address = state.ctypes.data + 8 * (n_buckets + s * width)
+        for i in range(n):
+            weight = spread(c[s, i])
+            for d in range(0, width, lanes(x)):
+                store(x, i, d, fma(weight, load_rounded(address + 8 * d, like), load(x, i, d)))
 
 
 @helper

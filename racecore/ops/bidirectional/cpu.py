@@ -34,6 +34,7 @@ from racecore.ops.states import (
     clear_after,
     count_kept,
     drop_masked,
+    expand_state,
     flush,
     group_ends,
     spread_mass,
@@ -194,17 +195,23 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
-        start(states[owner], m0, m1, False, state)
+        # for one or two queries, rounding a state would take longer than asking it
+        at_once = (end - begin) * repeats <= 2 and call.value_dim % lanes(w.o) == 0
+        if not at_once:
+            start(states[owner], m0, m1, False, state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
                 q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
-                spread_mass(state.mass[m - m0], w.mass)
+                spread_mass(states[owner, m] if at_once else state.mass[m - m0], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
-                o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
-                expand(w.rho, state.value_sum[m - m0], w.rho.shape[0], n, o)
+                o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, not at_once, False)
+                if at_once:
+                    expand_state(w.rho, states[owner, m], n, w.o)
+                else:
+                    expand(w.rho, state.value_sum[m - m0], w.rho.shape[0], n, o)
                 store(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
     fence()
 

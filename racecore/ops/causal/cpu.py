@@ -79,8 +79,8 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
         kept = checkpoints[-1] if keep_all else new_sums(part, 0)
         call = make_call(part, chunk, out=out)
         pieces = in_series(call)
-        for rows, piece in pieces:
-            progress.advance(launch(_walk, piece, kept[rows], sketch.flat, True))
+        for rows, part_call in pieces:
+            progress.advance(launch(_walk, part_call, kept[rows], sketch.flat, True))
         if not pieces:
             states = kept if keep_all else new_sums(part, len(chunk))
             sum_segments(call, states)
@@ -196,10 +196,10 @@ def _walk_chunk_backward(
         sum_segments(call, states)
         scan(chunk[:, 0], states, checkpoint.copy())
     pieces = in_series(call)
-    for rows, piece in reversed(pieces):
-        shares = _new_shares(part, piece, grads.hash)
+    for rows, part_call in reversed(pieces):
+        shares = _new_shares(part, part_call, grads.hash)
         no_stash = np.empty((0, BLOCK), part.dtype)
-        n_tokens = launch(_walk_backward, piece, states[rows], d_sketch.flat, no_stash, *shares, True, True)
+        n_tokens = launch(_walk_backward, part_call, states[rows], d_sketch.flat, no_stash, *shares, True, True)
         _add_shares(shares, grads.hash)
         progress.advance(2 * n_tokens)
     if not pieces:
@@ -383,7 +383,7 @@ def _walk_keys(
             g, share = m // heads, m % heads
             keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, straight, False, w)
             ask(keys.next_k, 0, n)
-            hash_again(hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), w.phi_k)
+            hash_again(hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k)
             drop_masked(call.mask, w.keep, n, w.phi_k)
             for r in range(repeats):
                 line = n_rows + 2 * r * n_buckets

@@ -64,19 +64,19 @@ def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, ahead: Ahead) -> Non
     else:
         project(f.planes, x, n_rows, n, tanh_u, ahead)
     for k in range(n_rows):
-        for i in range(0, BLOCK, lanes(phi)):
+        for i in range(0, n, lanes(phi)):
             store(tanh_u, k, i, tanh(load(tanh_u, k, i)))
-    hash_again(f, tanh_u, phi)
+    hash_again(f, tanh_u, n, phi)
 
 
 @helper
-def hash_again(f: Hash, tanh_u: np.ndarray, phi: np.ndarray) -> None:
+def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
     """Fill phi [S, n] from tanh(u) [L*P, n] that `hash_block` left in f.factors[0], or from a copy of it."""
     kept, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
     n_rows = f.planes.shape[0]
     for k in range(n_rows):
-        for i in range(0, BLOCK, lanes(phi)):
+        for i in range(0, n, lanes(phi)):
             t = load(tanh_u, k, i)
             high, low = sigmoids(twice_beta * t, one)
             store(kept, k, i, t)
@@ -84,14 +84,14 @@ def hash_again(f: Hash, tanh_u: np.ndarray, phi: np.ndarray) -> None:
             store(minus, k, i, low)
     n_planes = n_rows // f.n_tables
     for table in range(f.n_tables):
-        _corner_products(plus, minus, table * n_planes, n_planes, table << n_planes, phi)
+        _corner_products(plus, minus, table * n_planes, n_planes, table << n_planes, n, phi)
 
 
 @helper
-def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, phi: np.ndarray) -> None:
+def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, n: int, phi: np.ndarray) -> None:
     """Fill the rows of one table from `row` on, plane by plane from the least significant bit: every plane doubles them."""
     last_plane = first + n_planes - 1
-    for i in range(0, BLOCK, lanes(phi)):
+    for i in range(0, n, lanes(phi)):
         store(phi, row, i, load(minus, last_plane, i))
         store(phi, row + 1, i, load(plus, last_plane, i))
         for bit in range(1, n_planes):
