@@ -31,7 +31,7 @@ def aligned(*shape, dtype, rng=None):
 
 
 def source_of(x):
-    return products.Source(x.ctypes.data, x.shape[1])
+    return products.Source(x.ctypes.data, x.shape[1], x.itemsize)
 
 
 def _elementwise(function):
@@ -163,12 +163,70 @@ def test_products(n_rows, n, width, dtype, tolerance):
     for mode, start in ((tiles.OVERWRITE, np.nan), (tiles.ADD, 2.0), (tiles.STREAM, np.nan)):
         result = aligned(32, width, dtype=dtype)
         result[:] = start
-        compiled(products.expand)(c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode))
+        compiled(products.expand)(c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode, result.itemsize))
         np.testing.assert_allclose(result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance)
         assert mode == tiles.ADD or np.isnan(result[n:]).all()
     result = m.copy()
     compiled(products.accumulate)(c, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=tolerance)
+
+
+def _narrow_rows(rng, n, width):
+    """Return rows of bfloat16 on a cache line, and the same in float32."""
+    x = aligned(n, width, dtype=np.float32, rng=rng).astype(ml_dtypes.bfloat16)
+    room = np.zeros(x.size + 32, ml_dtypes.bfloat16)
+    first = -room.ctypes.data % 64 // 2
+    narrow = room[first : first + x.size].reshape(x.shape)
+    narrow[:] = x
+    return narrow, x.astype(np.float32)
+
+
+@pytest.mark.parametrize("width", [32, 96, 128])
+def test_products_that_read_bfloat16(width):
+    rng = np.random.default_rng(0)
+    narrow, x = _narrow_rows(rng, 32, width)
+    for n_rows in (4, 8, 16):
+        m, result = aligned(n_rows, width, dtype=np.float32, rng=rng), aligned(n_rows, 32, dtype=np.float32)
+        compiled(products.project)(m, source_of(narrow), n_rows, 32, result, products.NOTHING)
+        np.testing.assert_allclose(result, m @ x.T, atol=1e-4)
+    for n_rows, n in ((8, 32), (16, 32), (8, 7)):
+        c, m = aligned(n_rows, 32, dtype=np.float32, rng=rng), aligned(n_rows, width, dtype=np.float32, rng=rng)
+        result = m.copy()
+        compiled(products.accumulate)(c, source_of(narrow), n_rows, n, result, products.NOTHING)
+        np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=1e-4)
+
+
+@pytest.mark.parametrize(("n_rows", "n"), [(4, 32), (8, 32), (3, 13), (9, 1)])
+def test_products_that_write_bfloat16(n_rows, n):
+    rng = np.random.default_rng(0)
+    c, m = aligned(n_rows, 32, dtype=np.float32, rng=rng), aligned(n_rows, 64, dtype=np.float32, rng=rng)
+    m[1, 7] = np.nan
+    written, _ = _narrow_rows(rng, 32, 64)
+    before, exact = written.copy(), aligned(32, 64, dtype=np.float32)
+    compiled(products.expand)(c, m, n_rows, n, products.Rows(exact.ctypes.data, 64, tiles.OVERWRITE, 4))
+    compiled(products.expand)(c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.NARROW, 2))
+    rounded = exact[:n].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(written[:n].astype(np.float32), rounded.astype(np.float32))  # NaN are equal there
+    np.testing.assert_array_equal(written[n:], before[n:])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("n", [1, 32])
+def test_walks_from_bfloat16_to_bfloat16(n, backward):
+    rng = np.random.default_rng(0)
+    a, b = (aligned(8, 32, dtype=np.float32, rng=rng) for _ in range(2))
+    before, (narrow, x) = aligned(8, 96, dtype=np.float32, rng=rng), _narrow_rows(rng, 32, 96)
+    results = []
+    for source, mode in ((source_of(x), tiles.OVERWRITE), (source_of(narrow), tiles.NARROW)):
+        rows, after = aligned(32, 96, dtype=np.float32), aligned(8, 96, dtype=np.float32)
+        written, _ = _narrow_rows(rng, 32, 96)
+        to = products.Rows(
+            *((rows.ctypes.data, 96, mode, 4) if mode == tiles.OVERWRITE else (written.ctypes.data, 96, mode, 2))
+        )
+        compiled(walks.walk_rows)(before, after, a, source, b, rows, to, n, backward, products.NOTHING)
+        results.append((rows if mode == tiles.OVERWRITE else written, after))
+    np.testing.assert_array_equal(results[1][0][:n], results[0][0][:n].astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(results[1][1], results[0][1])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -205,12 +263,12 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     rows[:] = 1
     streamed = aligned(32, width, dtype=dtype)
     for mode in (tiles.OVERWRITE, tiles.ADD):
-        written = products.Rows(rows.ctypes.data, width, mode)
+        written = products.Rows(rows.ctypes.data, width, mode, rows.itemsize)
         compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
-    written = products.Rows(streamed.ctypes.data, width, tiles.STREAM)
+    written = products.Rows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
     compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
     np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
     assert np.isnan(streamed[n:]).all()
@@ -235,7 +293,7 @@ def test_walks_never_meet_what_is_to_come(backward):
     x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
-    written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE)
+    written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
     compiled(walks.walk_rows)(state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING)
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()

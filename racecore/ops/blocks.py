@@ -33,16 +33,21 @@ from racecore.ops.narrow import (
 )
 from racecore.ops.products import Ahead, Rows, Source, rows_of, source_of
 from racecore.ops.vectors import load_vector, store_vector
+from racecore.plan import BLOCK
 
 __all__ = [
+    "AS_IT_IS",
+    "COPIED",
     "D_KEY",
     "D_OUT",
     "D_QUERY",
     "D_VALUE",
+    "EITHER",
     "KEY",
     "OUT",
     "QUERY",
     "VALUE",
+    "WIDENED",
     "describe",
     "load",
     "read",
@@ -54,6 +59,8 @@ __all__ = [
 # Lines of the table. Not literals: Numba would compile every function once for each.
 QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = (np.int64(i) for i in range(8))
 _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
+# Whether a product may read rows of an input where they are: if they need no conversion, if they are bfloat16, or both.
+COPIED, AS_IT_IS, WIDENED, EITHER = (np.int64(i) for i in range(4))
 _LINE = 64  # bytes of a cache line, and of a vector
 _CODE = 5  # column of the dtype's code; the address is in column 0, strides of b, t, h, d in 1 to 4
 
@@ -166,12 +173,15 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
     row_step = size * table[line, 2]
     address = _address(table, line, place)
     as_it_is = step == 1 and size == block.itemsize and width * size % _LINE == 0
+    widens = step == 1 and code == _BFLOAT16 and block.itemsize == 4 and width % LANES == 0
     for i in range(n):
         if keep[i] == 0:
             for d in range(width):
                 block[i, d] = 0
         elif as_it_is:
             tiles.copy_row(block.ctypes.data + i * block.strides[0], address, width * size // _LINE)
+        elif widens:
+            tiles.widen_row(block.ctypes.data + i * block.strides[0], address, width // LANES)
         else:
             _load_row(address, step, code, block[i, :width])
         address += row_step
@@ -179,15 +189,17 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
 
 @helper
 def read(
-    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray, straight: bool
+    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray, straight: int
 ) -> Source:
     """Return where a product reads rows of an input, which are loaded into `block` unless it can read them `straight`.
 
     It can if they need no conversion and no padding. That pays where it reads them once: copies cost more than they save.
     """
-    fits = table[line, 4] == 1 and _size(table[line, _CODE]) == block.itemsize and width == block.shape[1]
-    if straight and fits:
-        return Source(_address(table, line, place), table[line, 2])
+    code, whole = table[line, _CODE], table[line, 4] == 1 and width == block.shape[1]
+    as_it_is = straight & AS_IT_IS != 0 and _size(code) == block.itemsize
+    widens = straight & WIDENED != 0 and code == _BFLOAT16 and block.itemsize == 4 and n == BLOCK and width % 32 == 0
+    if whole and (as_it_is or widens):
+        return Source(_address(table, line, place), table[line, 2], _size(code))
     load(table, line, place, n, width, block, keep)
     return source_of(block)
 
@@ -210,7 +222,10 @@ def rows_to_write(
     reads them soon. Otherwise several can `add` up in `block`.
     """
     if alone and _fills_lines(table, line, place, width, block):
-        return Rows(_address(table, line, place), table[line, 2], tiles.STREAM)
+        size = _size(table[line, _CODE])
+        return Rows(
+            _address(table, line, place), table[line, 2], tiles.STREAM if size == block.itemsize else tiles.NARROW, size
+        )
     return rows_of(block, add)
 
 
@@ -224,9 +239,10 @@ def _address(table: np.ndarray, line: int, place: Any) -> int:
 
 @helper
 def _fills_lines(table: np.ndarray, line: int, place: Any, width: int, block: np.ndarray) -> bool:
-    """Tell whether the rows of an output need no conversion and are whole cache lines."""
+    """Tell whether the rows of an output are whole cache lines, and as they are or bfloat16."""
     code, size = table[line, _CODE], _size(table[line, _CODE])
-    fits = code >= 0 and table[line, 4] == 1 and size == block.itemsize and width == block.shape[1]
+    narrow = code == _BFLOAT16 and block.itemsize == 4 and width % 32 == 0
+    fits = code >= 0 and table[line, 4] == 1 and (size == block.itemsize or narrow) and width == block.shape[1]
     return fits and _address(table, line, place) % _LINE == 0 and size * table[line, 2] % _LINE == 0
 
 
@@ -237,14 +253,16 @@ def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: n
     Nothing happens where the array is absent. A kernel ends with `tiles.fence` before another thread may look.
     """
     code, step = table[line, _CODE], table[line, 4]
-    if code < 0 or written.mode == tiles.STREAM:
+    if code < 0 or written.mode >= tiles.STREAM:
         return
     row_step = _size(code) * table[line, 2]
     address = _address(table, line, place)
     as_it_is = step == 1 and _size(code) == block.itemsize and width * block.itemsize % _LINE == 0
     fills_lines = _fills_lines(table, line, place, width, block)
     for i in range(n):
-        if fills_lines:
+        if fills_lines and code == _BFLOAT16:
+            tiles.narrow_row(address, block.ctypes.data + i * block.strides[0], width // 32)
+        elif fills_lines:
             tiles.stream_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)
         elif as_it_is:
             tiles.copy_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)

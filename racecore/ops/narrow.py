@@ -6,8 +6,11 @@ and no rounding mode. The plain twin is `array.astype`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -16,8 +19,8 @@ from numba.extending import intrinsic
 from racecore.ops.vectors import Vector
 
 __all__ = [
-    "LANES", "from_bfloat16", "from_half", "load_bfloat16", "load_half", "store_bfloat16", "store_half", "to_bfloat16",
-    "to_half",
+    "LANES", "from_bfloat16", "from_half", "has_subnormal", "load_bfloat16", "load_half", "load_widened", "narrow_pair",
+    "store_bfloat16", "store_half", "to_bfloat16", "to_half",
 ]  # fmt: skip
 
 LANES = 16  # numbers that a vector operation of this module converts
@@ -61,6 +64,51 @@ class _Words:
         return self.builder.bitcast(a, self.words)
 
 
+@cache
+def _has_instruction() -> bool:
+    """Tell whether the processor that Numba compiles for has AVX512-BF16."""
+    if numba.config.CPU_NAME not in (None, "", "host") and numba.config.CPU_FEATURES is None:
+        return False
+    if numba.config.CPU_FEATURES is not None:
+        return "+avx512bf16" in numba.config.CPU_FEATURES.split(",")
+    llvm.initialize_native_asmparser()
+    return bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+
+
+def load_widened(builder: Any, address: Any) -> Any:
+    """Return LLVM code for 16 bfloat16 numbers from an address on, as float32."""
+    w = _Words(builder, LANES)
+    bits = builder.load(builder.inttoptr(address, w.halves.as_pointer()), align=2)
+    return _widen_bfloat16(w, builder.zext(bits, w.words))
+
+
+def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
+    """Return LLVM code for whether any float32 of some vectors is subnormal; None unless `narrow_pair` has its instruction."""
+    if not _has_instruction():
+        return None
+    kind = ir.FunctionType(ir.IntType(16), [vectors[0].type])
+    masks = [builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False) for vector in vectors]
+    found = masks[0]
+    for mask in masks[1:]:
+        found = builder.or_(found, mask)
+    return builder.icmp_unsigned("!=", found, ir.Constant(ir.IntType(16), 0))
+
+
+def narrow_pair(builder: Any, first: Any, second: Any, by_instruction: bool) -> Any:
+    """Return LLVM code for two vectors of float32 rounded to bfloat16: the bits of 32 numbers, a whole cache line.
+
+    The one instruction for it, AVX512-BF16, takes subnormal numbers for zero.
+    """
+    w = _Words(builder, LANES)
+    halves = ir.VectorType(ir.IntType(16), 2 * LANES)
+    if by_instruction:
+        kind = ir.FunctionType(halves, [w.floats, w.floats])
+        return builder.asm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", [first, second], False)
+    high = [builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves) for value in (first, second)]
+    index = ir.VectorType(ir.IntType(32), 2 * LANES)
+    return builder.shuffle_vector(*high, ir.Constant(index, list(range(1, 4 * LANES, 2))))
+
+
 def _widen_bfloat16(w: _Words, bits: Any) -> Any:
     return w.as_float(w.left(bits, 16))
 
@@ -73,11 +121,17 @@ def _widen_half(w: _Words, bits: Any) -> Any:
     return w.as_float(w.builder.or_(value, w.left(w.both(bits, 0x8000), 16)))
 
 
-def _narrow_bfloat16(w: _Words, bits: Any) -> Any:
+def _round_bfloat16(w: _Words, bits: Any) -> Any:
+    """Return words whose upper halves are the bfloat16 numbers."""
     odd = w.both(w.right(bits, 16), 1)
-    rounded = w.right(w.builder.add(w.plus(bits, 0x7FFF), odd), 16)
-    quiet = w.builder.or_(w.right(bits, 16), w.constant(0x40))
-    return w.builder.select(w.above(w.both(bits, 0x7FFFFFFF), 0x7F800000), quiet, rounded)
+    rounded = w.builder.add(w.plus(bits, 0x7FFF), odd)
+    quiet = w.builder.or_(bits, w.constant(0x400000))
+    value = w.as_float(bits)
+    return w.builder.select(w.builder.fcmp_unordered("uno", value, value), quiet, rounded)
+
+
+def _narrow_bfloat16(w: _Words, bits: Any) -> Any:
+    return w.right(_round_bfloat16(w, bits), 16)
 
 
 def _narrow_half(w: _Words, bits: Any) -> Any:

@@ -49,12 +49,13 @@ class Source(NamedTuple):
 
     address: Any  # of the first row, int64
     row: int  # from a row to the next, in elements
+    size: int  # of an element; 2, of bfloat16, only where a product says that it can
 
 
 @helper
 def source_of(x: np.ndarray) -> Source:
     """Return where the rows of a scratch array are."""
-    return Source(np.int64(x.ctypes.data), x.shape[1])
+    return Source(np.int64(x.ctypes.data), x.shape[1], x.itemsize)
 
 
 class Ahead(NamedTuple):
@@ -82,7 +83,7 @@ def ask(ahead: Ahead, first: int, last: int) -> None:
 
 @helper
 def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
-    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n."""
+    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples of 4."""
     size, like = m.itemsize, m.dtype.type(0)
     m_row, c_row = m.shape[1], c.shape[1]
     count = m.shape[1] * size // VECTOR_BYTES
@@ -91,9 +92,11 @@ def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead:
         i = 0
         mk = m.ctypes.data + size * k * m_row
         while i < n:
-            xi = x.address + size * i * x.row
+            xi = x.address + x.size * i * x.row
             ci = c.ctypes.data + size * (k * c_row + i)
-            if k + 4 <= n_rows and i + 4 <= n:
+            if x.size < size:
+                tiles.dot_4x4_narrow(mk, m_row, xi, x.row, ci, c_row, count, like)
+            elif k + 4 <= n_rows and i + 4 <= n:
                 tiles.dot_4x4(mk, m_row, xi, x.row, ci, c_row, count, like)
             elif k + 4 <= n_rows:
                 tiles.dot_4x1(mk, m_row, xi, x.row, ci, c_row, count, like)
@@ -152,26 +155,30 @@ class Rows(NamedTuple):
 
     address: Any  # of the first row, int64
     row: int  # from a row to the next, in elements
-    mode: int  # ADD, OVERWRITE or STREAM
+    mode: int  # ADD, OVERWRITE, STREAM, or NARROW if columns are a multiple of 32
+    size: int  # of an element
 
 
 @helper
 def rows_of(x: np.ndarray, add: bool) -> Rows:
     """Return where the rows of a scratch array are, to be added to or overwritten."""
-    return Rows(np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE)
+    return Rows(np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE, x.itemsize)
 
 
 @helper
 def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
     """x[i] = sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
-    a, b, y = (c.ctypes.data, 1, c.shape[1]), (m.ctypes.data, m.shape[1]), (x.address, x.row)
+    a, b, y = (c.ctypes.data, 1, c.shape[1]), (m.ctypes.data, m.shape[1], m.itemsize), (x.address, x.row, x.size)
     _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NOTHING)
 
 
 @helper
 def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
-    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows."""
-    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.address, x.row), (m.ctypes.data, m.shape[1])
+    """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows.
+
+    Rows x may be bfloat16 if there are 8 or 16 rows k and a multiple of 32 columns.
+    """
+    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.address, x.row, x.size), (m.ctypes.data, m.shape[1], m.itemsize)
     _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, ahead)
 
 
@@ -179,7 +186,7 @@ def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahe
 def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
     """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode` as for a tile.
 
-    a, b and c are (address, strides in elements): of rows and columns for a, of rows for b and c.
+    a, b and c are (address, strides in elements): of rows and columns for a; of rows for b and c, and the size of an element.
     """
     step = VECTOR_BYTES // size
     r = 0
@@ -190,11 +197,12 @@ def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
             if r == 0:
                 ask(ahead, count * d // width, count * min(d + 2 * step, width) // width)
             tile = (
-                a[0] + size * r * a[1], a[1], a[2], b[0] + size * d, b[1], c[0] + size * (r * c[1] + d), c[1], count, mode,
-                like,
+                a[0] + size * r * a[1], a[1], a[2], b[0] + b[2] * d, b[1], c[0] + c[2] * (r * c[1] + d), c[1], count, mode, like,
             )  # fmt: skip
             if left >= 8:
-                if two:
+                if b[2] < size:
+                    tiles.outer_8x2_narrow(*tile)
+                elif two:
                     tiles.outer_8x2(*tile)
                 else:
                     tiles.outer_8x1(*tile)

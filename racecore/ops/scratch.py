@@ -7,12 +7,12 @@ that matters `states.clear_after` zeroes them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.blocks import KEY, QUERY, VALUE, read, rows_ahead
+from racecore.ops.blocks import AS_IT_IS, COPIED, EITHER, KEY, QUERY, VALUE, read, rows_ahead
 from racecore.ops.cpu_call import Call
 from racecore.ops.memory import clear_columns, cleared_matrices, matrices
 from racecore.ops.products import NOTHING, Ahead, Source, is_wide, padded
@@ -22,8 +22,8 @@ from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "Keys", "Scratch", "hash_of", "hashes_once", "n_buckets_of", "new_partial", "new_scratch", "new_states", "read_keys",
-    "read_query", "task_of",
+    "Keys", "Scratch", "hash_of", "how_to_add", "how_to_hash", "n_buckets_of", "new_partial", "new_scratch", "new_states",
+    "read_keys", "read_query", "task_of",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class Keys(NamedTuple):
 
 @helper
 def read_keys(
-    call: Call, b: int, t: int, m: int, n: int, step: int, needs_k: bool, straight_k: bool, straight_v: bool, w: Scratch
+    call: Call, b: int, t: int, m: int, n: int, step: int, needs_k: bool, straight_k: Any, straight_v: Any, w: Scratch
 ) -> Keys:
     """Read n keys and values of a block for state head m, zeros where they are masked, and which those are.
 
@@ -100,9 +100,11 @@ def read_keys(
     g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
     if first:
         load_keep(call.mask, b, t, n, w.keep)
+    if masked:
+        straight_k, straight_v = COPIED, COPIED
     n_loads = n if first else 0
-    k = read(call.table, KEY, (b, t, g), n_loads if needs_k else 0, call.head_dim, w.k, w.keep[0], straight_k and not masked)
-    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v and not masked)
+    k = read(call.table, KEY, (b, t, g), n_loads if needs_k else 0, call.head_dim, w.k, w.keep[0], straight_k)
+    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v)
     if not first:
         return Keys(k, v, NOTHING, NOTHING)
     next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim) if needs_k else NOTHING
@@ -111,7 +113,7 @@ def read_keys(
 
 @helper
 def read_query(
-    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, straight: bool, x: np.ndarray, w: Scratch
+    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, straight: int, x: np.ndarray, w: Scratch
 ) -> tuple[Source, Ahead]:
     """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
     width = call.head_dim if line == QUERY else call.value_dim
@@ -120,11 +122,19 @@ def read_query(
 
 
 @helper
-def hashes_once(call: Call, d_hash_width: int) -> bool:
-    """Tell whether a block's rows are read once for their hash: one pass over the planes, no gradient of planes."""
+def how_to_hash(call: Call, d_hash_width: int) -> Any:
+    """Tell whether to read rows for their hash where they are: if once, with one pass over the planes and no gradient of them."""
     n_rows = call.planes.shape[1]
     one_pass = n_rows <= 4 or (is_wide(n_rows) and n_rows <= 2 * lanes(call.planes))
-    return one_pass and d_hash_width <= 1
+    if d_hash_width > 1 or not one_pass:
+        return COPIED
+    return EITHER if n_rows == 4 else AS_IT_IS
+
+
+@helper
+def how_to_add(n_buckets: int) -> Any:
+    """Tell whether to read rows where they are that are added up, by weights, for so many buckets: if in one pass."""
+    return EITHER if n_buckets == 8 else (AS_IT_IS if n_buckets < 8 else COPIED)
 
 
 @helper

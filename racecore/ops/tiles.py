@@ -20,8 +20,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from racecore.ops.narrow import has_subnormal, load_widened, narrow_pair
+
 __all__ = [
     "ADD",
+    "NARROW",
     "OVERWRITE",
     "STREAM",
     "Emitter",
@@ -30,21 +33,26 @@ __all__ = [
     "dot_1x4",
     "dot_4x1",
     "dot_4x4",
+    "dot_4x4_narrow",
     "fence",
+    "narrow_row",
     "outer_1x1",
     "outer_1x2",
     "outer_4x1",
     "outer_4x2",
     "outer_8x1",
     "outer_8x2",
+    "outer_8x2_narrow",
     "outer_8xhalf",
     "prefetch",
     "stream_row",
     "transpose",
+    "widen_row",
 ]
 
 _VECTOR_BYTES = 64
-OVERWRITE, ADD, STREAM = 0, 1, 2  # what a tile does with its sums; STREAM writes whole vectors around the caches
+# What a tile does with its sums. STREAM writes whole vectors around the caches, and NARROW whole cache lines of bfloat16.
+OVERWRITE, ADD, STREAM, NARROW = 0, 1, 2, 3
 _FLAGS = ("contract",)  # lets multiply and add fuse, and nothing else
 
 
@@ -85,21 +93,60 @@ class Emitter:
         one = self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
         instruction.set_metadata("nontemporal", one)
 
-    def store_all(self, values: list[Any], addresses: list[Any], streaming: Any) -> None:
-        """Store vectors, around the caches where the number `streaming` says so."""
-        yes = self.builder.icmp_signed("==", streaming, ir.Constant(self.word, STREAM))
-        with self.builder.if_else(yes) as (then, otherwise):
-            with then:
-                for value, address in zip(values, addresses, strict=True):
-                    self.stream(value, address)
-            with otherwise:
-                for value, address in zip(values, addresses, strict=True):
-                    self.store(value, address)
+    def load_row(self, base: Any, offset: int, kind: Any, narrow: bool) -> Any:
+        """Load numbers of a row from an element on; `narrow` rows are bfloat16, and widened (in float64 there are none)."""
+        if not narrow or self.size == 8:
+            return self.load(self.address(base, offset), kind)
+        return load_widened(self.builder, self.builder.add(base, ir.Constant(self.word, 2 * offset)))
+
+    def store_rows(self, rows: list[list[Any]], base: Any, stride: Any, mode: Any) -> None:
+        """Store rows of vectors from an address on, `stride` elements of the target apart."""
+        builder = self.builder
+        stream, narrow = (builder.icmp_signed("==", mode, ir.Constant(self.word, m)) for m in (STREAM, NARROW))
+
+        def write(how: Any) -> None:
+            for r, row in enumerate(rows):
+                for v, value in enumerate(row):
+                    how(value, self.address(base, self.times(stride, r), v * self.lanes))
+
+        with builder.if_else(stream) as (streams, otherwise):
+            with streams:
+                write(self.stream)
+            with otherwise, builder.if_else(narrow) as (narrows, stays):
+                with narrows:
+                    if self.size == 4 and len(rows[0]) == 2:
+                        self.narrow_rows(rows, base, stride)
+                with stays:
+                    write(self.store)
+
+    def narrow_rows(self, rows: list[list[Any]], base: Any, stride: Any) -> None:
+        """Store rows of two vectors as cache lines of bfloat16."""
+        builder = self.builder
+
+        def write(by_instruction: bool) -> None:
+            for r, row in enumerate(rows):
+                line = narrow_pair(builder, row[0], row[1], by_instruction)
+                self.stream(line, builder.add(base, self.times(stride, 2 * r)))
+
+        is_special = has_subnormal(builder, [value for row in rows for value in row])
+        if is_special is None:
+            write(False)
+            return
+        with builder.if_else(is_special) as (exactly, quickly):
+            with exactly:
+                write(False)
+            with quickly:
+                write(True)
 
     def kept(self, keep: Any, value: Any) -> Any:
         """Return `value` where the number `keep` is ADD, else zero."""
         zero = ir.Constant(value.type, [0.0] * value.type.count)
         return self.builder.select(self.builder.icmp_signed("==", keep, ir.Constant(self.word, ADD)), value, zero)
+
+    def kept_at(self, mode: Any, address: Any, elsewhere: Any, kind: Any) -> Any:
+        """Return what is at an address if `mode` is ADD, else zero; NARROW rows are shorter: it looks `elsewhere`."""
+        narrows = self.builder.icmp_signed("==", mode, ir.Constant(self.word, NARROW))
+        return self.kept(mode, self.load(self.builder.select(narrows, elsewhere, address), kind))
 
     def splat(self, number: Any, kind: Any = None) -> Any:
         kind = kind or self.vector
@@ -138,10 +185,10 @@ class Emitter:
         return sums
 
 
-def _outer_tile(n_rows: int, n_halves: int) -> Any:
+def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
     """Return a tile that adds a product to n_rows x (n_halves * lanes / 2) numbers; n_halves is 1 or even.
 
-    In plain Python, for every row r and column d of the tile::
+    The rows of b are bfloat16 if `narrow`. In plain Python, for every row r and column d of the tile::
 
         total = sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
         c[r * c_row + d] = (c[r * c_row + d] if mode == ADD else 0) + total
@@ -159,7 +206,7 @@ def _outer_tile(n_rows: int, n_halves: int) -> Any:
             ]
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                row = [emit.load(emit.address(addresses[1], v * emit.lanes), kind) for v in range(n_vectors)]
+                row = [emit.load_row(addresses[1], v * emit.lanes, kind, narrow) for v in range(n_vectors)]
                 new = []
                 for r in range(n_rows):
                     factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element), kind)
@@ -167,12 +214,13 @@ def _outer_tile(n_rows: int, n_halves: int) -> Any:
                 return new
 
             start = [ir.Constant(kind, [0.0] * kind.count)] * len(places)
-            steps = [emit.times(a_step, emit.size), emit.times(b_step, emit.size)]
+            steps = [emit.times(a_step, emit.size), emit.times(b_step, 2 if narrow else emit.size)]
             sums = emit.loop(count, start, [a, b], steps, step)
             # what was there is added last: shorter chains of additions lose less
-            sums = [builder.fadd(emit.kept(mode, emit.load(p, kind)), s) for p, s in zip(places, sums, strict=True)]
+            sums = [builder.fadd(emit.kept_at(mode, p, b, kind), s) for p, s in zip(places, sums, strict=True)]
             if n_halves > 1:
-                emit.store_all(sums, places, mode)
+                rows = [sums[r * n_vectors : (r + 1) * n_vectors] for r in range(n_rows)]
+                emit.store_rows(rows, c, c_row, mode)
             else:
                 for value, place in zip(sums, places, strict=True):
                     emit.store(value, place)
@@ -183,10 +231,10 @@ def _outer_tile(n_rows: int, n_halves: int) -> Any:
     return tile
 
 
-def _dot_tile(n_rows: int, n_columns: int) -> Any:
+def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
     """Return a tile of n_rows x n_columns dot products of rows, over whole vectors.
 
-    In plain Python, for every row r and column i of the tile::
+    The rows x are bfloat16 if `narrow`. In plain Python, for every row r and column i of the tile::
 
         c[r * c_row + i] = sum(m[r * m_row + d] * x[i * x_row + d] for d in range(count * lanes))
     """
@@ -201,14 +249,15 @@ def _dot_tile(n_rows: int, n_columns: int) -> Any:
                 rows = [emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector) for r in range(n_rows)]
                 new = list(sums)
                 for i in range(n_columns):
-                    column = emit.load(emit.address(addresses[1], emit.times(x_row, i)), emit.vector)
+                    start = builder.add(addresses[1], emit.times(x_row, i * (2 if narrow else emit.size)))
+                    column = emit.load_row(start, 0, emit.vector, narrow)
                     for r in range(n_rows):
                         new[r * n_columns + i] = emit.fma(rows[r], column, sums[r * n_columns + i])
                 return new
 
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            vector_step = ir.Constant(emit.word, _VECTOR_BYTES)
-            sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], [vector_step] * 2, step)
+            steps = [ir.Constant(emit.word, size) for size in (_VECTOR_BYTES, _VECTOR_BYTES // (2 if narrow else 1))]
+            sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], steps, step)
             for r in range(n_rows):
                 totals = _totals(emit, sums[r * n_columns : (r + 1) * n_columns])
                 emit.store(totals, emit.address(c, emit.times(c_row, r)))
@@ -275,11 +324,12 @@ def _swap_squares(emit: Emitter, a: Any, b: Any, step: int) -> tuple[Any, Any]:
     return tuple(emit.builder.shuffle_vector(a, b, ir.Constant(index, picks)) for picks in (first, second))
 
 
-def _row_copy(streaming: bool) -> Any:
-    """Return a copy of `count` whole vectors; `streaming` writes around the caches, to an address on a cache line.
+def _row_copy(mode: int, widen: bool = False) -> Any:
+    """Return a copy of `count` whole cache lines of the target, by a `mode` as above; `widen` reads bfloat16.
 
     Streaming saves reading the target first. Follow the last one with `fence` before another thread may look.
     """
+    vectors_per_line = 2 if mode == NARROW else 1
 
     @intrinsic
     def copy(typing_context, target, source, count):
@@ -288,15 +338,20 @@ def _row_copy(streaming: bool) -> Any:
             emit = Emitter(builder, ir.FloatType())
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                value = emit.load(addresses[1], emit.vector)
-                if streaming:
-                    emit.stream(value, addresses[0])
+                values = [
+                    emit.load_row(addresses[1], v * emit.lanes, emit.vector, widen) for v in range(vectors_per_line)
+                ]
+                if mode == NARROW:
+                    emit.narrow_rows([values], addresses[0], ir.Constant(emit.word, 0))
+                elif mode == STREAM:
+                    emit.stream(values[0], addresses[0])
                 else:
-                    emit.store(value, addresses[0])
+                    emit.store(values[0], addresses[0])
                 return sums
 
-            vector_step = ir.Constant(emit.word, _VECTOR_BYTES)
-            emit.loop(count, [], [target, source], [vector_step] * 2, step)
+            source_step = _VECTOR_BYTES * vectors_per_line // (2 if widen else 1)
+            steps = [ir.Constant(emit.word, _VECTOR_BYTES), ir.Constant(emit.word, source_step)]
+            emit.loop(count, [], [target, source], steps, step)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), code
@@ -331,10 +386,12 @@ def prefetch(typing_context, address):
     return types.void(types.int64), code
 
 
-copy_row, stream_row = _row_copy(False), _row_copy(True)
+copy_row, stream_row = _row_copy(OVERWRITE), _row_copy(STREAM)
+widen_row, narrow_row = _row_copy(OVERWRITE, widen=True), _row_copy(NARROW)
 
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
 outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 4) for rows in (8, 4, 1))
 outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
-outer_8xhalf = _outer_tile(8, 1)
+outer_8xhalf, outer_8x2_narrow = _outer_tile(8, 1), _outer_tile(8, 4, narrow=True)
 dot_4x4, dot_1x4, dot_4x1, dot_1x1 = _dot_tile(4, 4), _dot_tile(1, 4), _dot_tile(4, 1), _dot_tile(1, 1)
+dot_4x4_narrow = _dot_tile(4, 4, narrow=True)

@@ -57,15 +57,33 @@ class _Chains:
         return [chain[0] if len(chain) == 1 else self.emit.builder.fadd(*chain) for chain in self.chains]
 
 
-def _rows_tile(n_rows: int, n_vectors: int) -> Any:
-    """Return the tile of `walk_rows` that holds n_rows buckets and n_vectors vectors of columns.
+def _rows_tile(n_rows: int, n_vectors: int, narrow: bool = False) -> Any:
+    """Return the tile of `walk_rows` that holds n_rows buckets and n_vectors vectors of columns; x is bfloat16 if `narrow`.
 
-    Strides count elements. The state is read at `source` and written to `target`. What the tokens ask is written to z, by
-    the `mode` of the tiles of products, and y is added where `keep` is 1.
+    Strides count elements, but that of z bytes. The state is read at `source` and written to `target`. What the tokens ask is
+    written to z, by the `mode` of the tiles of products, and y is added where `keep` is 1.
     """
 
     @intrinsic
-    def tile(typing_context, source, target, state_row, a, b, a_step, x, x_step, y, y_step, z, z_step, count, keep, mode, like):
+    def tile(
+        typing_context,
+        source,
+        target,
+        state_row,
+        a,
+        b,
+        a_step,
+        x,
+        x_step,
+        y,
+        y_step,
+        z,
+        z_step,
+        count,
+        keep,
+        mode,
+        like,
+    ):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             source, target, state_row, a, b, a_step, x, x_step, y, y_step, z, z_step, count, keep, mode, _ = arguments
             emit = _emitter(builder, like)
@@ -76,7 +94,7 @@ def _rows_tile(n_rows: int, n_vectors: int) -> Any:
 
             def token(addresses: list[Any], state: list[Any]) -> list[Any]:
                 a, b, x, y, z = addresses
-                row = [emit.load(emit.address(x, v * emit.lanes), emit.vector) for v in range(n_vectors)]
+                row = [emit.load_row(x, v * emit.lanes, emit.vector, narrow) for v in range(n_vectors)]
                 old = [emit.load(emit.address(y, v * emit.lanes), emit.vector) for v in range(n_vectors)]
                 state = list(state)
                 chains = _Chains(emit, [emit.kept(keep, value) for value in old], n_rows)
@@ -85,11 +103,12 @@ def _rows_tile(n_rows: int, n_vectors: int) -> Any:
                     for v in range(n_vectors):
                         state[r * n_vectors + v] = emit.fma(weight, row[v], state[r * n_vectors + v])
                     chains.add(r, emit.splat(emit.load(emit.address(b, r * BLOCK), emit.element)), state)
-                emit.store_all(chains.sums(), [emit.address(z, v * emit.lanes) for v in range(n_vectors)], mode)
+                emit.store_rows([chains.sums()], z, z_step, mode)
                 return state
 
             start = [emit.load(place(source, r, v), emit.vector) for r, v in places]
-            steps = [emit.times(step, emit.size) for step in (a_step, a_step, x_step, y_step, z_step)]
+            steps = [emit.times(step, emit.size) for step in (a_step, a_step)]
+            steps += [emit.times(x_step, 2 if narrow else emit.size), emit.times(y_step, emit.size), z_step]
             end = emit.loop(count, start, [a, b, x, y, z], steps, token)
             for (r, v), value in zip(places, end, strict=True):
                 emit.store(value, place(target, r, v))
@@ -147,6 +166,7 @@ def _weights_tile(n_halves: int) -> Any:
 
 
 _rows_8x2, _rows_4x2, _rows_1x2 = (_rows_tile(rows, 2) for rows in (8, 4, 1))
+_rows_8x2_narrow = _rows_tile(8, 2, narrow=True)
 _rows_8x1, _rows_4x1, _rows_1x1 = (_rows_tile(rows, 1) for rows in (8, 4, 1))
 _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2, 1))
 
@@ -158,8 +178,8 @@ def walk_rows(
 ) -> None:  # fmt: skip
     """Walk over n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from `source` to `target`.
 
-    a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors. `backward` goes from the last token to the first. The rows y go to
-    where `written` says; if that is elsewhere, y is for use meanwhile.
+    a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors; x may be bfloat16 if S is 8 and D a multiple of 32. `backward` goes from
+    the last token to the first. The rows y go to where `written` says; if that is elsewhere, y is for use meanwhile.
     """
     size, like = y.itemsize, y.dtype.type(0)
     step_d = lanes(y)
@@ -169,14 +189,15 @@ def walk_rows(
     while d < width:
         two = d + 2 * step_d <= width
         ask(ahead, n * d // width, n * min(d + 2 * step_d, width) // width)
-        xd, yd = x.address + size * (first * x.row + d), y.ctypes.data + size * (first * width + d)
+        xd, yd = x.address + x.size * (first * x.row + d), y.ctypes.data + size * (first * width + d)
         s = 0
         while s < n_rows:
             left = n_rows - s
             rows = 8 if left >= 8 else (4 if left >= 4 else 1)
-            z, z_row, mode = yd, width, OVERWRITE
+            z, z_row, mode = yd, size * width, OVERWRITE
             if left == rows:
-                z, z_row, mode = written.address + size * (first * written.row + d), written.row, written.mode
+                z = written.address + written.size * (first * written.row + d)
+                z_row, mode = written.size * written.row, written.mode
             offset, weight = size * (s * row + d), size * (s * BLOCK + first)
             arguments = (
                 source.ctypes.data + offset, target.ctypes.data + offset, row, a.ctypes.data + weight,
@@ -184,7 +205,9 @@ def walk_rows(
                 1 if s > 0 or written.mode == ADD else 0, mode, like,
             )  # fmt: skip
             if rows == 8:
-                if two:
+                if x.size < size:
+                    _rows_8x2_narrow(*arguments)
+                elif two:
                     _rows_8x2(*arguments)
                 else:
                     _rows_8x1(*arguments)

@@ -10,15 +10,29 @@ import numpy as np
 
 from racecore import arrays, plan, progress
 from racecore.jit import helper, kernel
-from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
+from racecore.ops.blocks import (
+    AS_IT_IS,
+    COPIED,
+    D_KEY,
+    D_OUT,
+    D_QUERY,
+    D_VALUE,
+    EITHER,
+    OUT,
+    QUERY,
+    WIDENED,
+    rows_to_write,
+    store,
+)
 from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.memory import clear_rows
-from racecore.ops.products import NOTHING, Ahead, Source, expand, project_wide, transpose
+from racecore.ops.products import NOTHING, Ahead, Source, expand, project, project_wide, transpose
 from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
     Scratch,
     hash_of,
-    hashes_once,
+    how_to_add,
+    how_to_hash,
     new_partial,
     new_scratch,
     new_states,
@@ -29,6 +43,7 @@ from racecore.ops.scratch import (
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.ops.states import (
     GROUP,
+    Running,
     add_block,
     add_mass,
     clear_after,
@@ -106,7 +121,7 @@ def sum_segments(call: Call, sums: np.ndarray) -> int:
 def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray, add: bool, counts: np.ndarray) -> None:
     """Write the sum of every segment to its row of `sums`, or add it there; add its keys to `counts`, unless that is empty."""
     w, partial = new_scratch(call), new_partial(call)
-    straight_k, straight_v = hashes_once(call, 0), w.phi_k.shape[0] <= 8
+    straight_k, straight_v = how_to_hash(call, 0), how_to_add(w.phi_k.shape[0])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
@@ -144,8 +159,10 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
     w, d_state = new_scratch(call), new_states(call)
     heads = call.beta.shape[0] // call.n_kv_heads
-    straight_k = hashes_once(call, hash_parts.shape[2])
-    straight_v = heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k)
+    straight_k = how_to_hash(call, hash_parts.shape[2])
+    straight_v = COPIED
+    if heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k):
+        straight_v = EITHER if w.phi_k.shape[0] == 8 else AS_IT_IS
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -159,7 +176,7 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                ask_state(d_state.value_sum_t[i], keys.v, n, w, keys.next_v)
+                ask_state(d_state, i, keys.v, n, w, keys.next_v)
                 d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0)
                 expand(w.phi_k, d_state.value_sum[i], w.phi_k.shape[0], n, d_v)
                 # mass += phi_k
@@ -174,11 +191,14 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
 
 
 @helper
-def ask_state(value_sum_t: np.ndarray, x: Source, n: int, w: Scratch, ahead: Ahead) -> None:
-    """d_phi[:, i] = value_sum @ x[i], given value_sum transposed."""
+def ask_state(state: Running, j: int, x: Source, n: int, w: Scratch, ahead: Ahead) -> None:
+    """d_phi[:, i] = value_sum @ x[i], of head j."""
     n_buckets = w.d_phi.shape[0]
-    project_wide(value_sum_t, x, n_buckets, n, w.answers_t, ahead)
-    transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
+    if x.size < w.d_phi.itemsize:
+        project(state.value_sum[j], x, n_buckets, n, w.d_phi, ahead)
+    else:
+        project_wide(state.value_sum_t[j], x, n_buckets, n, w.answers_t, ahead)
+        transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
@@ -191,7 +211,7 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     w, state = new_scratch(call), new_states(call)
     repeats = call.n_heads // call.beta.shape[0]
-    straight_q = hashes_once(call, 0)
+    straight_q = how_to_hash(call, 0)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -242,7 +262,7 @@ def _read_out_backward(
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.beta.shape[0]
-    straight_q = hashes_once(call, hash_parts.shape[2])
+    straight_q, straight_g = how_to_hash(call, hash_parts.shape[2]), WIDENED if w.rho.shape[0] == 8 else COPIED
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -256,12 +276,12 @@ def _read_out_backward(
                 m = h // repeats
                 i = m - m0
                 q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
-                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, False, w.g, w)
+                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, straight_g, w.g, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(state.mass[i], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 # out = rho.T @ value_sum
-                ask_state(state.value_sum_t[i], g, n, w, next_g)
+                ask_state(state, i, g, n, w, next_g)
                 # rho = weigh(phi_q, mass)
                 weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
                 clear_after(n, w.d_mass)

@@ -23,7 +23,7 @@ from racecore import plan, progress
 from racecore.jit import helper, kernel, piece
 from racecore.ops import vectors
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
-from racecore.ops.blocks import D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
+from racecore.ops.blocks import COPIED, D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
 from racecore.ops.cpu_call import Call, empty_hash_parts, in_series, launch, make_call, scan
 from racecore.ops.memory import add_rows, clear_rows, copy_rows, matrices
 from racecore.ops.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
@@ -31,7 +31,8 @@ from racecore.ops.readout import weigh, weigh_backward
 from racecore.ops.scratch import (
     Scratch,
     hash_of,
-    hashes_once,
+    how_to_add,
+    how_to_hash,
     n_buckets_of,
     new_partial,
     new_scratch,
@@ -149,7 +150,7 @@ def _walk_segment(
     """Walk along one segment; `in_series`, add what it amounts to to sums [1, m1 - m0, S*(1+V)]."""
     _, b, begin, end, _ = call.segments[index]
     repeats = call.n_heads // call.beta.shape[0]
-    straight, straight_v = hashes_once(call, 0), repeats == 1 and w.phi_k.shape[0] <= 8
+    straight, straight_v = how_to_hash(call, 0), how_to_add(w.phi_k.shape[0]) if repeats == 1 else COPIED
     for t in range(begin, end, BLOCK):
         n = min(BLOCK, end - t)
         for m in range(m0, m1):
@@ -256,7 +257,9 @@ def _walk_backward(
     in_series = queries and keys
     heads = partial.mass.shape[0]
     own_sums = matrices(1, heads, d_states.shape[2], np.float64)
-    own_stash = matrices(1, SEGMENT // BLOCK * heads * _lines_per_head(call) if in_series else 0, TOKENS, stash.dtype)[0]
+    own_stash = matrices(1, SEGMENT // BLOCK * heads * _lines_per_head(call) if in_series else 0, TOKENS, stash.dtype)[
+        0
+    ]
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
         for index in range(call.runs[run, 1] - 1, call.runs[run, 0] - 1, -1):
@@ -305,12 +308,12 @@ def _walk_queries(
     """Walk forward again for the gradients of queries; stash rho and d_mass of every token, sum them in d_sums[m - shift]."""
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
-    straight = hashes_once(call, d_hash.shape[1])
+    straight = how_to_hash(call, d_hash.shape[1])
     for t in range(begin, end, BLOCK):
         n, block = min(BLOCK, end - t), (t - begin) // BLOCK
         for m in range(m0, m1):
             i = m - m0
-            keys = read_keys(call, b, t, m, n, TOKENS, True, straight, False, w)
+            keys = read_keys(call, b, t, m, n, TOKENS, True, straight, COPIED, w)
             hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
             copy(w.factors[0, :n_rows], _part_of(stash, block, m, per_head, 0, n_rows))
             drop_masked(call.mask, w.keep, n, w.phi_k)
@@ -318,9 +321,7 @@ def _walk_queries(
             for r in range(repeats):
                 h = m * repeats + r
                 after_t = state.value_sum_t[i] if r == repeats - 1 else spare.after_t
-                q = _read_block_backward(
-                    call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w
-                )
+                q = _read_block_backward(call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w)
                 line = n_rows + 2 * r * n_buckets
                 copy(w.rho, _part_of(stash, block, m, per_head, line, n_buckets))
                 copy(w.d_mass, _part_of(stash, block, m, per_head, line + n_buckets, n_buckets))
@@ -343,7 +344,7 @@ def _sizes(call: Call) -> tuple[int, int, int, int]:
 @piece
 def _read_block_backward(
     call: Call, place: tuple[int, int, int], n: int, before_t: np.ndarray, after_t: np.ndarray, next_v: Ahead,
-    straight: bool, w: Scratch,
+    straight: int, w: Scratch,
 ) -> Source:  # fmt: skip
     """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass and d_phi.
 
@@ -352,7 +353,7 @@ def _read_block_backward(
     b, t, h = place
     m = h * call.beta.shape[0] // call.n_heads
     q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
-    _, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, False, w.g, w)
+    _, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, COPIED, w.g, w)
     hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * value_sum[s], after token i was added
@@ -369,25 +370,33 @@ def _read_block_backward(
 
 @piece
 def _walk_keys(
-    call: Call, index: int, m0: int, m1: int, d_state: Running, spare: Spare, stash: Stash, d_hash: np.ndarray, w: Scratch
+    call: Call,
+    index: int,
+    m0: int,
+    m1: int,
+    d_state: Running,
+    spare: Spare,
+    stash: Stash,
+    d_hash: np.ndarray,
+    w: Scratch,
 ) -> None:
     """Walk backward for the gradients of keys and values, from the gradient of the state after the segment."""
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
     heads = call.beta.shape[0] // call.n_kv_heads
-    straight, wants_planes = hashes_once(call, d_hash.shape[1]), d_hash.shape[1] > 1
+    straight, wants_planes = how_to_hash(call, d_hash.shape[1]), d_hash.shape[1] > 1
     for block in range((end - begin - 1) // BLOCK, -1, -1):
         t = begin + block * BLOCK
         n = min(BLOCK, end - t)
         for m in range(m0, m1):
             g, share = m // heads, m % heads
-            keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, straight, False, w)
+            keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, straight, COPIED, w)
             ask(keys.next_k, 0, n)
             hash_again(hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k)
             drop_masked(call.mask, w.keep, n, w.phi_k)
             for r in range(repeats):
                 line = n_rows + 2 * r * n_buckets
-                _, next_g = read_query(call, D_OUT, b, t, m * repeats + r, n, -TOKENS, False, w.g, w)
+                _, next_g = read_query(call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPIED, w.g, w)
                 rho = _part_of(stash, block, m, per_head, line, n_buckets)
                 d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False)
                 _ask_gradients(rho, d_v, d_state, m - m0, r, share == 0, n, spare, keys.next_v, next_g, w)

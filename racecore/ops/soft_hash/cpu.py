@@ -88,7 +88,9 @@ def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
 
 
 @helper
-def _corner_products(plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, n: int, phi: np.ndarray) -> None:
+def _corner_products(
+    plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, n: int, phi: np.ndarray
+) -> None:
     """Fill the rows of one table from `row` on, plane by plane from the least significant bit: every plane doubles them."""
     last_plane = first + n_planes - 1
     for i in range(0, n, lanes(phi)):
