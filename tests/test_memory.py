@@ -17,7 +17,7 @@ def anonymous():
 causal, log2_tokens, options = json.loads(sys.argv[1])
 rng = np.random.default_rng(0)
 x = rng.standard_normal((4, 1 << log2_tokens, 1, 64), dtype=np.float32)
-short = x[:, :100]
+short = x[:, :2100]  # several segments, so that all kernels are there before the measurement
 racecore.attention_backward(short[3], racecore.attention_forward(*short[:3], is_causal=causal, **options)[1])
 results = np.zeros((4, 1 << log2_tokens, 1, 64), np.float32) + 1
 peak = base = anonymous()
