@@ -181,13 +181,16 @@ def test_backward_names_what_is_wrong():
         racecore.attention_forward(q, k, v, wrt=("queries",))
 
 
-def test_wrt_selects_gradients():
-    out, saved = racecore.attention_forward(q, k, v, lsh, wrt=("query", "beta"))
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_wrt_selects_gradients(backend, is_causal):
+    options = {"backend": backend, "is_causal": is_causal}
+    out, saved = racecore.attention_forward(q, k, v, lsh, wrt=("query", "beta"), **options)
     grads = racecore.attention_backward(out, saved)
     assert grads.query is not None
     assert isinstance(grads.beta, float)
     assert grads.key is grads.value is grads.planes is grads.state is None
-    full = racecore.attention_backward(out, racecore.attention_forward(q, k, v, lsh)[1])
+    full = racecore.attention_backward(out, racecore.attention_forward(q, k, v, lsh, **options)[1])
     np.testing.assert_array_equal(full.query, grads.query)
     assert full.beta == grads.beta
     assert full.state is None

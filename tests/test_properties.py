@@ -14,6 +14,7 @@ from problems import make_state, relative_error
 
 import racecore
 from racecore.ops import cpu_call
+from racecore.ops.causal import cpu as causal
 
 READOUTS = ("ratio", "bucket_mean")
 LONG = 2 * 1024 + 77  # tokens: more than two of the pieces that long sequences are cut into
@@ -314,6 +315,7 @@ CASES = {
     "causal": {"is_causal": True},
     "causal bucket_mean": {"is_causal": True, "readout": "bucket_mean"},
     "packed": {"is_causal": True, "cu_seqlens": [0, 5, 5, 1100, 1130, LONG]},
+    "causal masked": {"is_causal": True, "key_mask": np.random.default_rng(5).random((1, LONG)) < 0.6},
     "masked": {"key_mask": np.random.default_rng(4).random((1, LONG)) < 0.6, "readout": "bucket_mean"},
 }
 
@@ -346,6 +348,47 @@ def test_the_same_bits_in_any_order_of_work(case: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(cpu_call, "run", backwards)
     assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
     assert max(pieces) > 1
+
+
+CAUSAL = {name: case for name, case in CASES.items() if "is_causal" in case}
+
+
+@pytest.mark.parametrize("case", CAUSAL.values(), ids=CAUSAL)
+def test_the_same_bits_in_series_and_side_by_side(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = inputs(LONG, n_heads=6, n_kv_heads=3, dtype=np.float32)
+    found = []
+
+    def recorded(call: cpu_call.Call) -> Any:
+        found.append(in_series(call))
+        return found[-1]
+
+    in_series = causal.in_series
+    monkeypatch.setattr(causal, "in_series", recorded)
+    with racecore.threads(1):
+        expected = forward_backward(*arrays, small_hash(), **case)
+        assert all(found)
+        monkeypatch.setattr(cpu_call, "_MAX_ROWS", 1)
+        assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
+        assert "cu_seqlens" in case or len(found[-1]) == 3
+        monkeypatch.setattr(causal, "in_series", lambda call: [])
+        assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_heads", "n_threads", "heads_of_a_task"),
+    [(5000, 4, 2, 2), (5000, 4, 4, 1), (5000, 3, 1, 3), (5000, 6, 4, None), (5000, 1, 2, None), (300, 1, 2, 1)],
+)
+def test_heads_walk_in_series_where_that_keeps_all_threads_busy(
+    n_tokens: int, n_heads: int, n_threads: int, heads_of_a_task: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    in_series = causal.in_series
+    monkeypatch.setattr(causal, "in_series", lambda call: found.append(in_series(call)) or found[-1])
+    q, k, v, _ = inputs(n_tokens, n_heads=n_heads, n_kv_heads=n_heads, dtype=np.float32)
+    with racecore.threads(n_threads):
+        racecore.attention(q, k, v, small_hash(), is_causal=True)
+    sizes = {call.kv_heads_per_task for _, call in found[0]}
+    assert sizes == (set() if heads_of_a_task is None else {heads_of_a_task})
 
 
 def limits() -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ _MIN_ROWS, _MAX_ROWS = (
     4096,
     32768,
 )  # of query heads in a launch: one to twenty milliseconds, for Ctrl-C and idle threads
+_MAX_WORK = 5e9  # floating-point operations in a launch, likewise, of large states
 _RUN_BYTES = 2048
 _STATE_BYTES = 1 << 18
 _TASKS_PER_THREAD = 4
@@ -104,7 +105,7 @@ def in_series(call: Call) -> list[tuple[slice, Call]]:
     heads = next((h for h in sizes if single or _fill(lengths, call.n_kv_heads // h, n_threads)), 0)
     if heads == 0:
         return []
-    step = n if len(first) > 1 else max(1, 2 * _MAX_ROWS * call.n_kv_heads // (SEGMENT * heads * call.n_heads))
+    step = n if len(first) > 1 else max(1, 2 * _max_rows(call) * call.n_kv_heads // (SEGMENT * heads * call.n_heads))
     pieces = []
     for start in range(0, n, max(step, 1)):
         rows = slice(start, min(start + step, n))
@@ -119,7 +120,7 @@ def _fill(lengths: np.ndarray, n_groups: int, n_threads: int) -> bool:
     """Tell whether sequences of such lengths, times groups of heads, keep all threads busy nine tenths of the time."""
     n_tasks, longest, total = len(lengths) * n_groups, int(lengths.max(initial=0)), int(lengths.sum()) * n_groups
     alike = longest * n_tasks == total
-    time = -(-n_tasks // n_threads) * longest if alike else total / n_threads + longest
+    time = -(-n_tasks // n_threads) * longest if alike else (total + (n_threads - 1) * longest) / n_threads  # at most
     return time * n_threads * 0.9 <= total
 
 
@@ -155,13 +156,21 @@ def launch(function: Any, call: Call, *arguments: Any, at_once: bool = False) ->
     n_tasks = len(call.runs) * -(-call.n_kv_heads // call.kv_heads_per_task)
     n_tokens = int((call.segments[:, 3] - call.segments[:, 2]).sum())
     rows_per_task = max(1, n_tokens * call.n_heads // max(n_tasks, 1))
-    rows_per_launch = min(max(n_tokens * call.n_heads // _LAUNCHES, _MIN_ROWS), _MAX_ROWS)
+    rows_per_launch = min(max(n_tokens * call.n_heads // _LAUNCHES, _MIN_ROWS), _max_rows(call))
     run(
         lambda first, last: function(call, first, last, *arguments),
         n_tasks,
         max(1, n_tasks if at_once else rows_per_launch // rows_per_task),
     )
     return n_tokens
+
+
+def _max_rows(call: Call) -> int:
+    """Return how many rows of query heads a launch may have: backward, causal, a row takes some 20 S D operations."""
+    n_rows = call.planes.shape[1]
+    n_buckets = call.n_tables << (n_rows // call.n_tables)
+    work = (20 * n_buckets + 8 * n_rows) * max(call.head_dim, call.value_dim)
+    return max(1, min(_MAX_ROWS, int(_MAX_WORK / work)))
 
 
 def scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, *, reverse: bool = False) -> None:
