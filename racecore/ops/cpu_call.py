@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from racecore import arrays
 from racecore.jit import kernel
@@ -19,7 +20,7 @@ from racecore.plan import SEGMENT
 from racecore.problem import Problem
 from racecore.threads import count, run
 
-__all__ = ["Call", "empty_hash_parts", "in_series", "launch", "make_call", "pad_planes", "scan"]
+__all__ = ["Call", "empty_hash_parts", "in_series", "launch", "make_call", "n_buckets_of", "pad_planes", "scan"]
 
 _LAUNCHES = 64  # at most as many where they are long enough: a launch costs some ten microseconds
 _MIN_ROWS, _MAX_ROWS = (
@@ -51,6 +52,12 @@ class Call(NamedTuple):
     value_dim: int  # V
     kv_heads_per_task: int
     bucket_mean: bool  # which readout
+
+
+@register_jitable
+def n_buckets_of(call: Call) -> int:
+    """Return S."""
+    return call.n_tables << (call.planes.shape[1] // call.n_tables)
 
 
 def make_call(
@@ -167,9 +174,7 @@ def launch(function: Any, call: Call, *arguments: Any, at_once: bool = False) ->
 
 def _max_rows(call: Call) -> int:
     """Return how many rows of query heads a launch may have: backward, causal, a row takes some 20 S D operations."""
-    n_rows = call.planes.shape[1]
-    n_buckets = call.n_tables << (n_rows // call.n_tables)
-    work = (20 * n_buckets + 8 * n_rows) * max(call.head_dim, call.value_dim)
+    work = (20 * n_buckets_of(call) + 8 * call.planes.shape[1]) * max(call.head_dim, call.value_dim)
     return max(1, min(_MAX_ROWS, int(_MAX_WORK / work)))
 
 

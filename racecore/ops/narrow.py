@@ -75,13 +75,6 @@ def _has_instruction() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx512bf16", False))
 
 
-def load_widened(builder: Any, address: Any) -> Any:
-    """Return LLVM code for 16 bfloat16 numbers from an address on, as float32."""
-    w = _Words(builder, LANES)
-    bits = builder.load(builder.inttoptr(address, w.halves.as_pointer()), align=2)
-    return _widen_bfloat16(w, builder.zext(bits, w.words))
-
-
 def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
     """Return LLVM code for whether any float32 of some vectors is subnormal; None unless `narrow_pair` has its instruction."""
     if not _has_instruction():
@@ -111,6 +104,13 @@ def narrow_pair(builder: Any, first: Any, second: Any, by_instruction: bool) -> 
 
 def _widen_bfloat16(w: _Words, bits: Any) -> Any:
     return w.as_float(w.left(bits, 16))
+
+
+def load_widened(builder: Any, address: Any, widen: Any = _widen_bfloat16) -> Any:
+    """Return LLVM code for 16 numbers from an address on, bfloat16 if nothing else is said, as float32."""
+    w = _Words(builder, LANES)
+    bits = builder.load(builder.inttoptr(address, w.halves.as_pointer()), align=2)
+    return widen(w, builder.zext(bits, w.words))
 
 
 def _widen_half(w: _Words, bits: Any) -> Any:
@@ -154,9 +154,7 @@ def _loading(widen: Any) -> Any:
         kind = Vector(types.float32)
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w = _Words(builder, LANES)
-            bits = builder.load(builder.inttoptr(arguments[0], w.halves.as_pointer()), align=2)
-            return widen(w, builder.zext(bits, w.words))
+            return load_widened(builder, arguments[0], widen)
 
         return kind(types.int64), code
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from racecore.jit import helper
 from racecore.ops.blocks import AS_IT_IS, COPIED, EITHER, KEY, QUERY, VALUE, read, rows_ahead
-from racecore.ops.cpu_call import Call
+from racecore.ops.cpu_call import Call, n_buckets_of
 from racecore.ops.memory import clear_columns, cleared_matrices, matrices
 from racecore.ops.products import NOTHING, Ahead, Source, is_wide, padded
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
@@ -22,7 +22,7 @@ from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "Keys", "Scratch", "hash_of", "how_to_add", "how_to_hash", "n_buckets_of", "new_partial", "new_scratch", "new_states",
+    "Keys", "Scratch", "hash_of", "how_to_add", "how_to_hash", "new_partial", "new_scratch", "new_states",
     "read_keys", "read_query", "task_of",
 ]  # fmt: skip
 
@@ -151,12 +151,6 @@ def new_states(call: Call) -> Running:
     """Make room for the states of the heads of a task."""
     heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
     return new_running(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
-
-
-@helper
-def n_buckets_of(call: Call) -> int:
-    """Return S."""
-    return call.n_tables << (call.planes.shape[1] // call.n_tables)
 
 
 @helper

@@ -160,32 +160,20 @@ def _binary(name: str) -> Any:
 _add, _subtract, _multiply, _divide = (_binary(name) for name in ("fadd", "fsub", "fmul", "fdiv"))
 
 
-@overload(operator.add)
-def _overload_add(a, b):
-    if isinstance(a, Vector) and isinstance(b, Vector):
-        return lambda a, b: _add(a, b)
-    return None
+def _overload_operator(function: Any, apply: Any) -> None:
+    """Let compiled code write `function` of two vectors as an operator."""
+
+    @overload(function)
+    def typed(a, b):
+        if isinstance(a, Vector) and isinstance(b, Vector):
+            return lambda a, b: apply(a, b)
+        return None
 
 
-@overload(operator.sub)
-def _overload_subtract(a, b):
-    if isinstance(a, Vector) and isinstance(b, Vector):
-        return lambda a, b: _subtract(a, b)
-    return None
-
-
-@overload(operator.mul)
-def _overload_multiply(a, b):
-    if isinstance(a, Vector) and isinstance(b, Vector):
-        return lambda a, b: _multiply(a, b)
-    return None
-
-
-@overload(operator.truediv)
-def _overload_divide(a, b):
-    if isinstance(a, Vector) and isinstance(b, Vector):
-        return lambda a, b: _divide(a, b)
-    return None
+_overload_operator(operator.add, _add)
+_overload_operator(operator.sub, _subtract)
+_overload_operator(operator.mul, _multiply)
+_overload_operator(operator.truediv, _divide)
 
 
 def _by_intrinsic(name: str, n_arguments: int) -> Any:

@@ -24,7 +24,7 @@ from racecore.jit import helper, kernel, piece
 from racecore.ops import vectors
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
 from racecore.ops.blocks import COPIED, D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
-from racecore.ops.cpu_call import Call, empty_hash_parts, in_series, launch, make_call, scan
+from racecore.ops.cpu_call import Call, empty_hash_parts, in_series, launch, make_call, n_buckets_of, scan
 from racecore.ops.memory import add_rows, clear_rows, copy_rows, matrices
 from racecore.ops.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
 from racecore.ops.readout import weigh, weigh_backward
@@ -33,7 +33,6 @@ from racecore.ops.scratch import (
     hash_of,
     how_to_add,
     how_to_hash,
-    n_buckets_of,
     new_partial,
     new_scratch,
     new_states,
@@ -238,8 +237,7 @@ def _lines_per_head(call: Call) -> int:
     The walk for queries leaves there what the walk for keys needs: tanh(u) of the keys, and rho and d_mass of each query
     head.
     """
-    n_rows = call.planes.shape[1]
-    return n_rows + 2 * (call.n_heads // call.beta.shape[0]) * (call.n_tables << (n_rows // call.n_tables))
+    return call.planes.shape[1] + 2 * (call.n_heads // call.beta.shape[0]) * n_buckets_of(call)
 
 
 @kernel
@@ -394,11 +392,11 @@ def _walk_keys(
             ask(keys.next_k, 0, n)
             hash_again(hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k)
             drop_masked(call.mask, w.keep, n, w.phi_k)
+            d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False)
             for r in range(repeats):
                 line = n_rows + 2 * r * n_buckets
                 _, next_g = read_query(call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPIED, w.g, w)
                 rho = _part_of(stash, block, m, per_head, line, n_buckets)
-                d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False)
                 _ask_gradients(rho, d_v, d_state, m - m0, r, share == 0, n, spare, keys.next_v, next_g, w)
             # what queries from this token on divide by: mass += phi_k
             for r in range(repeats):
@@ -410,7 +408,6 @@ def _walk_keys(
             hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, d_hash[m])
             if share == heads - 1:
                 store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
-                d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False)
                 store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
 
 
