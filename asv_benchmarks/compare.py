@@ -135,20 +135,40 @@ def measure_experiments(settings: dict[str, list[Setting]], seconds: float) -> d
     return results
 
 
-def measure_ceilings(rounds: int, before: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Measure all cores and one core; keep the better of this and of an earlier measurement."""
-    found = {"all": ceilings.measure(rounds=rounds), "one": ceilings.measure(1, rounds=rounds)}
-    if before is not None:
-        for name, rates in found.items():
-            rates |= {key: max(value, before[name][key]) for key, value in rates.items()}
+def measure_roofline(
+    tokens: int, hashes: tuple[tuple[int, int], ...], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Measure the ceilings of all cores and racecore below them in turns, so that a disturbance meets both.
+
+    Returns
+    -------
+    list of dict
+        One per round: "ceilings", and "runs", the timings of every hash in both directions.
+    """
+    settings = [Setting(tokens, causal, *sizes) for causal in (False, True) for sizes in hashes]
+    chosen = [setting.as_dict() for setting in settings]
+    found = []
+    for _ in range(rounds):
+        rates = ceilings.measure(rounds=5)
+        job = {
+            "kind": "settings",
+            "settings": chosen,
+            "seconds": seconds,
+            "memory": int(MEMORY_SHARE * machine.free_memory()),
+        }
+        timings = workers.run(job, timeout=300)["timings"]
+        runs = [setting | timing for setting, timing in zip(chosen, timings, strict=True)]
+        found.append({"ceilings": rates, "runs": runs})
+        print(report.round_line(found[-1]), flush=True)
     return found
 
 
 def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
-    """Measure everything, in the order: ceilings, peers verified, sweep, experiments, ceilings again."""
+    """Measure everything, in the order: ceilings, peers verified, roofline, experiments, sweep."""
     quick = options.quick
-    rounds, seconds, patience = (3, 0.2, min(options.patience, 2.0)) if quick else (12, SECONDS, options.patience)
-    cases = all_cases(options.methods, HASHES[:1] if quick else HASHES)
+    rounds, seconds, patience = (2, 0.2, min(options.patience, 2.0)) if quick else (9, SECONDS, options.patience)
+    hashes = HASHES[:1] if quick else HASHES
+    cases = all_cases(options.methods, hashes)
     data: dict[str, Any] = {
         "command": " ".join(["python asv_benchmarks/compare.py", *sys.argv[1:]]),
         "machine": machine.describe(),
@@ -156,24 +176,23 @@ def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
         "lengths": options.lengths,
     }
     print(report.machine_line(data))
-    data["ceilings"] = measure_ceilings(rounds)
+    data["ceilings"] = {"all": ceilings.measure(), "one": ceilings.measure(1)}
     if set(options.methods) - {"racecore"}:
         data["verified"] = workers.run({"kind": "verify"}, timeout=300)
         print("verified: every peer computes what its name says", flush=True)
     sweep = Sweep(cases, patience, seconds)
-    data |= {"runs": sweep.runs, "stopped": sweep.stopped, "experiments": {}}
+    data |= {"runs": sweep.runs, "stopped": sweep.stopped, "rounds": [], "experiments": {}}
     print("warming up (kernels that are not yet compiled here take a minute or two, once)", flush=True)
     sweep.prepare(options.lengths[0])
+    if "racecore" in options.methods:
+        tokens, long_tokens = (2**12, 2**14) if quick else (2**16, 2**18)
+        data["rounds"] = measure_roofline(tokens, hashes, rounds, seconds)
+        settings = experiments(tokens, long_tokens, data["machine"]["processors"])
+        data["experiments"] = measure_experiments(settings, seconds)
+        save(data)
     for tokens in options.lengths:
         sweep.at(tokens)
         save(data)
-    if "racecore" in options.methods:
-        tokens, long_tokens = (2**12, 2**14) if quick else (2**16, 2**18)
-        settings = experiments(tokens, long_tokens, data["machine"]["processors"])
-        data["experiments"] = measure_experiments(settings, seconds)
-    if not quick:  # the machine may have been disturbed the first time
-        data["ceilings"] = measure_ceilings(rounds, data["ceilings"])
-    save(data)
     return data
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import pathlib
+import statistics
 from typing import Any
 
 from cases import METHODS, Case
 from ceilings import floor
 from speed_plot import draw
 
-__all__ = ["Figures", "machine_line", "run_line", "summary", "table", "write"]
+__all__ = ["Figures", "machine_line", "round_line", "run_line", "summary", "table", "write"]
 
-_AT = 2**16  # where shares of the roofline and most ratios are taken, or the longest length that was measured
+_AT = 2**16  # where most ratios are taken, or the longest length that was measured
 _SHORT = 2**14  # where softmax and the causal formula still run
 _MARKS = {"time": "too slow", "memory": "memory", "out of memory": "memory"}
 
@@ -45,10 +46,21 @@ class Figures:
         setting = self.data["setting"]
         return self._runs[case, tokens]["seconds"] / (tokens * setting["batch"] * setting["heads"]) * 1e9
 
-    def share(self, case: Case, tokens: int) -> float:
-        """Return what part of the measured time the machine's ceilings ask for."""
-        least = floor(case.tables, case.planes, case.causal, self.data["setting"]["dim"], self.data["ceilings"]["all"])
-        return least * 1e9 / self.nanoseconds(case, tokens)
+    def rounds(self) -> list[tuple[Case, list[float], list[float]]]:
+        """Return, for every case below the roofline, nanoseconds per token and head and the share of each round.
+
+        The share is what part of the measured time the ceilings of the same round ask for.
+        """
+        found: dict[Case, tuple[list[float], list[float]]] = {}
+        for measured in self.data["rounds"]:
+            for run in measured["runs"]:
+                case = Case("racecore", run["causal"], run["tables"], run["planes"])
+                least = floor(case.tables, case.planes, case.causal, self.data["setting"]["dim"], measured["ceilings"])
+                seconds = run["seconds"] / (run["tokens"] * self.data["setting"]["batch"] * run["heads"])
+                times, shares = found.setdefault(case, ([], []))
+                times.append(seconds * 1e9)
+                shares.append(least / seconds)
+        return [(case, times, shares) for case, (times, shares) in found.items()]
 
     def mark(self, case: Case, tokens: int) -> str:
         """Return why a figure is missing."""
@@ -89,7 +101,12 @@ def table(data: dict[str, Any]) -> str:
         parts.append(_grid(figures, cases, columns, "peak_bytes", size))
     shares = _share_table(figures)
     if shares:
-        parts += ["**Time per token and head, and its share of the roofline**", shares]
+        rounds = data["rounds"]
+        parts += [
+            f"**Time per token and head at {rounds[0]['runs'][0]['tokens']:,} tokens, and its share of the roofline**",
+            f"The median of {len(rounds)} rounds, each of ceilings and calls in turn; in brackets the lowest and the highest.",
+            shares,
+        ]
     parts.append("\n".join(f"- {line}" for line in _findings(figures)))
     return "\n\n".join(parts) + "\n"
 
@@ -104,17 +121,12 @@ def _grid(figures: Figures, cases: list[Case], columns: list[int], what: str, te
 
 
 def _share_table(figures: Figures) -> str:
-    hashes = dict.fromkeys((case.tables, case.planes) for case in figures.cases if case.method == "racecore")
-    lines = []
-    for tables, planes in hashes:
-        cells = []
-        for causal in (False, True):
-            case = Case("racecore", causal, tables, planes)
-            tokens = figures.common(_AT, case)
-            cells += ["", ""] if tokens is None else [
-                f"{figures.nanoseconds(case, tokens):.0f} ns", f"{figures.share(case, tokens):.0%}"
-            ]  # fmt: skip
-        lines.append(f"| ({tables}, {planes}) | {' | '.join(cells)} |")
+    cells: dict[tuple[int, int], list[str]] = {}
+    for case, times, shares in figures.rounds():
+        cells.setdefault((case.tables, case.planes), []).extend(
+            [f"{statistics.median(times):.0f} ns", _with_range(shares, 100, "%")]
+        )
+    lines = [f"| ({tables}, {planes}) | {' | '.join(line)} |" for (tables, planes), line in cells.items()]
     head = ["| (L, P) | bidirectional | of roofline | causal | of roofline |", "| --- | ---: | ---: | ---: | ---: |"]
     return "\n".join(head + lines) if lines else ""
 
@@ -122,16 +134,22 @@ def _share_table(figures: Figures) -> str:
 def summary(data: dict[str, Any]) -> list[str]:
     """Return the lines that a run ends with."""
     figures = Figures(data)
-    lines = [machine_line(data)]
-    for case in figures.cases:
-        tokens = figures.common(_AT, case)
-        if case.method == "racecore" and tokens is not None:
-            nanoseconds, share = figures.nanoseconds(case, tokens), figures.share(case, tokens)
-            lines.append(
-                f"{case.label}, {case.direction}, {tokens:,} tokens: {nanoseconds:.0f} ns per token and head, "
-                f"{share:.0%} of the roofline"
-            )
-    return lines + _findings(figures)
+    lines = [
+        f"{case.label}, {case.direction}: {statistics.median(times):.0f} ns per token and head, "
+        f"{_with_range(shares, 100, '%')} of the roofline"
+        for case, times, shares in figures.rounds()
+    ]
+    return [machine_line(data), *lines, *_findings(figures)]
+
+
+def round_line(measured: dict[str, Any]) -> str:
+    """Describe one round of ceilings and of racecore below them while the rounds go on."""
+    rates, runs = measured["ceilings"], measured["runs"]
+    times = ", ".join(duration(run["seconds"]) for run in runs)
+    return (
+        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s, {rates['flops_per_second'] / 1e9:.0f} GFLOP/s; "
+        f"{runs[0]['tokens']:,} tokens in {times}"
+    )
 
 
 def _findings(figures: Figures) -> list[str]:
@@ -141,6 +159,12 @@ def _findings(figures: Figures) -> list[str]:
         for name, rates in figures.data["ceilings"].items()
         if name == "all" or rates["cores"] < figures.data["ceilings"]["all"]["cores"]
     ]
+    rounds = [measured["ceilings"] for measured in figures.data["rounds"]]
+    if rounds:
+        lines.append(
+            f"ceilings of the rounds: {_with_range([rates['bytes_per_second'] for rates in rounds], 1e-9, 'GB/s')}, "
+            f"{_with_range([rates['flops_per_second'] for rates in rounds], 1e-9, 'GFLOP/s')}"
+        )
     for method, causal, wanted in (
         ("formula", False, _AT), ("formula", True, _SHORT), ("formula", True, math.inf), ("softmax", False, _SHORT),
         ("softmax", True, _SHORT), ("linear", False, _AT), ("linear", True, _AT), ("performer", False, _AT),
@@ -196,6 +220,12 @@ def _ratios(experiments: dict[str, list[dict[str, Any]]]) -> list[str]:
                     f"and head with H = {base['heads']}, {where}"
                 )
     return lines
+
+
+def _with_range(values: list[float], factor: float, unit: str) -> str:
+    """Write the median, and the lowest and highest value in brackets."""
+    low, middle, high = (x * factor for x in (min(values), statistics.median(values), max(values)))
+    return f"{middle:.0f} {unit} ({low:.0f} to {high:.0f})"
 
 
 def machine_line(data: dict[str, Any]) -> str:
