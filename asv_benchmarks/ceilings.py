@@ -1,8 +1,9 @@
 """What the machine itself can do: memory bandwidth and float32 matrix products, the ceilings that any kernel lives under.
 
 One process per physical core, each pinned and with one thread, all of them at work at the same moment: a scheduler that
-puts two threads on one core would spoil the figure. Every round starts at a barrier; the rates of a round are added
-over the processes, and the best round counts.
+puts two threads on one core would spoil the figure. Every round starts at a barrier, and its rate is what all processes did
+between the first one's start and the last one's end: a process that is late would else have the memory for itself. The best
+round counts.
 
 Bandwidth is STREAM's triad, a = b + s * c, counted as 12 bytes per element, with ordinary stores and with stores that
 bypass the caches (those do not read `a` first and so are faster); the better one counts. The products are of 2048 x 2048
@@ -78,8 +79,8 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
         child.join()
     if any(child.exitcode for child in children):
         raise RuntimeError(f"the ceilings of {len(pinned)} cores could not be measured; the reason stands above")
-    rates = [json.loads(results.get()) for _ in children]
-    together = {name: max(map(sum, zip(*(rate[name] for rate in rates), strict=True))) for name in rates[0]}
+    laps = [json.loads(results.get()) for _ in children]
+    together = {name: max(map(_rate, zip(*(lap[name] for lap in laps), strict=True))) for name in laps[0]}
     return {
         "bytes_per_second": max(together["triad"], together["streaming triad"]),
         "flops_per_second": max(together["numpy"], together.get("torch", 0.0)),
@@ -87,25 +88,32 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
     }
 
 
+def _rate(laps: tuple[tuple[float, float, float], ...]) -> float:
+    """Return what the processes did in one round, per second; a lap is an amount, its start and its end."""
+    amounts, starts, ends = zip(*laps, strict=True)
+    return sum(amounts) / (max(ends) - min(starts))
+
+
 def work(core: int, n_bytes: int, rounds: int, barrier: Any, results: Any) -> None:
-    """Measure on one core, in step with the other processes; put {name: [rate of every round]} as JSON."""
+    """Measure on one core, in step with the other processes; put {name: [[amount, start, end] of every round]} as JSON."""
     try:
         os.sched_setaffinity(0, {core})  # before the libraries are imported: they size their thread pools by it
-        rates: dict[str, list[float]] = {}
+        laps: dict[str, list[tuple[float, float, float]]] = {}
         for name, (task, amount) in (_triads(n_bytes) | _products()).items():
             task()
-            rates[name] = [amount / _in_step(task, barrier) for _ in range(rounds)]
-        results.put(json.dumps(rates))
+            laps[name] = [(amount, *_in_step(task, barrier)) for _ in range(rounds)]
+        results.put(json.dumps(laps))
     except BaseException:
         barrier.abort()  # or the others would wait for this one
         raise
 
 
-def _in_step(task: Callable[[], object], barrier: Any) -> float:
+def _in_step(task: Callable[[], object], barrier: Any) -> tuple[float, float]:
+    """Return start and end, by the clock that all processes of a machine share."""
     barrier.wait(timeout=_PATIENCE)
-    started = time.perf_counter()
+    started = time.monotonic()
     task()
-    return time.perf_counter() - started
+    return started, time.monotonic()
 
 
 def _products() -> dict[str, Task]:
