@@ -9,7 +9,7 @@
 Importing racecore loads NumPy and nothing heavier; kernels are compiled when first used.
 """
 
-from racecore import errors, exact
+from racecore import errors, exact, outofcore
 from racecore._version import __version__
 from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients, StateGradient
@@ -28,5 +28,6 @@ __all__ = [
     "attention_forward",
     "errors",
     "exact",
+    "outofcore",
     "threads",
 ]

@@ -221,7 +221,7 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]
     query, key, value = (None if array is None else put(array) for array, put in zip(results, restore, strict=True))
-    planes, beta = hash_gradients(saved, grads.hash)
+    planes, beta = hash_gradients(grads.hash, problem, saved.lsh, wrt)
     return Gradients(
         query, key, value, planes, beta, None if d_initial is None else state_gradient(d_initial, saved.lsh)
     )

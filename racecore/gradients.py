@@ -105,18 +105,20 @@ def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[li
     return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
 
 
-def hash_gradients(saved: Saved, hash_gradient: np.ndarray | None) -> tuple[np.ndarray | None, Any]:
+def hash_gradients(
+    hash_gradient: np.ndarray | None, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]
+) -> tuple[np.ndarray | None, Any]:
     """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
     if hash_gradient is None:
         return None, None
     total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1], or [M, 1] for beta alone
     planes: np.ndarray | None = None
     beta: Any = None
-    if "planes" in saved.wrt:
-        per_head = total[:, :-1].reshape(saved.problem.planes.shape)
-        planes = per_head if saved.lsh.planes.ndim == 4 else per_head.sum(axis=0)
-    if "beta" in saved.wrt:
-        beta = total[:, -1].copy() if np.ndim(saved.lsh.beta) else float(total[:, -1].sum())
+    if "planes" in wrt:
+        per_head = total[:, :-1].reshape(problem.planes.shape)
+        planes = per_head if lsh.planes.ndim == 4 else per_head.sum(axis=0)
+    if "beta" in wrt:
+        beta = total[:, -1].copy() if np.ndim(lsh.beta) else float(total[:, -1].sum())
     return planes, beta
 
 

@@ -25,7 +25,7 @@ from typing import Any
 __all__ = ["attach", "describe", "folder"]
 
 _log = logging.getLogger("racecore")
-_SOURCES = ("ops/**/*.py", "jit.py", "plan.py", "problem.py", "kernel_cache.py")
+_SOURCES = ("ops/**/*.py", "outofcore/loops.py", "jit.py", "plan.py", "problem.py", "kernel_cache.py")
 _DIGEST_BYTES = 32
 _KEEP_SECONDS = 30 * 24 * 3600
 _announce_lock = threading.Lock()

@@ -1,0 +1,66 @@
+"""Loops over every number of a chunk: make it up, add it to a checksum, look whether it is finite. All without Python's lock.
+
+Numbers are addressed by their place in the whole array, never in the chunk, so that cutting an array otherwise changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from racecore.jit import kernel
+
+__all__ = ["checksum", "fill", "first_with"]
+
+_U32, _U64 = np.uint32, np.uint64
+_MIDDLE, _STEP = np.float32(254), np.float32(1 / 64)  # of four numbers of seven bits: mean and unit
+
+
+@kernel
+def fill(out: np.ndarray, first: int, key_a: np.uint32, key_b: np.uint32) -> None:
+    """Write the numbers first, first + 1 ... of a stream to out, float32; none of them may be beyond a multiple of 2^32.
+
+    A counter goes through a mixer of 32 bits with two keys; of the result four groups of seven bits are added, which
+    gives multiples of 1/64 from -3.97 to 3.97, exact in every dtype, that are distributed nearly normally.
+    """
+    for i in range(out.shape[0]):
+        x = _U32(first + i) ^ key_a
+        x = _U32(x ^ (x >> _U32(16)))
+        x = _U32(x * _U32(0x7FEB352D))
+        x = _U32(_U32(x ^ (x >> _U32(15))) + key_b)
+        x = _U32(x * _U32(0x846CA68B))
+        x = _U32(x ^ (x >> _U32(16)))
+        x = _U32((x & _U32(0x007F007F)) + ((x >> _U32(8)) & _U32(0x007F007F)))
+        x = _U32((x & _U32(0xFFFF)) + (x >> _U32(16)))
+        out[i] = (np.float32(np.int32(x)) - _MIDDLE) * _STEP
+
+
+@kernel
+def checksum(words: np.ndarray, first: int) -> np.uint64:
+    """Return the sum of words times odd weights that follow from their places first, first + 1 ..., modulo 2^64.
+
+    Sums of pieces add up to that of the whole, in any order. One changed word always changes the sum; two or more go
+    unnoticed as often as a guess of 64 bits is right.
+    """
+    total = _U64(0)
+    for i in range(words.shape[0]):
+        weight = _U64(first + i) * _U64(0x9E3779B97F4A7C15)
+        weight = (weight ^ (weight >> _U64(29))) * _U64(0xBF58476D1CE4E5B9)
+        total += _U64(words[i]) * ((weight ^ (weight >> _U64(32))) | _U64(1))
+    return total
+
+
+@kernel
+def first_with(words: np.ndarray, mask: int) -> int:
+    """Return the place of the first word that has all bits of the mask, -1 if none has: the mask is a dtype's exponent."""
+    n, step = words.shape[0], 4096
+    for begin in range(0, n, step):
+        end = min(begin + step, n)
+        found = 0
+        for i in range(begin, end):
+            found += (words[i] & mask) == mask
+        if found > 0:
+            for i in range(begin, end):
+                if (words[i] & mask) == mask:
+                    return i
+    return -1

@@ -1,0 +1,81 @@
+""".npy files: headers that are believed only if the file is exactly as long as they say, and outputs with all bytes reserved."""
+
+from __future__ import annotations
+
+import math
+import os
+import tokenize
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+__all__ = ["Header", "read_header", "reserve"]
+
+
+class Header(NamedTuple):
+    """What an .npy file holds, and where."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int  # of the first byte of the array
+
+
+def read_header(path: str) -> Header:
+    """Read the header of an .npy file and compare it with the size of the file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ValueError
+        It is no .npy file, or shorter or longer than its header says.
+    """
+    with open(path, "rb") as file:
+        shape, fortran_order, dtype = _parse(file, path)
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    expected = offset + math.prod(shape) * dtype.itemsize
+    if size != expected:
+        what = "was cut short" if size < expected else "has bytes to spare"
+        raise ValueError(
+            f"{path} {what}: its header ({dtype}, shape {shape}) means {expected:,} bytes, the file has {size:,}; "
+            "write it again with numpy.save"
+        )
+    return Header(shape, dtype, fortran_order, offset)
+
+
+def _parse(file: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    try:
+        version = np.lib.format.read_magic(file)
+        # Versions 2 and 3 differ in how non-ASCII field names are encoded, and numbers have no fields.
+        read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        if any(isinstance(n, bool) or n < 0 for n in shape):
+            raise ValueError(f"its header has the shape {shape}")
+        return shape, fortran_order, dtype
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not an .npy file ({reason}); write one with numpy.save") from error
+
+
+def reserve(path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Make an .npy file with all its bytes reserved on the disk; return the offset of the first byte of the array.
+
+    A sparse file would do until the disk is full; then a write through a memory map of it would kill the process.
+
+    Raises
+    ------
+    OSError
+        There is no room for it, or the folder cannot be written to.
+    """
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        offset = file.tell()
+        size = offset + math.prod(shape) * dtype.itemsize
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path) from None
+    return offset
