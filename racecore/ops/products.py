@@ -115,7 +115,8 @@ def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead:
 def project_wide(m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
-    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must be there.
+    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must be there. So rows are
+    read from an input only in blocks of a multiple of 8 tokens; beyond its last row there may be no memory at all.
     """
     size, like = m_t.itemsize, m_t.dtype.type(0)
     half = lanes(m_t) // 2

@@ -78,6 +78,9 @@ def task_of(call: Call, task: int) -> tuple[int, int, int]:
     return task // n_groups, first * heads, last * heads
 
 
+_TOKENS_AT_ONCE = 8  # `project_wide` reads so many: what it reads where it lies must not end before
+
+
 class Keys(NamedTuple):
     """A block of keys and values, and the next one to be asked for."""
 
@@ -100,7 +103,7 @@ def read_keys(
     g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
     if first:
         load_keep(call.mask, b, t, n, w.keep)
-    if masked:
+    if masked or n % _TOKENS_AT_ONCE != 0:
         straight_k, straight_v = COPIED, COPIED
     n_loads = n if first else 0
     k = read(call.table, KEY, (b, t, g), n_loads if needs_k else 0, call.head_dim, w.k, w.keep[0], straight_k)
@@ -117,7 +120,8 @@ def read_query(
 ) -> tuple[Source, Ahead]:
     """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
     width = call.head_dim if line == QUERY else call.value_dim
-    source = read(call.table, line, (b, t, h), n, width, x, w.ones, straight)
+    how = COPIED if n % _TOKENS_AT_ONCE != 0 else straight
+    source = read(call.table, line, (b, t, h), n, width, x, w.ones, how)
     return source, rows_ahead(call.table, line, (b, t + step, h), width)
 
 
