@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, backends, inputs, progress
+from racecore import backends, inputs, progress
 from racecore.gradients import hash_gradients
 from racecore.outofcore import pipeline, schedule
 from racecore.outofcore.finite import refuse_non_finite
@@ -90,10 +90,12 @@ def run(
     out : sink, shape of the query with V in place of D
         The path of an .npy file to write, an array (or anything that slices can be assigned to), or None: then only its
         digest is kept. A file is called ``<path>.partial`` until it is complete.
-    lsh, is_causal, readout, cu_seqlens
+    lsh, is_causal, readout
         As for `racecore.attention`.
     key_mask : source of bools, shape [T] or [B, T], optional
-        As for `racecore.attention`.
+        True: the key takes part.
+    cu_seqlens : int array [n + 1], optional
+        Where sequences begin and end, as for `racecore.attention`.
     d_out : source, optional
         Gradient of the output. With it the run is forward + backward.
     d_query, d_key, d_value : sinks
@@ -173,7 +175,6 @@ class _Run:
         n_numbers = problem.planes[0].size + 1 if wants_d_planes else 1
         self._hash = np.zeros((2, problem.n_state_heads, n_numbers)) if self._wants_gradients else None
         self._passes = schedule.PASSES[problem.is_causal, self._wants_gradients]
-        self._buffers = pipeline.Buffers(self._allocate)
         self._folder: str | None = None
 
     @property
@@ -215,9 +216,18 @@ class _Run:
     def go(self, sinks: dict[str, Sink]) -> None:
         """Compute everything."""
         stages = Stages(self._problem, backends.choose(None), self._hash, self._folder)
+        buffers = pipeline.Buffers()
+
+        def read(task: schedule.Task, slot: int) -> dict[str, np.ndarray]:
+            return self._read(task, slot, buffers)
 
         def compute(task: schedule.Task, slot: int, read: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            written = {name: self._target(sinks[name], task, slot) for name in self._passes[task.stage].writes}
+            written = {}
+            for index, name in enumerate(self._passes[task.stage].writes):
+                begin, end = task.tokens(name)
+                sink = sinks[name]
+                place, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
+                written[name] = buffers.get("write", index, slot, shape, sink.dtype) if place is None else place
             stages.compute(task, read, written)
             return written
 
@@ -226,36 +236,24 @@ class _Run:
                 sinks[name].write(*task.tokens(name), rows)
 
         try:
-            pipeline.run(schedule.tasks(self._problem, self._wants_gradients, self._limits), self._read, compute, write)
+            pipeline.run(schedule.tasks(self._problem, self._wants_gradients, self._limits), read, compute, write)
         finally:
             stages.close()
 
-    def _read(self, task: schedule.Task, slot: int) -> dict[str, np.ndarray]:
+    def _read(self, task: schedule.Task, slot: int, buffers: pipeline.Buffers) -> dict[str, np.ndarray]:
         p = self._passes[task.stage]
         names = [*p.reads, *(["key_mask"] if "key" in p.reads and "key_mask" in self._sources else [])]
         read = {}
-        for name in names:
-            begin, end = task.tokens(name)
-            read[name] = self._sources[name].read(begin, end, self._buffers.get(name, slot, end - begin))
+        for index, name in enumerate(names):
+            source, (begin, end) = self._sources[name], task.tokens(name)
+            row = () if name == "key_mask" else source.shape[-2:]
+            read[name] = source.read(begin, end, buffers.get("read", index, slot, (end - begin, *row), source.dtype))
         if self._checks:
             for name in p.reads:
                 if not p.backward or name == "d_out":
                     mask = read.get("key_mask") if name in ("key", "value") else None
                     refuse_non_finite(self._sources[name], task.tokens(name)[0], read[name], mask)
         return read
-
-    def _target(self, sink: Sink, task: schedule.Task, slot: int) -> np.ndarray:
-        begin, end = task.tokens(sink.name)
-        place = sink.place(begin, end)
-        return self._buffers.get(sink.name, slot, end - begin) if place is None else place
-
-    def _allocate(self, name: str, n_tokens: int) -> np.ndarray:
-        n_tokens = max(n_tokens, 1)
-        if name == "key_mask":
-            return arrays.empty((n_tokens,), np.bool_)
-        source = {"out": "d_out"}.get(name, name.removeprefix("d_") if name != "d_out" else name)
-        shape = self._shape_like("query", "value") if source == "d_out" else self._sources[source].shape
-        return arrays.empty((n_tokens, *shape[-2:]), self._sources["query"].dtype)
 
     def _shape_like(self, first: str, last: str | None = None) -> tuple[int, ...]:
         """Return the shape of one source, with the last axis of another."""

@@ -53,14 +53,11 @@ def checksum(words: np.ndarray, first: int) -> np.uint64:
 @kernel
 def first_with(words: np.ndarray, mask: int) -> int:
     """Return the place of the first word that has all bits of the mask, -1 if none has: the mask is a dtype's exponent."""
-    n, step = words.shape[0], 4096
-    for begin in range(0, n, step):
-        end = min(begin + step, n)
-        found = 0
-        for i in range(begin, end):
-            found += (words[i] & mask) == mask
-        if found > 0:
-            for i in range(begin, end):
-                if (words[i] & mask) == mask:
-                    return i
+    found = False
+    for i in range(words.shape[0]):  # without a way out: only so it becomes vector code
+        found |= (words[i] & mask) == mask
+    if found:
+        for i in range(words.shape[0]):
+            if (words[i] & mask) == mask:
+                return i
     return -1

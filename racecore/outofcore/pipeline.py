@@ -1,17 +1,19 @@
 """Reading, computing and writing at the same time: one thread reads ahead, one writes behind, the caller computes.
 
-Every array has two buffers. While task i is computed, the inputs of task i + 1 are read and the outputs of task i - 1
+There are buffers for two tasks. While task i is computed, the inputs of task i + 1 are read and the outputs of task i - 1
 are written, so that the slower of disk and arithmetic sets the time.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from racecore import arrays
 from racecore.outofcore.schedule import Task
 
 __all__ = ["Buffers", "run"]
@@ -20,19 +22,23 @@ Arrays = dict[str, np.ndarray]
 
 
 class Buffers:
-    """Two buffers per array, made on first use and used again, since new memory must be cleared by the system."""
+    """Memory for the arrays of two tasks, used again by every task, since new memory must be cleared by the system first.
 
-    def __init__(self, allocate: Callable[[str, int], np.ndarray]) -> None:
-        self._allocate = allocate
-        self._kept: dict[tuple[str, int], np.ndarray] = {}
+    What is read and what is written have buffers of their own: one task may be read into them while another one's results
+    are still being written.
+    """
 
-    def get(self, name: str, slot: int, n_tokens: int) -> np.ndarray:
-        """Return room for some tokens of an array."""
-        buffer = self._kept.get((name, slot))
-        if buffer is None or len(buffer) < n_tokens:
-            self._kept.pop((name, slot), None)
-            buffer = self._kept[name, slot] = self._allocate(name, n_tokens)
-        return buffer[:n_tokens]
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def get(self, use: str, index: int, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return room for an array: the one at `index` of those that a task in this slot has for this use."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        buffer = self._kept.get((use, index, slot))
+        if buffer is None or len(buffer) < n_bytes:
+            self._kept.pop((use, index, slot), None)  # before there is another one
+            buffer = self._kept[use, index, slot] = arrays.empty((n_bytes,), np.uint8)
+        return buffer[:n_bytes].view(dtype).reshape(shape)
 
 
 def run(

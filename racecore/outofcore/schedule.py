@@ -91,8 +91,9 @@ class Limits:
 def limits(problem: Problem, with_gradients: bool, memory_limit: int) -> Limits:
     """Return the longest chunks that a memory limit allows.
 
-    A run takes two buffers of a chunk for every array of the pass that has most of them (one is read or written while the
-    other is computed on), the workspace of one chunk, and state and gradient of the state for every sequence of a unit::
+    A run takes two buffers of a chunk for what a pass reads and for what a pass writes, of the widest passes (one is read or
+    written while the other is computed on), the workspace of one chunk, and state and gradient of the state for every
+    sequence of a unit::
 
         2 * chunk_tokens * row_bytes + workspace_bytes + 2 * unit_sequences * state_bytes
 
@@ -101,10 +102,9 @@ def limits(problem: Problem, with_gradients: bool, memory_limit: int) -> Limits:
     ValueError
         The limit is too small; names the smallest that works.
     """
-    row_bytes = max(
-        sum(_row_bytes(problem, name) for name in (*p.reads, *p.writes))
-        for p in PASSES[problem.is_causal, with_gradients].values()
-    )
+    passes = PASSES[problem.is_causal, with_gradients].values()
+    row_bytes = max(sum(_row_bytes(problem, name) for name in p.reads) for p in passes)
+    row_bytes += max(sum(_row_bytes(problem, name) for name in p.writes) for p in passes)
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
     per_segment = plan.smallest_workspace(problem)
     smallest = 2 * plan.SEGMENT * row_bytes + per_segment + 2 * state
@@ -119,7 +119,8 @@ def limits(problem: Problem, with_gradients: bool, memory_limit: int) -> Limits:
     n_segments = min(n_segments, workspace // per_segment) or 1
     workspace = max(workspace, per_segment)
     buffers = 2 * n_segments * plan.SEGMENT * row_bytes
-    sequences = max(1, min((memory_limit - buffers - workspace) // (2 * state), buffers // (_STATES_SHARE * 2 * state)))
+    room = min(memory_limit - buffers - workspace, buffers // _STATES_SHARE)
+    sequences = max(1, min(room // (2 * state), len(problem.sequences)))
     peak = buffers + workspace + 2 * sequences * state
     return Limits(n_segments * plan.SEGMENT, workspace, sequences, peak)
 
