@@ -59,3 +59,33 @@ def test_a_million_tokens_take_little_beyond_inputs_and_outputs(causal):
 def test_memory_limit_is_kept():
     used = measure(True, 16, memory_limit="8MB")
     assert used["workspace"] <= 8e6 + 4e6  # blocks of the threads, and what Python itself takes
+
+
+OUT_OF_CORE = """
+import json, sys
+import racecore
+from racecore.outofcore import Synthetic, run
+
+causal, limit, tokens = json.loads(sys.argv[1])
+
+def go(n):
+    x = [Synthetic((n, 2, 64), seed=seed) for seed in range(4)]
+    return run(*x[:3], None, d_out=x[3], is_causal=causal, memory_limit=limit).peak_anonymous_bytes
+
+print(json.dumps({"base": go(2100), "peak": go(tokens)}))
+"""
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_run_out_of_core_keeps_its_memory_limit_whatever_the_length(causal):
+    used = []
+    for tokens in (1 << 15, 1 << 18):
+        arguments = json.dumps([causal, 60_000_000, tokens])
+        done = subprocess.run(
+            [sys.executable, "-c", OUT_OF_CORE, arguments], capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        measured = json.loads(done.stdout)
+        used.append(measured["peak"] - measured["base"])
+    assert max(used) <= 60e6
+    assert used[1] <= used[0] + 12e6
