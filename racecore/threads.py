@@ -129,7 +129,10 @@ class _Job:
                 self._state.notify_all()
 
     def finish(self) -> None:
-        """Let no helper begin any more and wait for those at work. A Ctrl-C meanwhile is raised after the wait."""
+        """Let no helper begin any more and wait for those at work. A Ctrl-C meanwhile is raised after the wait.
+
+        Then the job lets go of its arrays: a helper that has not got round to it may hold the job itself for long.
+        """
         interrupted: KeyboardInterrupt | None = None
         self._closed = True
         while True:
@@ -140,8 +143,13 @@ class _Job:
                 break
             except KeyboardInterrupt as error:
                 interrupted = error
+        self._launch = _nothing
         if interrupted is not None:
             raise interrupted
+
+
+def _nothing(first: int, last: int) -> None:
+    """Stand in for the launches of a job that is over."""
 
 
 def _ensure_helpers(n: int) -> None:

@@ -1,8 +1,10 @@
 """The thread pool: every task once, errors and interrupts surface, forks start afresh."""
 
+import importlib
 import os
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -100,3 +102,22 @@ def test_default_count(monkeypatch):
     assert default_count() == processors
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert default_count() == processors
+
+
+def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatch):
+    """A starved helper holds the jobs it never got round to; their arrays would count as the next call's memory."""
+    threads = importlib.import_module("racecore.threads")  # the package's attribute of that name is a function
+    monkeypatch.setattr(threads, "_ensure_helpers", lambda n: None)
+    jobs = threads.queue.SimpleQueue()
+    monkeypatch.setattr(threads, "_jobs", jobs)
+
+    class Array:
+        pass
+
+    array = Array()
+    gone = weakref.ref(array)
+    with racecore.threads(2):
+        run(lambda first, last, array=array: None, 8, 1)
+    del array
+    assert jobs.qsize() == 1
+    assert gone() is None
