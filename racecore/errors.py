@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["BackendUnavailableError", "CorruptFileError"]
+__all__ = ["BackendUnavailableError", "CorruptFileError", "InputChangedError", "NonFiniteError", "OutputInUseError"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -35,3 +35,15 @@ class BackendUnavailableError(RuntimeError):
 
 class CorruptFileError(ValueError):
     """A saved hash or state does not match its own checksum, or is not one of racecore's files at all."""
+
+
+class NonFiniteError(ValueError):
+    """An input holds NaN or infinity; the message names the first place."""
+
+
+class OutputInUseError(OSError):
+    """Another run is writing the same output."""
+
+
+class InputChangedError(OSError):
+    """A file that is being read is not what it was when the run began."""

@@ -22,7 +22,7 @@ import time
 from functools import cache
 from typing import Any
 
-__all__ = ["attach", "describe", "folder"]
+__all__ = ["attach", "describe", "folder", "identity"]
 
 _log = logging.getLogger("racecore")
 _SOURCES = ("ops/**/*.py", "outofcore/loops.py", "jit.py", "plan.py", "problem.py", "kernel_cache.py")
@@ -133,6 +133,14 @@ class _KernelCache:
     def _file(self, signature: Any, codegen: Any) -> pathlib.Path:
         key = repr((self._name, str(signature), codegen.magic_tuple(), _source_digest(), _versions()))
         return folder() / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.kernel"
+
+
+def identity() -> str:
+    """Return what the bits of results depend on: the sources of all kernels, processor, versions of Numba and Python."""
+    from numba.core.registry import cpu_target
+
+    key = repr((cpu_target.target_context.codegen().magic_tuple(), _source_digest(), _versions()))
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 @cache

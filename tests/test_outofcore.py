@@ -97,7 +97,7 @@ def test_same_bits_as_in_memory_from_and_to_anything(kind, causal, readout, tmp_
     read, written = stored(x, kind, tmp_path), targets(x, kind, tmp_path)
     rest = {name: written[name] for name in ("d_query", "d_key", "d_value")}
     report = outofcore.run(
-        read["query"], read["key"], read["value"], written["out"], LSH, d_out=read["d_out"], wants_d_planes=True,
+        read["query"], read["key"], read["value"], written["out"], LSH, d_out=read["d_out"], d_lsh=True,
         memory_limit=smallest(x, **options), **rest, **options,
     )  # fmt: skip
     for name, wanted in {"out": out, "d_query": grads.query, "d_key": grads.key, "d_value": grads.value}.items():
@@ -286,13 +286,15 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(bounds, n_segment
     limit = schedule.Limits(n_segments * 1024, 1 << 20, sequences, 0)
     seen = {stage: np.zeros(n, int) for stage in schedule.PASSES[causal, back]}
     order = []
-    for task in schedule.tasks(problem, back, limit):
+    for number, task in enumerate(schedule.tasks(problem, back, limit)):
+        assert task.number == number
+        assert task.first <= number
         p = schedule.PASSES[causal, back][task.stage]
         begin, end = task.tokens(p.reads[0])
         assert end - begin <= limit.chunk_tokens
         assert len(task.sequences) <= sequences
         seen[task.stage][begin:end] += 1
-        order.append((task.unit, list(seen).index(task.stage)))
+        order.append((task.first, list(seen).index(task.stage)))
         for _, q_begin, _, k_begin, _ in task.sequences:
             first = begin + (k_begin if "key" in p.reads else q_begin)
             assert first == n or (first - bounds[bounds <= first].max()) % 1024 == 0

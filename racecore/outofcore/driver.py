@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,18 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from racecore import backends, inputs, progress
+from racecore import backends, inputs, kernel_cache, progress
+from racecore._version import __version__
+from racecore.errors import InputChangedError
 from racecore.gradients import hash_gradients
-from racecore.outofcore import pipeline, schedule
+from racecore.memory_use import PeakMemory
+from racecore.outofcore import pipeline, points, schedule
 from racecore.outofcore.finite import refuse_non_finite
+from racecore.outofcore.journal import Journal
+from racecore.outofcore.results import Results, completed, opened
+from racecore.outofcore.resume import Step
 from racecore.outofcore.sinks import Sink, open_sink
 from racecore.outofcore.sources import Source, open_source
 from racecore.outofcore.stages import Stages
+from racecore.outofcore.stamps import stamp, stamp_file
+from racecore.outofcore.states import States
+from racecore.outofcore.targets import check_paths, file_of, folder_of, is_path
 from racecore.soft_lsh import SoftLSH
 
 __all__ = ["Report", "run"]
-
-_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Report:
         they were cut into chunks.
     d_planes, d_beta : array and float or array, or None
         Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where not asked for.
+    resumed_tokens : int
+        Tokens that an earlier run had done already, counted once for every pass over them.
     """
 
     tokens: int
@@ -52,6 +61,7 @@ class Report:
     digests: dict[str, str] = field(default_factory=dict)
     d_planes: np.ndarray | None = None
     d_beta: Any = None
+    resumed_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,9 +84,11 @@ def run(
     d_query: Any = None,
     d_key: Any = None,
     d_value: Any = None,
-    wants_d_planes: bool = False,
+    d_lsh: Any = None,
     dtype: str | None = None,
     memory_limit: int | str = "1GB",
+    resume: bool = True,
+    journal: Any = None,
     check_finite: bool = True,
     progress: Callable[[int, int], object] | bool | None = None,
 ) -> Report:
@@ -89,27 +101,34 @@ def run(
         arrays for slices (zarr, h5py). Files are read in chunks, while the chunk before is computed.
     out : sink, shape of the query with V in place of D
         The path of an .npy file to write, an array (or anything that slices can be assigned to), or None: then only its
-        digest is kept. A file is called ``<path>.partial`` until it is complete.
+        digest is kept. A file is called ``<path>.partial`` until it is complete, and replaces what had its name.
     lsh, is_causal, readout
         As for `racecore.attention`.
     key_mask : source of bools, shape [T] or [B, T], optional
         True: the key takes part.
-    cu_seqlens : int array [n + 1], optional
+    cu_seqlens : int array [n + 1] or path of an .npy file, optional
         Where sequences begin and end, as for `racecore.attention`.
     d_out : source, optional
         Gradient of the output. With it the run is forward + backward.
     d_query, d_key, d_value : sinks
         For the gradients; None keeps their digests only.
-    wants_d_planes : bool
-        Sum the gradient of the planes too; that of beta always comes along.
+    d_lsh : path of an .npz file to write, or True, optional
+        Sum the gradient of the planes too, and write it with that of beta (names "planes" and "beta", float64); with True it
+        is only in the report. The gradient of beta always is.
     dtype : {None, "bfloat16"}
         How to read .npy files whose entries are two untyped bytes: that is how NumPy stores ml_dtypes.bfloat16.
     memory_limit : int or str
         Bytes that the run may take, beyond what the process had when it was called; see `racecore.outofcore.schedule`.
+    resume : bool
+        Go on with what an earlier run to the same files left, if it was interrupted. False discards that.
+    journal : path, optional
+        Where to note what is done, so that the run can be resumed; without it beside the first output file, as
+        ``<path>.journal``. A run that writes no files has a journal only if this names one; one that writes to arrays has
+        none: they would be gone.
     check_finite : bool
         Refuse NaN and infinity in the inputs, naming array, token, head and dimension.
     progress : callable(done, total) or True, optional
-        Told how many tokens are done, counted once per pass; True shows a bar.
+        Told how many tokens are done, counted once per pass, out of how many; True shows a bar.
 
     Returns
     -------
@@ -118,35 +137,48 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        What was expected, what came and what to do; before anything is computed, or when a number is not finite.
+        What was expected, what came and what to do; before anything is computed.
+    racecore.errors.NonFiniteError
+        A number in an input is not finite; a ValueError.
+    racecore.errors.CorruptFileError
+        The journal is damaged at its beginning.
+    racecore.errors.OutputInUseError
+        Another run is writing the same files.
+    racecore.errors.InputChangedError
+        An input is not what it was when the run began.
     OSError
         A file cannot be read, there is no room for an output, or the disk failed.
 
     Notes
     -----
-    Outputs have the bits that `racecore.attention` and `racecore.attention_backward` give.
+    Outputs have the bits that `racecore.attention` and `racecore.attention_backward` give. However the process ends, the
+    same call goes on where it was, to the same bytes; inputs or parameters that changed meanwhile are refused. Inputs that
+    are not finite or change on the way leave nothing to go on with.
     """
     reads = {"query": query, "key": key, "value": value, "d_out": d_out, "key_mask": key_mask}
-    gradients = {"d_query": d_query, "d_key": d_key, "d_value": d_value}
-    if d_out is None and any(sink is not None for sink in gradients.values()):
+    targets = {"out": out}
+    if d_out is not None:
+        targets |= {"d_query": d_query, "d_key": d_key, "d_value": d_value}
+    elif any(x is not None for x in (d_query, d_key, d_value, d_lsh)):
         raise ValueError("gradients need d_out, the gradient of the output")
     untyped = None if dtype is None else _bfloat16(dtype)
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack, _PeakMemory() as memory:
+    with contextlib.ExitStack() as stack, PeakMemory() as memory:
         sources = {}
         for name, source in reads.items():
             if source is not None:
                 sources[name] = open_source(source, name, untyped)
                 stack.callback(sources[name].close)
         run_ = _Run(
-            sources, lsh, is_causal, readout, cu_seqlens, inputs.parse_bytes(memory_limit), check_finite, wants_d_planes
+            sources, lsh, is_causal, readout, _bounds(cu_seqlens), inputs.parse_bytes(memory_limit), check_finite, d_lsh
         )
-        sinks = stack.enter_context(run_.opened({"out": out} | (gradients if d_out is not None else {}), reads))
+        check_paths([x for x in reads.items() if x[1] is not None], {**targets, "d_lsh": d_lsh, "journal": journal})
+        if is_path(d_lsh):
+            folder_of(d_lsh)
         with _listening(progress, run_.n_steps):
-            run_.go(sinks)
+            digests = run_.go(reads, targets, resume, journal)
     seconds = time.perf_counter() - started
-    digests = {name: f"{sink.checksum:016x}" for name, sink in sinks.items()}
-    return Report(run_.n_tokens, seconds, memory.peak, digests, *run_.hash_gradients())
+    return Report(run_.n_tokens, seconds, memory.peak, digests, *run_.hash_gradients(), run_.resumed_tokens)
 
 
 class _Run:
@@ -154,9 +186,9 @@ class _Run:
 
     def __init__(
         self, sources: dict[str, Source], lsh: SoftLSH | None, is_causal: bool, readout: str, cu_seqlens: Any,
-        memory_limit: int, check_finite: bool, wants_d_planes: bool,
+        memory_limit: int, check_finite: bool, d_lsh: Any,
     ) -> None:  # fmt: skip
-        self._sources, self._checks = sources, check_finite
+        self._sources, self._checks, self._d_lsh = sources, check_finite, d_lsh
         stand_ins = {name: _stand_in(source) for name, source in sources.items()}
         problem, self._lsh, self._had_batch = inputs.check_attention(
             stand_ins["query"], stand_ins["key"], stand_ins["value"], lsh, is_causal=is_causal, readout=readout,
@@ -171,11 +203,11 @@ class _Run:
         self._wants_gradients = "d_out" in sources
         self._limits = schedule.limits(problem, self._wants_gradients, memory_limit)
         self._problem = replace(problem, workspace_bytes=self._limits.workspace_bytes)
-        self._wrt = frozenset({"planes", "beta"} if wants_d_planes else {"beta"})
-        n_numbers = problem.planes[0].size + 1 if wants_d_planes else 1
+        self._wrt = frozenset({"beta"} if d_lsh is None or d_lsh is False else {"planes", "beta"})
+        n_numbers = problem.planes[0].size + 1 if "planes" in self._wrt else 1
         self._hash = np.zeros((2, problem.n_state_heads, n_numbers)) if self._wants_gradients else None
         self._passes = schedule.PASSES[problem.is_causal, self._wants_gradients]
-        self._folder: str | None = None
+        self.resumed_tokens = 0
 
     @property
     def n_tokens(self) -> int:
@@ -191,54 +223,146 @@ class _Run:
         """Return the gradients of planes and beta."""
         return hash_gradients(self._hash, self._problem, self._lsh, self._wrt)
 
-    @contextlib.contextmanager
-    def opened(self, targets: dict[str, Any], reads: dict[str, Any]) -> Iterator[dict[str, Sink]]:
-        """Open all sinks; give files their names at the end if all went well, else leave none of them behind."""
-        self._folder = next((_folder_of(x) for x in targets.values() if isinstance(x, (str, os.PathLike))), None)
-        like = {"out": ("query", "value"), "d_query": ("query",), "d_key": ("key",), "d_value": ("value",)}
+    def go(self, reads: dict[str, Any], targets: dict[str, Any], resume: bool, journal: Any) -> dict[str, str]:
+        """Compute everything, or what is left to do; return the digests."""
+        files_read = {name: path for name, x in reads.items() if (path := file_of(x)) is not None}
+        before = {name: stamp_file(path) for name, path in files_read.items()}
+        stages = Stages(self._problem, backends.choose(None), self._hash)
+        with contextlib.ExitStack() as stack:
+            found = None
+            if (path := _journal_path(targets, journal)) is not None:
+                found = Journal(path, afresh=not resume)
+                stack.callback(found.close)
+                digests = self._taken_up(found, reads, targets)
+                if digests is not None:
+                    return digests
+            results = stack.enter_context(opened(self._results(reads, targets, stages, found)))
+            self._compute(stages, results)
+            for name, path in files_read.items():
+                if (now := stamp_file(path)) != before[name]:
+                    raise InputChangedError(f"{path} ({name}) changed during the run: {before[name]}, then {now}")
+            self._write_hash_gradients()
+            digests = {name: f"{sink.checksum:016x}" for name, sink in results.sinks.items()}
+            results.finish({"digests": digests, "hash": None if self._hash is None else self._hash.tobytes().hex()})
+        return digests
+
+    def _taken_up(self, journal: Journal, reads: dict[str, Any], targets: dict[str, Any]) -> dict[str, str] | None:
+        """Compare a journal with this run, or begin it; return the digests if it says that all is done."""
+        identity = self._identity(reads, targets)
+        paths = [os.path.realpath(target) for target in targets.values() if is_path(target)]
+        if journal.identity is not None:
+            difference = journal.difference(identity)
+            is_over = journal.completion is not None and not any(os.path.exists(f"{path}.partial") for path in paths)
+            if difference is not None and not is_over:
+                raise ValueError(difference)
+            if difference is None and (completion := completed(journal, paths)) is not None:
+                if self._hash is not None:
+                    self._hash[...] = np.frombuffer(bytes.fromhex(completion["hash"])).reshape(self._hash.shape)
+                self.resumed_tokens = self.n_steps
+                _remove(_states_path(journal.path))
+                journal.remove()
+                return dict(completion["digests"])
+            if difference is None and journal.completion is None:
+                return None
+        journal.begin(identity)
+        return None
+
+    def _results(
+        self, reads: dict[str, Any], targets: dict[str, Any], stages: Stages, journal: Journal | None
+    ) -> Results:
+        """Open sinks and the file of states."""
+        resumes = journal is not None and bool(journal.entries)
         taken = [(name, array) for name, array in reads.items() if array is not None]
-        _check_paths(taken, targets)
+        like = {"out": ("query", "value"), "d_query": ("query",), "d_key": ("key",), "d_value": ("value",)}
+        dtype = self._sources["query"].dtype
         sinks: dict[str, Sink] = {}
+        results = Results(sinks, stages, self._problem, None, journal)
         try:
             for name, target in targets.items():
-                sinks[name] = open_sink(
-                    target, name, self._shape_like(*like[name]), self._sources["query"].dtype, taken
-                )
+                sinks[name] = open_sink(target, name, self._shape_like(*like[name]), dtype, taken, resumes)
                 taken.append((name, target))
-            yield sinks
-            for sink in sinks.values():
-                sink.finish()
+            points.reached("outputs reserved")
+            if journal is not None:
+                results.states = States(stages.numbers, _states_path(journal.path))
+            elif self._problem.is_causal and self._wants_gradients:
+                folder = next((folder_of(target) for target in targets.values() if is_path(target)), None)
+                results.states = States(stages.numbers, folder=folder)
         except BaseException:
-            for sink in sinks.values():
-                sink.abandon()
+            if resumes:
+                results.close()
+            else:
+                results.abandon()
             raise
+        return results
 
-    def go(self, sinks: dict[str, Sink]) -> None:
-        """Compute everything."""
-        stages = Stages(self._problem, backends.choose(None), self._hash, self._folder)
+    def _compute(self, stages: Stages, results: Results) -> None:
+        """Do every task that is still to be done."""
         buffers = pipeline.Buffers()
+        last = 0
 
-        def read(task: schedule.Task, slot: int) -> dict[str, np.ndarray]:
-            return self._read(task, slot, buffers)
+        def skipped(task: schedule.Task) -> None:
+            nonlocal last
+            last = task.number
+            begin, end = task.tokens(self._passes[task.stage].reads[0])
+            n_tokens = (end - begin) * (2 if self._passes[task.stage].is_walk_back else 1)
+            self.resumed_tokens += n_tokens
+            progress.advance(n_tokens)
 
-        def compute(task: schedule.Task, slot: int, read: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            written = {}
+        def read(step: Step, slot: int) -> dict[str, np.ndarray]:
+            return self._read(step.task, slot, buffers)
+
+        def compute(step: Step, slot: int, read: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int | None]:
+            nonlocal last
+            task, written = step.task, {}
+            last = max(last, task.number)
             for index, name in enumerate(self._passes[task.stage].writes):
                 begin, end = task.tokens(name)
-                sink = sinks[name]
+                sink = results.sinks[name]
                 place, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
                 written[name] = buffers.get("write", index, slot, shape, sink.dtype) if place is None else place
-            stages.compute(task, read, written)
-            return written
+            if step.origin is not None and results.states is not None:
+                stages.restore(task, step.origin, results.states)
+            stages.compute(task, read, written, results.states)
+            return written, results.keep_state(task)
 
-        def write(task: schedule.Task, written: dict[str, np.ndarray]) -> None:
-            for name, rows in written.items():
-                sinks[name].write(*task.tokens(name), rows)
+        def write(step: Step, computed: tuple[dict[str, np.ndarray], int | None]) -> None:
+            results.write(step.task, *computed)
 
-        try:
-            pipeline.run(schedule.tasks(self._problem, self._wants_gradients, self._limits), read, compute, write)
-        finally:
-            stages.close()
+        tasks = schedule.tasks(self._problem, self._wants_gradients, self._limits)
+        pipeline.run(results.steps(tasks, skipped), read, compute, write)
+        if self.resumed_tokens and results.states is not None:  # the last task to be done need not be the last of all
+            stages.restore_hash({"hash": last}, results.states)
+
+    def _write_hash_gradients(self) -> None:
+        if not is_path(self._d_lsh):
+            return
+        d_planes, d_beta = self.hash_gradients()
+        path = os.path.realpath(os.fspath(self._d_lsh))
+        with open(f"{path}.partial", "wb") as file:
+            np.savez(file, planes=np.asarray(d_planes), beta=np.asarray(d_beta))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.partial", path)
+
+    def _identity(self, reads: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
+        """Return what must be the same for a run to be resumed, by the names that a message can give."""
+        problem, planes = self._problem, self._lsh.planes
+        hash_ = (
+            f"{self._lsh.n_tables} tables of {self._lsh.n_planes} planes, beta {np.asarray(self._lsh.beta).tolist()}"
+        )
+        return {
+            "racecore": __version__,
+            "kernels and processor": kernel_cache.identity(),
+            **{name: stamp(reads[name], source) for name, source in self._sources.items()},
+            "hash": f"{hash_}, fingerprint {self._lsh.fingerprint[:16]} of {planes.shape}",
+            "is_causal": problem.is_causal,
+            "readout": problem.readout,
+            "sequences": f"{len(problem.sequences)}, digest {hashlib.sha256(problem.sequences.tobytes()).hexdigest()[:16]}",
+            **{name: os.path.basename(x) if is_path(x) else "digest only" for name, x in targets.items()},
+            "d_planes": "planes" in self._wrt,
+            "tokens per chunk, which follow from memory_limit": self._limits.chunk_tokens,
+            "sequences per chunk, which follow from memory_limit": self._limits.unit_sequences,
+        }
 
     def _read(self, task: schedule.Task, slot: int, buffers: pipeline.Buffers) -> dict[str, np.ndarray]:
         p = self._passes[task.stage]
@@ -266,35 +390,34 @@ def _stand_in(source: Source) -> np.ndarray:
     return np.broadcast_to(np.zeros((), source.dtype), source.shape)
 
 
-def _folder_of(path: str | os.PathLike[str]) -> str | None:
-    folder = os.path.dirname(os.path.realpath(os.fspath(path)))
-    return folder if os.path.isdir(folder) else None
+def _journal_path(targets: dict[str, Any], journal: Any) -> str | None:
+    """Return where to keep the journal; None where a run could not be resumed, or nobody asked for it."""
+    if any(target is not None and not is_path(target) for target in targets.values()):
+        if journal is not None:
+            raise ValueError("a run that writes to arrays cannot be resumed: leave out journal, or write to files")
+        return None
+    if journal is not None:
+        folder_of(journal)
+        return os.path.realpath(os.fspath(journal))
+    first = next((os.path.realpath(os.fspath(x)) for x in targets.values() if x is not None), None)
+    if first is None:
+        return None
+    folder_of(first)
+    return f"{first}.journal"
 
 
-def _check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None:
-    """Refuse a file that is to be written and is also something else here, under whatever name."""
-    seen = {_identity(x): name for name, x in sources if _file_of(x) is not None}
-    for name, target in targets.items():
-        if _file_of(target) is not None and (other := seen.setdefault(_identity(target), name)) != name:
-            raise ValueError(f"{name} is the same file as {other} ({_file_of(target)}); give it a file of its own")
+def _states_path(journal: str) -> str:
+    return f"{journal.removesuffix('.journal')}.states"
 
 
-def _file_of(x: Any) -> str | None:
-    """Return the path of a file, or of the file that an array maps."""
-    if isinstance(x, (str, os.PathLike)):
-        return os.fspath(x)
-    filename = getattr(x, "filename", None) if isinstance(x, np.memmap) else None
-    return None if filename is None else os.fspath(filename)
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
-def _identity(x: Any) -> tuple[object, ...]:
-    """Return what two names of one file have in common: device and inode, or the resolved name of a file to be."""
-    path = _file_of(x) or ""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (os.path.realpath(path),)
-    return status.st_dev, status.st_ino
+def _bounds(cu_seqlens: Any) -> Any:
+    """Return the bounds of sequences, from a file where that is given."""
+    return np.load(cu_seqlens, allow_pickle=False) if is_path(cu_seqlens) else cu_seqlens
 
 
 def _bfloat16(name: str) -> np.dtype:
@@ -328,30 +451,3 @@ def _listening(listener: Callable[[int, int], object] | bool | None, total: int)
 
     with progress.reporting(advance):
         yield
-
-
-class _PeakMemory:
-    """Watch the anonymous memory of this process while a block runs."""
-
-    def __enter__(self) -> _PeakMemory:
-        self.peak = _anonymous_bytes()
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="racecore-memory", daemon=True)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(_SAMPLE_SECONDS):
-            self.peak = max(self.peak, _anonymous_bytes())
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._watcher.join()
-
-
-def _anonymous_bytes() -> int:
-    try:
-        with open("/proc/self/status") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:")), 0)
-    except OSError:
-        return 0

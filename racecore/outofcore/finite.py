@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore import arrays
+from racecore.errors import NonFiniteError
 from racecore.outofcore.sources import Source
 
 __all__ = ["refuse_non_finite"]
@@ -23,7 +24,7 @@ def refuse_non_finite(source: Source, begin: int, rows: np.ndarray, mask: np.nda
 
     Raises
     ------
-    ValueError
+    racecore.errors.NonFiniteError
         Names array, token, head and dimension of the first such number.
     """
     start = 0
@@ -38,7 +39,7 @@ def refuse_non_finite(source: Source, begin: int, rows: np.ndarray, mask: np.nda
             continue
         row, where = divmod(begin + token, source.shape[-3])
         batch = f"batch row {row}, " if len(source.shape) == 4 else ""
-        raise ValueError(
+        raise NonFiniteError(
             f"{source.name} is {float(rows[token, head, dim])} at {batch}token {where}, head {head}, dimension {dim}; "
             "all inputs must be finite (check_finite=False computes on, as NumPy would)"
         )

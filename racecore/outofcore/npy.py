@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tokenize
@@ -58,24 +59,27 @@ def _parse(file: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
         raise ValueError(f"{path} is not an .npy file ({reason}); write one with numpy.save") from error
 
 
-def reserve(path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Make an .npy file with all its bytes reserved on the disk; return the offset of the first byte of the array.
+def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Make an open file an .npy file with all its bytes reserved on the disk; return the offset of the array's first byte.
 
-    A sparse file would do until the disk is full; then a write through a memory map of it would kill the process.
+    What a file of this very kind holds already stays. A sparse file would do until the disk is full; then a write through a
+    memory map of it would kill the process.
 
     Raises
     ------
     OSError
         There is no room for it, or the folder cannot be written to.
     """
-    with open(path, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
-        offset = file.tell()
-        size = offset + math.prod(shape) * dtype.itemsize
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path) from None
+    header = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    offset = header.tell()
+    size = offset + math.prod(shape) * dtype.itemsize
+    if os.fstat(file).st_size != size or os.pread(file, offset, 0) != header.getvalue():
+        os.ftruncate(file, 0)
+    try:
+        os.posix_fallocate(file, 0, size)
+        os.pwrite(file, header.getvalue(), 0)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path) from None
     return offset

@@ -10,15 +10,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from racecore import arrays
-from racecore.outofcore.schedule import Task
 
 __all__ = ["Buffers", "run"]
 
 Arrays = dict[str, np.ndarray]
+Item = TypeVar("Item")
+Computed = TypeVar("Computed")
 
 
 class Buffers:
@@ -42,33 +44,33 @@ class Buffers:
 
 
 def run(
-    tasks: Iterable[Task],
-    read: Callable[[Task, int], Arrays],
-    compute: Callable[[Task, int, Arrays], Arrays],
-    write: Callable[[Task, Arrays], None],
+    items: Iterable[Item],
+    read: Callable[[Item, int], Arrays],
+    compute: Callable[[Item, int, Arrays], Computed],
+    write: Callable[[Item, Computed], None],
 ) -> None:
-    """Do all tasks in their order.
+    """Do all items in their order.
 
     Parameters
     ----------
-    tasks : iterable of Task
-    read : callable(task, slot) -> arrays
+    items : iterable
+    read : callable(item, slot) -> arrays
         Called in a thread of its own; slots alternate between 0 and 1.
-    compute : callable(task, slot, arrays) -> arrays
+    compute : callable(item, slot, arrays) -> results
         Called here.
-    write : callable(task, arrays)
-        Called in another thread, task by task.
+    write : callable(item, results)
+        Called in another thread, item by item.
 
     The first exception ends the run, after what was being read and written at that moment.
     """
     written: list[Future[None]] = []
     with ThreadPoolExecutor(1, "racecore-read") as reader, ThreadPoolExecutor(1, "racecore-write") as writer:
-        ahead: tuple[Task, Future[Arrays]] | None = None
-        for index, task in enumerate(itertools.chain(tasks, [None])):
+        ahead: tuple[Item, Future[Arrays]] | None = None
+        for index, item in enumerate(itertools.chain(items, [None])):
             current = ahead
             if current is not None:
                 arrays = current[1].result()
-            ahead = None if task is None else (task, reader.submit(read, task, index % 2))
+            ahead = None if item is None else (item, reader.submit(read, item, index % 2))
             if current is None:
                 continue
             slot = (index - 1) % 2

@@ -6,6 +6,8 @@ import os
 
 import numpy as np
 
+from racecore.errors import InputChangedError
+
 __all__ = ["read_at", "write_at"]
 
 
@@ -14,14 +16,14 @@ def read_at(file: int, place: int, array: np.ndarray, path: str) -> None:
 
     Raises
     ------
-    OSError
+    racecore.errors.InputChangedError
         The file ends before.
     """
     target = array.reshape(-1).view(np.uint8).data
     while len(target):
         n = os.preadv(file, [target], place)
         if n == 0:
-            raise OSError(f"{path} was cut short while it was being read: it ends before byte {place + 1:,}")
+            raise InputChangedError(f"{path} was cut short while it was being read: it ends before byte {place + 1:,}")
         target, place = target[n:], place + n
 
 

@@ -39,6 +39,11 @@ class Pass:
     writes: tuple[str, ...]
     backward: bool = False
 
+    @property
+    def is_walk_back(self) -> bool:
+        """Whether it goes over the chunks in reverse; its kernels go over the tokens twice."""
+        return self.backward and "query" in self.reads
+
 
 def _pass(reads: str, writes: str, backward: bool = False) -> Pass:
     return Pass(tuple(reads.split()), tuple(writes.split()), backward)
@@ -64,8 +69,9 @@ _OF_KEYS = ("key", "value", "key_mask", "d_key", "d_value")
 class Task:
     """One chunk of one pass."""
 
+    number: int  # of all tasks of the run
+    first: int  # the number of its unit's first task
     stage: str
-    unit: int
     chunk: int  # of its unit
     n_chunks: int  # of the unit; 0 where the unit is a run of short sequences
     is_last: bool  # of its unit
@@ -76,6 +82,11 @@ class Task:
     def tokens(self, name: str) -> tuple[int, int]:
         """Return which tokens of an array this task reads or writes."""
         return self.keys if name in _OF_KEYS else self.queries
+
+    @property
+    def is_of_one_sequence(self) -> bool:
+        """Whether the unit is one sequence of several chunks, between which states are carried."""
+        return self.n_chunks > 0
 
 
 @dataclass(frozen=True)
@@ -150,13 +161,17 @@ def tasks(problem: Problem, with_gradients: bool, limit: Limits) -> Iterator[Tas
     flat[:, 3:5] += flat[:, :1] * key.shape[1]
     flat[:, 0] = 0
     stages = PASSES[problem.is_causal, with_gradients]
-    for unit, (first, last) in enumerate(_units(flat, limit)):
+    number = 0
+    for first, last in _units(flat, limit):
         found = [(stage, chunk) for stage, p in stages.items() for chunk in _chunks(flat[first:last], stage, p, limit)]
-        for index, (stage, (number, total, sequences)) in enumerate(found):
+        begin = number
+        for stage, (chunk, total, sequences) in found:
             q, k = sequences[:, 1:3], sequences[:, 3:5]
             queries, keys = (int(q[0, 0]), int(q[-1, 1])), (int(k[0, 0]), int(k[-1, 1]))
             local = sequences - np.array([0, queries[0], queries[0], keys[0], keys[0]])
-            yield Task(stage, unit, number, total, index == len(found) - 1, local, queries, keys)
+            is_last = number - begin == len(found) - 1
+            yield Task(number, begin, stage, chunk, total, is_last, local, queries, keys)
+            number += 1
 
 
 def _units(flat: np.ndarray, limit: Limits) -> Iterator[tuple[int, int]]:
@@ -186,4 +201,4 @@ def _chunks(sequences: np.ndarray, stage: str, p: Pass, limit: Limits) -> list[t
         queries = (q_begin + begin, q_begin + end) if "query" in p.reads else (q_begin, q_begin)
         keys = (k_begin + begin, k_begin + end) if "key" in p.reads else (k_begin, k_begin)
         cuts.append((number, total, np.array([[0, *queries, *keys]])))
-    return cuts[::-1] if p.backward and "query" in p.reads else cuts
+    return cuts[::-1] if p.is_walk_back else cuts

@@ -11,10 +11,13 @@ import numpy as np
 
 from racecore import inputs
 from racecore.outofcore import npy
-from racecore.outofcore.positioned import write_at
+from racecore.outofcore.locked_file import open_locked
+from racecore.outofcore.positioned import read_at, write_at
 from racecore.outofcore.sources import pieces
 
-__all__ = ["Sink", "open_sink"]
+__all__ = ["Sink", "checksum", "open_sink"]
+
+_PIECE = 1 << 22  # bytes that are read back at once
 
 
 class Sink(Protocol):
@@ -29,29 +32,47 @@ class Sink(Protocol):
         """Return where tokens begin ... end - 1 may be computed into, if that is in memory."""
         ...
 
-    def write(self, begin: int, end: int, rows: np.ndarray) -> None:
-        """Take tokens begin ... end - 1."""
+    def write(self, begin: int, end: int, rows: np.ndarray) -> int:
+        """Take tokens begin ... end - 1; return their checksum."""
+        ...
+
+    def holds(self, begin: int, end: int, expected: int) -> bool:
+        """Tell whether tokens begin ... end - 1 are there as their checksum says."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
         ...
 
     def finish(self) -> None:
         """All is written: give the result its name."""
         ...
 
+    def close(self) -> None:
+        """Let go of it, finished or not."""
+        ...
+
     def abandon(self) -> None:
-        """Something went wrong: leave nothing behind that looks like a result."""
+        """Let go of it and leave nothing behind that looks like a result."""
         ...
 
 
-def open_sink(sink: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]]) -> Sink:
+def open_sink(
+    sink: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]], resumes: bool = False
+) -> Sink:
     """Open a sink: a path of an .npy file, an array or something that slices can be assigned to, or None.
 
     Parameters
     ----------
     sources : list of (name, array)
         What must not be overwritten.
+    resumes : bool
+        Go on with what an earlier run left of a file.
 
     Raises
     ------
+    racecore.errors.OutputInUseError
+        Another run is writing the file.
     OSError
         There is no room for a file, or no folder.
     ValueError, TypeError
@@ -60,7 +81,7 @@ def open_sink(sink: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sou
     if sink is None:
         return _DigestOnly(name, shape, dtype)
     if isinstance(sink, (str, os.PathLike)):
-        return _NpyFile(os.fspath(sink), name, shape, dtype)
+        return _NpyFile(os.fspath(sink), name, shape, dtype, resumes)
     if isinstance(sink, np.ndarray):
         return _InArray(inputs.check_out(sink, name, shape, dtype, sources), name)
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
@@ -79,10 +100,21 @@ class _DigestOnly:
     def place(self, begin: int, end: int) -> np.ndarray | None:
         return None
 
-    def write(self, begin: int, end: int, rows: np.ndarray) -> None:
-        self.checksum = (self.checksum + _checksum(rows, begin)) % 2**64
+    def write(self, begin: int, end: int, rows: np.ndarray) -> int:
+        found = checksum(rows, begin)
+        self.checksum = (self.checksum + found) % 2**64
+        return found
+
+    def holds(self, begin: int, end: int, expected: int) -> bool:
+        return True
+
+    def sync(self) -> None:
+        pass
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def abandon(self) -> None:
@@ -102,48 +134,66 @@ class _InArray(_DigestOnly):
             return None
         return self._array[parts[0][0]]
 
-    def write(self, begin: int, end: int, rows: np.ndarray) -> None:
+    def write(self, begin: int, end: int, rows: np.ndarray) -> int:
         for index, first, last in pieces(self.shape, begin, end, self._n_axes):
             part = rows[first - begin : last - begin]
             if not isinstance(self._array, np.ndarray) or not np.may_share_memory(self._array[index], part):
                 self._array[index] = part
-        super().write(begin, end, rows)
+        return super().write(begin, end, rows)
 
 
 class _NpyFile(_DigestOnly):
     """An .npy file that is called `<path>.partial` until it is complete."""
 
-    def __init__(self, path: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, resumes: bool) -> None:
         super().__init__(name, shape, dtype)
         self._path = os.path.realpath(path)  # a link stays one
         self._partial = f"{self._path}.partial"
-        if not os.path.isdir(os.path.dirname(self._path)):
-            raise FileNotFoundError(f"there is no folder {os.path.dirname(self._path)} to write {name} to")
+        folder = os.path.dirname(self._path)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"there is no folder {folder} to write {name} to")
         self._row_bytes = math.prod(shape[-2:]) * dtype.itemsize
+        self._file = open_locked(self._partial)
         try:
-            self._offset = npy.reserve(self._partial, shape, dtype)
+            if not resumes:
+                os.ftruncate(self._file, 0)
+            self._offset = npy.reserve(self._file, self._partial, shape, dtype)
         except BaseException:
-            _remove(self._partial)
+            if resumes:
+                self.close()
+            else:
+                self.abandon()
             raise
-        self._file = os.open(self._partial, os.O_WRONLY | os.O_CLOEXEC)
 
-    def write(self, begin: int, end: int, rows: np.ndarray) -> None:
+    def write(self, begin: int, end: int, rows: np.ndarray) -> int:
         write_at(self._file, self._offset + begin * self._row_bytes, rows)
-        super().write(begin, end, rows)
+        return super().write(begin, end, rows)
+
+    def holds(self, begin: int, end: int, expected: int) -> bool:
+        step, found = max(1, _PIECE // max(1, self._row_bytes)), 0
+        for first in range(begin, end, step):
+            rows = np.empty((min(step, end - first), *self.shape[-2:]), self.dtype)
+            read_at(self._file, self._offset + first * self._row_bytes, rows, self._partial)
+            found += checksum(rows, first)
+        return found % 2**64 == expected
+
+    def sync(self) -> None:
+        os.fsync(self._file)
 
     def finish(self) -> None:
-        os.fsync(self._file)
-        self._close()
         os.replace(self._partial, self._path)
+        _sync_folder(os.path.dirname(self._path))
+        self.close()
 
-    def abandon(self) -> None:
-        self._close()
-        _remove(self._partial)
-
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
+
+    def abandon(self) -> None:
+        if self._file >= 0:
+            _remove(self._partial)
+        self.close()
 
 
 def _remove(path: str) -> None:
@@ -151,7 +201,17 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _checksum(rows: np.ndarray, begin: int) -> int:
+def _sync_folder(folder: str) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def checksum(rows: np.ndarray, begin: int) -> int:
     """Return the checksum of whole rows that start at token `begin`; in words of 8 bytes where rows are so long."""
     from racecore.outofcore import loops
 

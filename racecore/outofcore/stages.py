@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +9,21 @@ import numpy as np
 
 from racecore import plan
 from racecore.backends import Backend
-from racecore.outofcore.positioned import read_at, write_at
 from racecore.outofcore.schedule import Task
+from racecore.outofcore.states import States
 from racecore.problem import GradientBuffers, Problem, Sketch
 
-__all__ = ["Stages"]
+__all__ = ["Origin", "Stages"]
 
 Arrays = dict[str, np.ndarray]
+Origin = dict[str, int]  # by what is carried (sketch, d_sketch, hash): the task that left it last; nothing means zeros
+
+_CHANGES = {
+    "sum": "sketch",
+    "walk": "sketch",
+    "read": "d_sketch",
+    "walk back": "d_sketch",
+}  # stage: state of the sequence
 
 
 class Stages:
@@ -29,21 +36,63 @@ class Stages:
     backend : Backend
     hash_gradient : float64 array [2, M, n] or None
         Where the gradients of planes and beta are summed; None means forward only.
-    folder : str or None
-        Where states between chunks are kept until the backward pass reads them.
     """
 
-    def __init__(
-        self, problem: Problem, backend: Backend, hash_gradient: np.ndarray | None, folder: str | None
-    ) -> None:
+    def __init__(self, problem: Problem, backend: Backend, hash_gradient: np.ndarray | None) -> None:
         self._problem, self._backend, self._hash = problem, backend, hash_gradient
-        self._folder = folder
-        self._unit = -1
-        self._checkpoints: _Checkpoints | None = None
+        self._first = -1  # task of the unit that the states belong to
+        self._state_numbers = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim)
 
-    def compute(self, task: Task, read: Arrays, written: Arrays) -> None:
+    @property
+    def numbers(self) -> int:
+        """How many numbers the largest state has that a task leaves."""
+        return self._state_numbers + (0 if self._hash is None else self._hash.size)
+
+    def changes(self, task: Task) -> list[str]:
+        """Return what a task changes that later ones go on from: the state of the sequence and the gradient of the hash.
+
+        Short sequences start from nothing and share a unit: of theirs only the gradient of the hash goes on.
+        """
+        changed = []
+        state = _CHANGES.get(task.stage)
+        if task.is_of_one_sequence and (state == "sketch" or (state == "d_sketch" and self._hash is not None)):
+            changed.append(state)
+        if self._hash is not None and task.stage in ("read", "sum back", "walk back"):
+            changed.append("hash")
+        return changed
+
+    def place(self, task: Task) -> tuple[int, int]:
+        """Return where in its place in `States` a task leaves what it changes: (first number, how many)."""
+        changed = self.changes(task)
+        first = self._state_numbers if changed == ["hash"] else 0
+        last = self._state_numbers if "hash" not in changed else self.numbers
+        return first, last - first if changed else 0
+
+    def left(self, task: Task) -> np.ndarray:
+        """Return what the task that was just computed changed."""
+        held: dict[str, Any] = {"sketch": self._sketch.flat, "d_sketch": self._d_sketch.flat, "hash": self._hash}
+        return np.concatenate([np.ravel(held[name]) for name in self.changes(task)])
+
+    def restore(self, task: Task, origin: Origin, states: States) -> None:
+        """Make everything what it was before a task."""
+        self._begin(task)
+        for name, sketch in (("sketch", self._sketch), ("d_sketch", self._d_sketch)):
+            if name in origin:
+                sketch.flat[...] = states.get(origin[name], 0, self._state_numbers).reshape(sketch.flat.shape)
+        self.restore_hash(origin, states)
+
+    def restore_hash(self, origin: Origin, states: States) -> None:
+        """Make the gradient of the hash what it was then."""
+        if self._hash is None:
+            return
+        self._hash[...] = 0
+        if "hash" in origin:
+            found = states.get(origin["hash"], self._state_numbers, self._hash.size)
+            self._hash[...] = found.reshape(self._hash.shape)
+
+    def compute(self, task: Task, read: Arrays, written: Arrays, states: States | None) -> None:
         """Compute one task: from arrays [tokens, heads, dim] to arrays of that kind."""
-        if task.unit != self._unit:
+        if task.first != self._first:
             self._begin(task)
         d_out = None if "d_out" not in read else read["d_out"][None]
         for first, last in plan.parts(replace(self._problem, sequences=task.sequences)):
@@ -59,22 +108,12 @@ class Stages:
             elif task.stage == "sum back":
                 self._backend.bidirectional.sum_keys_backward(part, d_sketch, grads)
             elif task.stage == "walk":
-                self._keep(task, sketch)
                 self._backend.causal.walk(part, sketch, written["out"][None], False)
             else:
-                self._backend.causal.walk_backward(part, [self._before(task, sketch)], d_out, d_sketch, grads)
-        if task.is_last:
-            self.close()
-
-    def close(self) -> None:
-        """Forget the states of the unit."""
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-            self._checkpoints = None
+                self._backend.causal.walk_backward(part, [self._before(task, sketch, states)], d_out, d_sketch, grads)
 
     def _begin(self, task: Task) -> None:
-        self.close()
-        self._unit = task.unit
+        self._first = task.first
         unit = replace(self._problem, sequences=task.sequences)
         self._sketch, self._d_sketch = unit.new_sketch(), unit.new_sketch()
 
@@ -89,34 +128,10 @@ class Stages:
         )
         return GradientBuffers(query, key, value, self._hash)
 
-    def _keep(self, task: Task, sketch: Sketch) -> None:
-        """Keep the state before a chunk for the backward pass. Short sequences start from nothing: no need to."""
-        if self._hash is None or task.n_chunks == 0:
-            return
-        if self._checkpoints is None:
-            self._checkpoints = _Checkpoints(sketch.flat, self._folder)
-        self._checkpoints.put(task.chunk, sketch.flat)
-
-    def _before(self, task: Task, sketch: Sketch) -> np.ndarray:
-        if self._checkpoints is None:
+    def _before(self, task: Task, sketch: Sketch, states: States | None) -> np.ndarray:
+        """Return the state before a chunk, as the walk forward left it. Short sequences start from nothing."""
+        if task.chunk == 0 or not task.is_of_one_sequence:
             return np.zeros_like(sketch.flat)
-        return self._checkpoints.get(task.chunk)
-
-
-class _Checkpoints:
-    """States of one shape in a file without a name, which is gone when the process is, however it ends."""
-
-    def __init__(self, like: np.ndarray, folder: str | None) -> None:
-        self._shape, self._nbytes = like.shape, like.nbytes
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115, closed by `close`
-
-    def put(self, index: int, state: np.ndarray) -> None:
-        write_at(self._file.fileno(), index * self._nbytes, np.ascontiguousarray(state))
-
-    def get(self, index: int) -> np.ndarray:
-        state = np.empty(self._shape, np.float64)
-        read_at(self._file.fileno(), index * self._nbytes, state, "the temporary file of states")
-        return state
-
-    def close(self) -> None:
-        self._file.close()
+        if states is None:
+            raise TypeError("a walk back needs the states of the walk")
+        return states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(sketch.flat.shape)
