@@ -72,7 +72,7 @@ def count() -> int:
 def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: int) -> None:
     """Call ``launch(first, last)`` over 0 ... n_tasks in steps of `tasks_per_launch`, on several threads.
 
-    Returns when every launch has returned. An exception in a launch, or a KeyboardInterrupt in the calling thread,
+    Returns when every launch has returned. An exception in a launch, or one that a signal raises in the calling thread,
     stops further launches, waits for those under way (they write to memory that the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
@@ -80,18 +80,33 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
         if n_tasks > 0:
             launch(0, n_tasks)
         return
-    n_threads = min(count(), n_launches)
     job = _Job(launch, n_tasks, tasks_per_launch)
-    if n_threads > 1:
-        _ensure_helpers(n_threads - 1)
-        for _ in range(n_threads - 1):
-            _jobs.put(job)
-    try:
-        job.work()
-    finally:
-        job.finish()
+    _work_and_wait(job, min(count(), n_launches) - 1)
     if job.error is not None:
         raise job.error
+
+
+def _work_and_wait(job: _Job, n_helpers: int) -> None:
+    """Work with helpers, and wait for them whatever is raised meanwhile: they write to memory that the caller may free.
+
+    A signal handler can raise anything anywhere, KeyboardInterrupt or SystemExit, and more than once; the first is raised here.
+    """
+    raised: BaseException | None = None
+    try:
+        _ensure_helpers(n_helpers)
+        for _ in range(n_helpers):
+            _jobs.put(job)
+        job.work()
+    except BaseException as error:
+        raised = error
+    while True:
+        try:
+            job.finish()
+            break
+        except BaseException as error:
+            raised = raised or error
+    if raised is not None:
+        raise raised
 
 
 class _Job:
@@ -129,23 +144,15 @@ class _Job:
                 self._state.notify_all()
 
     def finish(self) -> None:
-        """Let no helper begin any more and wait for those at work. A Ctrl-C meanwhile is raised after the wait.
+        """Let no helper begin any more and wait for those at work.
 
         Then the job lets go of its arrays: a helper that has not got round to it may hold the job itself for long.
         """
-        interrupted: KeyboardInterrupt | None = None
         self._closed = True
-        while True:
-            try:
-                with self._state:
-                    while self._n_working:
-                        self._state.wait()
-                break
-            except KeyboardInterrupt as error:
-                interrupted = error
+        with self._state:
+            while self._n_working:
+                self._state.wait()
         self._launch = _nothing
-        if interrupted is not None:
-            raise interrupted
 
 
 def _nothing(first: int, last: int) -> None:

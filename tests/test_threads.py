@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import threading
 import time
 import weakref
@@ -121,3 +122,34 @@ def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatc
     del array
     assert jobs.qsize() == 1
     assert gone() is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_a_signal_raises_waits_for_the_helpers(error):
+    """They write to arrays that the caller gives up when it unwinds."""
+    working = set()
+
+    def launch(first, last):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.001)
+            return
+        working.add(first)
+        time.sleep(0.03)
+        working.remove(first)
+
+    def raise_it(number, frame):
+        raise error
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        for delay in (0.005, 0.01, 0.02, 0.04, 0.05):
+            signal.setitimer(signal.ITIMER_REAL, delay, 0.004)  # and again and again
+            with racecore.threads(3):
+                try:
+                    run(launch, 100, 1)
+                except error:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert not working
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
