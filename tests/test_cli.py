@@ -20,8 +20,10 @@ import pytest
 import racecore
 from racecore import backends, progress
 from racecore.cli import main
-from racecore.commands import bar, demo, doctor, npy, race
+from racecore.commands import bar, demo, doctor, race
 from racecore.commands.exact_rows import exact_rows
+from racecore.outofcore import npy
+from racecore.outofcore.stages import Stages
 
 GRADIENTS = ("query", "key", "value")
 # A shell that starts this in the background lets the child ignore Ctrl-C, so the handler is put back by hand.
@@ -74,7 +76,7 @@ def refused(capsys, *parts, code=2, made=("o.npy",)):
     for part in parts:
         assert part in error
     assert "Traceback" not in error
-    assert not list(pathlib.Path().glob(".*partial"))
+    assert not [name for name in os.listdir() if name.endswith((".partial", ".journal", ".states"))]
     assert not any(os.path.exists(name) for name in made)
     return code
 
@@ -140,13 +142,12 @@ def test_a_single_gradient(wanted, folder):
     same_bits("d.npy", getattr(grads, wanted))
 
 
-def test_fortran_order_and_foreign_byte_order(folder, capsys):
+def test_fortran_order_and_foreign_byte_order(folder):
     expected = racecore.attention(*(np.load(f"{name}.npy") for name in "qkv"))
     np.save("q.npy", np.asfortranarray(np.load("q.npy")))
     np.save("k.npy", np.load("k.npy").astype(">f4"))
     assert attend() == 0
     same_bits("o.npy", expected)
-    assert "k.npy has foreign byte order and is copied into memory" in capsys.readouterr().err
 
 
 def test_no_tokens(folder):
@@ -190,7 +191,9 @@ def test_pickles_are_not_loaded(folder, capsys):
 def test_wrong_dtypes(folder, capsys):
     np.save("v.npy", np.load("v.npy").astype(np.int32))
     assert attend() == 2
-    refused(capsys, "v.npy holds int32; expected float16, float32, float64", "astype(numpy.float32)")
+    refused(
+        capsys, "v.npy holds int32; expected float16, bfloat16 (ml_dtypes), float32 or float64", "astype(numpy.float32)"
+    )
     np.save("v.npy", np.load("k.npy").astype(np.float64))
     assert attend() == 2
     refused(capsys, "query, key, value must have one dtype, got float32, float32, float64")
@@ -209,7 +212,7 @@ def test_bfloat16_without_its_package(folder, capsys, monkeypatch):
 def test_wrong_shapes(folder, capsys):
     np.save("g.npy", np.load("q.npy"))
     assert attend(*BACKWARD) == 2
-    refused(capsys, "g.npy must have the shape of the output, (70, 2, 5), got (70, 2, 8)")
+    refused(capsys, "d_out must have the shape and dtype of the output, (70, 2, 5) and float32, got (70, 2, 8)")
     np.save("k.npy", np.load("k.npy")[:60])
     assert attend() == 2
     refused(capsys, "key and value must agree in tokens and heads")
@@ -231,7 +234,7 @@ def test_wrong_shapes(folder, capsys):
         (("--d-query", "dq.npy"), "gradients need --d-out"),
         (("--d-out", "g.npy"), "say which gradients to write"),
         (("--memory-limit", "lots"), "a memory size is a number of bytes or text such as '512MB'"),
-        (("--memory-limit", "1kB"), "the smallest memory_limit that works is"),
+        (("--memory-limit", "1kB"), "memory_limit is 1,000 bytes; the smallest that works here is"),
         (("--planes", "17"), "n_planes must be at most 16"),
         (("--beta", "nan"), "beta must be finite"),
         (("--seed", "-1"), "argument --seed: expected an integer of at least 0"),
@@ -319,26 +322,41 @@ def test_a_file_size_limit_is_an_error_and_no_signal(folder):
         (racecore.errors.BackendUnavailableError("cpu", {"cpu": "no reason"}), 1, "cpu: no reason"),
     ],
 )
-def test_an_error_in_the_work_leaves_nothing(error, code, message, folder, capsys, monkeypatch):
-    def fail(*_, **__):
-        assert sorted(os.listdir())[:4] != ["g.npy", "k.npy", "q.npy", "v.npy"]  # partial files sort first
-        raise error
+def test_after_an_error_in_the_work_the_same_command_goes_on(error, code, message, folder, capsys, monkeypatch):
+    for name in "qkvg":
+        np.save(f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1)))  # 28,000 tokens: two chunks at least
+    genuine = Stages.compute
 
-    monkeypatch.setattr(racecore, "attention_backward", fail)
+    def fail(self, task, *rest):
+        if task.stage == "sum back":
+            raise error
+        genuine(self, task, *rest)
+
+    monkeypatch.setattr(Stages, "compute", fail)
     assert attend(*BACKWARD) == code
-    refused(capsys, message)
-    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "the same command goes on where this one ended" in printed
+    assert "Traceback" not in printed
+    left = sorted(set(os.listdir()) - {"g.npy", "k.npy", "q.npy", "v.npy"})
+    partial = [f"{name}.npy.partial" for name in ("dk", "dq", "dv", "o")]
+    assert left == sorted([*partial, "o.npy.journal", "o.npy.states"])
+    monkeypatch.setattr(Stages, "compute", genuine)
+    assert attend(*BACKWARD, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["resumed_tokens"] == 84_000
+    assert not {*left} & {*os.listdir()}
+    same_bits("o.npy", racecore.attention(*(np.load(f"{name}.npy") for name in "qkv")))
 
 
-def test_a_bug_shows_its_traceback_and_leaves_nothing(folder, monkeypatch):
-    monkeypatch.setattr(racecore, "attention", lambda *_, **__: 1 / 0)
+def test_a_bug_shows_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attend()
-    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+    assert not os.path.exists("o.npy")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_long_run_and_leaves_nothing(number, code, folder):
+def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no room."""
     assert attend() == 0  # compiles the kernels
     os.unlink("o.npy")
@@ -350,7 +368,7 @@ def test_a_signal_ends_a_long_run_and_leaves_nothing(number, code, folder):
     process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
     with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
         deadline = time.monotonic() + 60
-        while not list(folder.glob(".o.npy.*.partial")):
+        while not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -366,7 +384,50 @@ def test_a_signal_ends_a_long_run_and_leaves_nothing(number, code, folder):
     assert seconds < 10  # usually a fraction of one; the machine may be busy
     assert "Traceback" not in message
     assert "interrupted" in message or number == signal.SIGTERM
-    assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", "q.npy", "v.npy"]
+    assert "the same command goes on where this one ended" in message
+    left = ["o.npy.journal", "o.npy.partial", "o.npy.states"]
+    assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", *left, "q.npy", "v.npy"]
+
+
+def test_restart_discards_what_there_is(folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
+        attend()
+    assert attend("--causal") == 2
+    error = capsys.readouterr().err
+    assert "is_causal: False then, True now" in error
+    assert "--restart" in error
+    assert attend("--causal", "--restart") == 0
+    same_bits("o.npy", racecore.attention(*(np.load(f"{name}.npy") for name in "qkv"), is_causal=True))
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "o.npy", "q.npy", "v.npy"]
+
+
+def test_masks_and_packed_sequences_from_files(folder):
+    q, k, v = (np.load(f"{name}.npy") for name in "qkv")
+    mask = np.arange(70) % 3 > 0
+    np.save("mask.npy", mask)
+    np.save("bounds.npy", [0, 20, 70])
+    assert attend("--key-mask", "mask.npy") == 0
+    same_bits("o.npy", racecore.attention(q, k, v, key_mask=mask[None]))
+    assert attend("--cu-seqlens", "bounds.npy", "--causal", "--overwrite") == 0
+    same_bits("o.npy", racecore.attention(q, k, v, cu_seqlens=[0, 20, 70], is_causal=True))
+
+
+def test_non_finite_numbers(folder, capsys):
+    k = np.load("k.npy")
+    k[66, 0, 3] = np.inf
+    np.save("k.npy", k)
+    assert attend() == 2
+    refused(capsys, "key is inf at token 66, head 0, dimension 3")
+    assert attend("--no-check-finite") == 0
+
+
+def test_the_plan_writes_nothing(folder, capsys):
+    assert attend(*BACKWARD, "--plan") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"sum back +1 +70 ", printed)
+    assert "time     about" in printed
+    assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -402,7 +463,8 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
     with bar.token_bar("working", 100):
         progress.advance(40)
-    assert capsys.readouterr().err == "working: 40% after 0 s\n"
+    pattern = r"working: 40% after 0 s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
+    assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -604,5 +666,5 @@ def test_the_race_says_where_softmax_wins():
 def test_created_files_are_not_sparse(tmp_path):
     array = npy.create(str(tmp_path / "a.npy"), (1 << 18, 1, 4), np.dtype(np.float32))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes
-    npy.finish(array)
+    array.flush()
     assert np.load(tmp_path / "a.npy").shape == (1 << 18, 1, 4)

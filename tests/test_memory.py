@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from racecore.outofcore import Synthetic
 
 PROGRAM = """
 import json, sys, threading, time
@@ -89,3 +92,30 @@ def test_a_run_out_of_core_keeps_its_memory_limit_whatever_the_length(causal):
         used.append(measured["peak"] - measured["base"])
     assert max(used) <= 60e6
     assert used[1] <= used[0] + 12e6
+
+
+FILES = """
+import json, sys
+import racecore
+from racecore.outofcore import Synthetic, run
+
+folder, limit = json.loads(sys.argv[1])
+made = [Synthetic((2100, 2, 32), "float16", seed=seed) for seed in range(4)]
+base = run(*made[:3], None, d_out=made[3], is_causal=True).peak_anonymous_bytes
+q, k, v, g, o, dq, dk, dv = (f"{folder}/{name}.npy" for name in ("q", "k", "v", "g", "o", "dq", "dk", "dv"))
+report = run(q, k, v, o, d_out=g, d_query=dq, d_key=dk, d_value=dv, is_causal=True, memory_limit=limit)
+print(json.dumps({"base": base, "peak": report.peak_anonymous_bytes}))
+"""
+
+
+def test_files_of_two_hundred_megabytes_in_sixty_four(tmp_path):
+    """400,000 tokens, 2 heads of 32, float16, causal, forward and backward, from files to files, with the journal."""
+    for seed, name in enumerate(("q", "k", "v", "g")):
+        np.save(tmp_path / f"{name}.npy", Synthetic((400_000, 2, 32), np.float16, seed=seed)[:])
+    arguments = json.dumps([str(tmp_path), "64MB"])
+    done = subprocess.run(
+        [sys.executable, "-c", FILES, arguments], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["peak"] - measured["base"] <= 64e6

@@ -266,6 +266,40 @@ def test_a_file_cut_short_on_the_way_is_an_error_and_leaves_nothing(tmp_path):
     assert not [path for path in tmp_path.iterdir() if "out.npy" in path.name and path.name != "d_out.npy"]
 
 
+class LastRows:
+    """Keeps the last rows of what is written to it."""
+
+    def __init__(self, shape, n):
+        self.shape, self.dtype, self.n = shape, np.dtype(np.float16), n
+        self.rows = np.full((n, *shape[1:]), np.nan, self.dtype)
+
+    def __setitem__(self, index, rows):
+        if index.stop > self.shape[0] - self.n:
+            first = index.start - (self.shape[0] - self.n)
+            self.rows[max(first, 0) : first + len(rows)] = rows[max(-first, 0) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_beyond_32_bits_of_a_sparse_file(causal, tmp_path):
+    """The last 100 tokens of a file of 4 GB that is nearly all hole, more than 2^31 elements from its beginning."""
+    shape, n, path = ((1 << 21) + 100, 4, 256), 100, tmp_path / "x.npy"
+    near = np.random.default_rng(0).standard_normal((n, *shape[1:])).astype(np.float16)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + 2 * int(np.prod(shape, dtype=np.int64)))
+        file.seek(-near.nbytes, os.SEEK_END)
+        near.tofile(file)
+    lsh = racecore.SoftLSH.random(256, 1, 1, rng=0)
+    out, saved = racecore.attention_forward(near, near, near, lsh, is_causal=causal)
+    grads = racecore.attention_backward(near, saved)
+    sinks = [LastRows(shape, n) for _ in range(4)]
+    outofcore.run(path, path, path, sinks[0], lsh, d_out=path, d_query=sinks[1], d_key=sinks[2], d_value=sinks[3],
+                  is_causal=causal, cu_seqlens=[0, shape[0] - n, shape[0]])  # fmt: skip
+    for sink, wanted in zip(sinks, (out, grads.query, grads.key, grads.value), strict=True):
+        assert_same_bits(sink.rows, wanted)
+
+
 # The schedule
 
 

@@ -253,7 +253,7 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
 def test_another_version_is_refused(tmp_path, monkeypatch):
     run = Run(tmp_path, {})
     begun(run)
-    monkeypatch.setattr("racecore.outofcore.driver.__version__", "9.9")
+    monkeypatch.setattr("racecore.outofcore.execution.__version__", "9.9")
     with pytest.raises(ValueError, match=r"racecore: .* then, 9\.9 now"):
         run()
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore.commands import attend, npy, race
+from racecore.commands import attend, race
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.commands.exact_rows import exact_rows
+from racecore.outofcore import npy
 from racecore.threads import default_count
 
 __all__ = ["add_parser", "run"]
@@ -141,7 +142,7 @@ def _attend(folder: pathlib.Path, args: argparse.Namespace) -> None:
 
 def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
     """Compare some rows of every head with the exact ones; return whether all are right."""
-    arrays = {name: npy.open_array(str(folder / f"{name}.npy")) for name in (*_INPUTS, *_RESULTS)}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_INPUTS, *_RESULTS)}
     tokens, heads, _ = arrays["q"].shape
     drawn = np.random.default_rng(seed).integers(tokens, size=14)
     rows = np.unique([0, tokens - 1, *drawn])
@@ -167,7 +168,7 @@ def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
 
 def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
     """Tell how far RACE, computed right, is from the kernel that it estimates, and what the mean of all values is."""
-    q, k, v = (npy.open_array(str(folder / f"{name}.npy"))[:_BLOCK] for name in ("q", "k", "v"))
+    q, k, v = (np.load(folder / f"{name}.npy", mmap_mode="r")[:_BLOCK] for name in ("q", "k", "v"))
     q = q[:32]
     exact = racecore.exact.angular_attention(q, k, v, lsh.n_planes)
     betas = (1.0, 4.0)

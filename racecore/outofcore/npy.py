@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-__all__ = ["Header", "read_header", "reserve"]
+__all__ = ["Header", "create", "read_header", "reserve"]
 
 
 class Header(NamedTuple):
@@ -35,6 +35,8 @@ def read_header(path: str) -> Header:
     with open(path, "rb") as file:
         shape, fortran_order, dtype = _parse(file, path)
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject:
+        raise ValueError(f"{path} holds {dtype}; expected numbers")
     expected = offset + math.prod(shape) * dtype.itemsize
     if size != expected:
         what = "was cut short" if size < expected else "has bytes to spare"
@@ -83,3 +85,16 @@ def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> in
     except OSError as error:
         raise OSError(error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path) from None
     return offset
+
+
+def create(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """Make an .npy file with all its bytes reserved on the disk, and map it for writing.
+
+    Raises
+    ------
+    OSError
+        There is no room for it, or the folder cannot be written to.
+    """
+    with open(path, "w+b") as file:
+        offset = reserve(file.fileno(), path, shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r+", offset=offset, shape=shape)

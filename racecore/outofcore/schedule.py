@@ -37,29 +37,30 @@ class Pass:
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    times: int = 1  # that its kernels go over the tokens, as they tell of their progress
     backward: bool = False
 
     @property
     def is_walk_back(self) -> bool:
-        """Whether it goes over the chunks in reverse; its kernels go over the tokens twice."""
+        """Whether it goes over the chunks in reverse."""
         return self.backward and "query" in self.reads
 
 
-def _pass(reads: str, writes: str, backward: bool = False) -> Pass:
-    return Pass(tuple(reads.split()), tuple(writes.split()), backward)
+def _pass(reads: str, writes: str, times: int = 1, backward: bool = False) -> Pass:
+    return Pass(tuple(reads.split()), tuple(writes.split()), times, backward)
 
 
 PASSES = {  # by (causal, with gradients)
     (False, False): {"sum": _pass("key value", ""), "read": _pass("query", "out")},
     (False, True): {
         "sum": _pass("key value", ""),
-        "read": _pass("query d_out", "out d_query"),
-        "sum back": _pass("key value", "d_key d_value", True),
+        "read": _pass("query d_out", "out d_query", times=2),
+        "sum back": _pass("key value", "d_key d_value", backward=True),
     },
     (True, False): {"walk": _pass("query key value", "out")},
     (True, True): {
         "walk": _pass("query key value", "out"),
-        "walk back": _pass("query key value d_out", "d_query d_key d_value", True),
+        "walk back": _pass("query key value d_out", "d_query d_key d_value", times=2, backward=True),
     },
 }
 _OF_KEYS = ("key", "value", "key_mask", "d_key", "d_value")
@@ -147,8 +148,8 @@ def _row_bytes(problem: Problem, name: str) -> int:
 
 
 def n_passes(is_causal: bool, with_gradients: bool) -> int:
-    """Return how often the kernels tell about every token: the backward walk does so twice."""
-    return (1 if is_causal else 2) + (2 if with_gradients else 0)
+    """Return how often the kernels go over every token."""
+    return sum(p.times for p in PASSES[is_causal, with_gradients].values())
 
 
 def tasks(problem: Problem, with_gradients: bool, limit: Limits) -> Iterator[Task]:

@@ -127,7 +127,7 @@ class _NpyRows:
     def __init__(self, path: str, name: str, header: npy.Header, dtype: np.dtype) -> None:
         self.name, self._path, self._stored = name, path, dtype
         self.shape, self.dtype = header.shape, dtype.newbyteorder("=")
-        n_axes = _token_axes(self.shape, self.dtype, name)
+        n_axes = _token_axes(self.shape, self.dtype, path)
         self._row_bytes = math.prod(self.shape[n_axes:]) * dtype.itemsize
         self._offset = header.offset
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -148,8 +148,8 @@ def _open_npy(path: str, name: str, dtype: np.dtype | None) -> Source:
     if stored == np.dtype("V2"):
         if dtype is None or not arrays.is_bfloat16(dtype):
             raise ValueError(
-                f"{path} ({name}) holds entries of two untyped bytes. If they are bfloat16 (NumPy stores "
-                "ml_dtypes.bfloat16 so), pass dtype='bfloat16'"
+                f"{path} holds entries of two untyped bytes. If they are bfloat16 (NumPy stores ml_dtypes.bfloat16 so), "
+                "say so: dtype='bfloat16' (racecore attend --dtype bfloat16)"
             )
         stored = dtype
     elif dtype is not None and stored.newbyteorder("=") != dtype and stored != np.bool_:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore.outofcore import loops, points
+from racecore.outofcore import points
 from racecore.outofcore.positioned import read_at, write_at
 
 __all__ = ["States"]
@@ -72,4 +72,6 @@ class States:
 
 
 def _checksum(state: np.ndarray) -> int:
+    from racecore.outofcore import loops
+
     return int(loops.checksum(state.view(np.uint64), 0))

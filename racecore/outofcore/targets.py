@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_paths", "file_of", "folder_of", "is_path"]
+__all__ = ["check_paths", "file_of", "folder_of", "identity_of", "is_path"]
 
 
 def is_path(x: Any) -> bool:
@@ -23,9 +23,9 @@ def check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None
     ValueError
         Names both.
     """
-    seen = {_identity(x): name for name, x in sources if file_of(x) is not None}
+    seen = {identity_of(x): name for name, x in sources if file_of(x) is not None}
     for name, target in targets.items():
-        if file_of(target) is not None and (other := seen.setdefault(_identity(target), name)) != name:
+        if file_of(target) is not None and (other := seen.setdefault(identity_of(target), name)) != name:
             raise ValueError(f"{name} is the same file as {other} ({file_of(target)}); give it a file of its own")
 
 
@@ -51,7 +51,7 @@ def folder_of(path: str | os.PathLike[str]) -> str:
     return folder
 
 
-def _identity(x: Any) -> tuple[object, ...]:
+def identity_of(x: Any) -> tuple[object, ...]:
     """Return what two names of one file have in common: device and inode, or the resolved name of a file to be."""
     path = file_of(x) or ""
     try:
