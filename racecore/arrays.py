@@ -43,6 +43,23 @@ def is_supported(dtype: np.dtype) -> bool:
     return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or is_bfloat16(dtype)
 
 
+def dtype_of(name: str) -> np.dtype:
+    """Return the dtype of a name, also of "bfloat16".
+
+    Raises
+    ------
+    ValueError
+        For bfloat16 without the package ml_dtypes.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ValueError("dtype='bfloat16' needs the package ml_dtypes: pip install 'racecore[bf16]'") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """Return the dtype of the arithmetic for inputs stored as `dtype`."""
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)

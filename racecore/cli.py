@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from racecore._version import __version__
-from racecore.commands import attend, demo, doctor
+from racecore.commands import attend, demo, doctor, scale
 from racecore.commands.bad_input import BadInputError
 from racecore.errors import BackendUnavailableError
 
@@ -28,6 +28,7 @@ _EPILOG = """\
 New here?       racecore demo
 Does it work?   racecore doctor
 Your files:     racecore attend --query q.npy --key k.npy --value v.npy --out o.npy
+How far?        racecore scale --tokens 75_000_000
 
 `racecore COMMAND --help` explains a command. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"racecore {__version__}")
     commands: Any = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for command in (attend, demo, doctor):
+    for command in (attend, demo, doctor, scale):
         command.add_parser(commands)
     return parser
 

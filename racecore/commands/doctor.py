@@ -17,7 +17,7 @@ import racecore
 from racecore import backends, kernel_cache
 from racecore.threads import default_count
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "processor", "run"]
 
 _REQUIRED = ("numpy", "numba", "llvmlite", "scipy", "threadpoolctl", "tqdm")
 _OPTIONAL = {  # what it is good for, and the packages that provide it
@@ -69,7 +69,7 @@ def examine() -> dict[str, Any]:
         "optional": optional,
         "backends": reasons,
         "threads": default_count(),
-        "cpu": _processor(),
+        "cpu": processor(),
         "kernel_cache": cache,
         "self_test": self_test,
     }
@@ -85,7 +85,7 @@ def _version(*packages: str) -> str | None:
     return None
 
 
-def _processor() -> dict[str, Any]:
+def processor() -> dict[str, Any]:
     """Return its name, its number, and those of its instructions that matter to the kernels."""
     name = platform.processor() or platform.machine()
     try:

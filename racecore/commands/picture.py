@@ -1,4 +1,4 @@
-"""The picture of `racecore demo`: time against length on logarithmic axes. Needs Matplotlib, which is optional."""
+"""Pictures of `racecore demo` and `racecore scale`: time against length. They need Matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from racecore.commands.race import Lap
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_scale"]
 
 _BLUE, _LIGHT, _RED, _GREY = "#1f5fbf", "#7fb2f0", "#c8442c", "#555555"
 
@@ -59,3 +59,40 @@ def draw(path: str, laps: list[Lap], title: str) -> None:
 
 def _line(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
     axes.plot(x, y, "o-", color=color, linewidth=2, markersize=5, label=label)
+
+
+def draw_scale(path: str, results: list[Any], title: str) -> None:
+    """Draw time and memory of a sweep to a file.
+
+    Parameters
+    ----------
+    results : list of racecore.commands.scale.Result
+
+    Raises
+    ------
+    ImportError
+        Matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    tokens = np.array([result.tokens for result in results])
+    for axes, label, values in zip(
+        figure.subplots(1, 2),
+        ("seconds", "memory of the process, MB"),
+        ([result.seconds for result in results], [result.peak_anonymous_bytes / 1e6 for result in results]),
+        strict=True,
+    ):
+        _line(axes, tokens, np.array(values), _BLUE, label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(min(values) / 2, 1), top=max(values) * 2)
+        axes.set_xlabel("tokens", color=_GREY)
+        axes.set_ylabel(label, color=_GREY)
+        axes.grid(True, color="#e6e6e6")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_GREY)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import backends, inputs, kernel_cache, progress
+from racecore import arrays, backends, inputs, kernel_cache, progress
 from racecore._version import __version__
 from racecore.errors import InputChangedError
 from racecore.gradients import hash_gradients
@@ -319,8 +319,4 @@ def _bounds(cu_seqlens: Any) -> Any:
 def _bfloat16(name: str) -> np.dtype:
     if name != "bfloat16":
         raise ValueError(f"dtype must be None or 'bfloat16', got {name!r}")
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise ValueError("dtype='bfloat16' needs the package ml_dtypes: pip install 'racecore[bf16]'") from None
-    return np.dtype(ml_dtypes.bfloat16)
+    return arrays.dtype_of(name)

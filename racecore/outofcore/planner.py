@@ -15,7 +15,7 @@ from racecore.outofcore.driver import run
 from racecore.outofcore.execution import Run, prepared
 from racecore.outofcore.positioned import write_at
 from racecore.outofcore.request import Request
-from racecore.outofcore.synthetic import Synthetic
+from racecore.outofcore.synthetic import Synthetic, SyntheticHead
 from racecore.outofcore.targets import file_of, folder_of, is_path
 from racecore.plan import SEGMENT
 from racecore.soft_lsh import SoftLSH
@@ -202,7 +202,9 @@ def _bytes(run_: Run, task: Any, name: str) -> int:
 
 def _is_elsewhere(x: Any) -> bool:
     """Tell whether an array is neither in memory nor made up."""
-    in_memory = x is None or isinstance(x, Synthetic) or (isinstance(x, np.ndarray) and file_of(x) is None)
+    in_memory = (
+        x is None or isinstance(x, (Synthetic, SyntheticHead)) or (isinstance(x, np.ndarray) and file_of(x) is None)
+    )
     return not in_memory
 
 

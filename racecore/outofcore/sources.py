@@ -16,7 +16,7 @@ import numpy as np
 from racecore import arrays
 from racecore.outofcore import npy
 from racecore.outofcore.positioned import read_at
-from racecore.outofcore.synthetic import Synthetic
+from racecore.outofcore.synthetic import Synthetic, SyntheticHead
 
 __all__ = ["Source", "open_source", "pieces"]
 
@@ -57,7 +57,7 @@ def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> Source
     """
     if isinstance(source, (str, os.PathLike)):
         return _open_npy(os.fspath(source), name, dtype)
-    if isinstance(source, Synthetic):
+    if isinstance(source, (Synthetic, SyntheticHead)):
         return _SyntheticRows(source, name)
     if isinstance(source, np.ndarray):
         return _ArrayRows(source, name)
@@ -105,7 +105,7 @@ class _ArrayRows:
 class _SyntheticRows:
     """Numbers that are made up."""
 
-    def __init__(self, array: Synthetic, name: str) -> None:
+    def __init__(self, array: Synthetic | SyntheticHead, name: str) -> None:
         self.name, self._array = name, array
         self.shape, self.dtype = array.shape, array.dtype
         self._row = math.prod(self.shape[-2:])

@@ -17,7 +17,7 @@ import numpy as np
 from racecore import arrays
 from racecore.outofcore.sinks import checksum
 from racecore.outofcore.sources import Source
-from racecore.outofcore.synthetic import Synthetic
+from racecore.outofcore.synthetic import Synthetic, SyntheticHead
 
 __all__ = ["stamp", "stamp_file"]
 
@@ -34,7 +34,7 @@ def stamp(given: Any, source: Source) -> str:
     source : Source
         The same, open.
     """
-    if isinstance(given, Synthetic):
+    if isinstance(given, (Synthetic, SyntheticHead)):
         return repr(given)
     what = f"{source.dtype.name} {source.shape}"
     if isinstance(given, (str, os.PathLike)):

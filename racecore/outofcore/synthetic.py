@@ -10,10 +10,11 @@ from numpy.typing import DTypeLike
 
 from racecore import arrays
 
-__all__ = ["Synthetic"]
+__all__ = ["Synthetic", "SyntheticHead"]
 
 _PIECE = 1 << 16  # numbers that are made up before they are converted: they stay in a cache
 _COUNTER = 1 << 32
+_ROWS = 1024  # of one head that are made up at once
 
 
 class Synthetic:
@@ -93,6 +94,10 @@ class Synthetic:
                 loops.fill(part[begin:end], (first + start + begin) % _COUNTER, *keys)
             _convert(part, flat[start : start + part.size])
 
+    def head(self, head: int) -> SyntheticHead:
+        """Return one head as an array of its own, [T, 1, dim], float64: to check results that were computed from it."""
+        return SyntheticHead(self, head)
+
     def _runs(self, first: int, n: int) -> list[tuple[int, int, tuple[np.uint32, np.uint32]]]:
         """Cut n numbers where the counter's 32 bits are full; each run has keys of its own."""
         runs, begin = [], 0
@@ -104,6 +109,46 @@ class Synthetic:
             runs.append((begin, end, (a, b)))
             begin = end
         return runs
+
+
+class SyntheticHead:
+    """One head of a `Synthetic` array, in float64, made up without the others.
+
+    Parameters
+    ----------
+    whole : Synthetic
+        [T, heads, dim].
+    head : int
+    """
+
+    def __init__(self, whole: Synthetic, head: int) -> None:
+        if whole.ndim != 3 or not 0 <= head < whole.shape[1]:
+            raise ValueError(f"head must be one of an array [T, heads, dim], got {head} of {whole.shape}")
+        self._whole, self._head = whole, head
+        self.shape = (whole.shape[0], 1, whole.shape[2])
+        self.dtype = np.dtype(np.float64)
+
+    def __repr__(self) -> str:
+        return f"{self._whole!r}.head({self._head})"
+
+    def fill(self, out: np.ndarray, first: int) -> None:
+        """Write the numbers from place `first` of this head on, whole rows, to a contiguous array."""
+        from racecore.outofcore import loops
+
+        n_heads, dim = self._whole.shape[1:]
+        rows = out.reshape(-1, dim)
+        places = ((first // dim + np.arange(0, len(rows), _ROWS)) * n_heads + self._head) * dim
+        for place, begin in zip(places.tolist(), range(0, len(rows), _ROWS), strict=True):
+            part = rows[begin : begin + _ROWS]
+            runs = self._whole._runs(place, ((len(part) - 1) * n_heads + 1) * dim)
+            if len(runs) == 1:
+                loops.fill_rows(part, place % _COUNTER, n_heads * dim, *runs[0][2])
+                continue
+            for index, row in enumerate(part):  # the counter's 32 bits are full somewhere here
+                whole = np.empty(dim, np.float32)
+                for start, end, keys in self._whole._runs(place + index * n_heads * dim, dim):
+                    loops.fill(whole[start:end], (place + index * n_heads * dim + start) % _COUNTER, *keys)
+                row[...] = whole
 
 
 def _convert(values: np.ndarray, out: np.ndarray) -> None:
