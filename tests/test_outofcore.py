@@ -186,6 +186,15 @@ def test_forward_alone_and_digests_do_not_depend_on_the_limit():
     assert digests[0] == digests[1] == {"out": digest(racecore.attention(*(x[name] for name in NAMES[:3]), LSH))}
 
 
+def test_the_report_says_what_was_busy(tmp_path):
+    x = make((40_000,), (40_000,))
+    paths = stored(x, "files", tmp_path)
+    report = outofcore.run(*(paths[name] for name in NAMES[:3]), tmp_path / "o.npy", LSH)
+    busy = report.busy
+    assert all(0 < seconds <= report.seconds for seconds in busy.values())
+    assert max(busy["reading"], busy["writing"]) <= busy["reading or writing"] <= busy["reading"] + busy["writing"]
+
+
 def test_progress_tells_about_all_passes():
     x, told = make((4000,), (4000,)), []
     for causal, total in ((False, 16000), (True, 12000)):

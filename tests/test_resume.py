@@ -28,6 +28,8 @@ CASES = {
     "packed": {"is_causal": True, "cu_seqlens": BOUNDS},
     "packed, both ways": {"cu_seqlens": BOUNDS},
 }
+# Python 3.12 and later warn of what racecore is made for: forking a process that has computed with threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 FORK = multiprocessing.get_context("fork")
 
 

@@ -123,7 +123,7 @@ def _tell(report: Any, args: argparse.Namespace) -> None:
         content = {
             "tokens": report.tokens, "seconds": report.seconds, "tokens_per_second": report.tokens_per_second,
             "resumed_tokens": report.resumed_tokens, "peak_anonymous_bytes": report.peak_anonymous_bytes,
-            "digests": report.digests, "d_beta": beta, "written": written,
+            "busy": report.busy, "digests": report.digests, "d_beta": beta, "written": written,
         }  # fmt: skip
         print(json.dumps(content, indent=1))
         return
@@ -132,6 +132,8 @@ def _tell(report: Any, args: argparse.Namespace) -> None:
     for name, digest in report.digests.items():
         if getattr(args, name) is not None:
             print(f"digest of {getattr(args, name)}: {digest}")
+    busy = ", ".join(f"{part} {seconds / report.seconds:.0%}" for part, seconds in report.busy.items())
+    print(f"busy: {busy}; at most {report.peak_anonymous_bytes / 1e6:,.0f} MB of memory")
     speed = f"{report.tokens_per_second:,.0f} tokens/s"
     print(f"{report.tokens:,} tokens in {report.seconds:.2f} s ({speed}): {', '.join(written)}")
 

@@ -111,7 +111,9 @@ def run(
     with PeakMemory() as memory, prepared(request, check_finite) as run_, _listening(progress, run_):
         digests = run_.go(resume, journal)
     seconds = time.perf_counter() - started
-    return Report(run_.n_tokens, seconds, memory.peak, digests, *run_.hash_gradients(), run_.resumed_tokens)
+    return Report(
+        run_.n_tokens, seconds, memory.peak, digests, *run_.hash_gradients(), run_.resumed_tokens, run_.clock.seconds
+    )
 
 
 @contextlib.contextmanager

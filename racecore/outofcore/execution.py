@@ -62,6 +62,7 @@ class Run:
         Of its arrays only shapes and dtypes mean anything.
     limits : schedule.Limits
     resumed_tokens : int
+    clock : pipeline.Clock
     """
 
     def __init__(self, request: Request, sources: dict[str, Source], check_finite: bool) -> None:
@@ -87,6 +88,7 @@ class Run:
         self._hash = np.zeros((2, problem.n_state_heads, n_numbers)) if self.wants_gradients else None
         self.passes = schedule.PASSES[problem.is_causal, self.wants_gradients]
         self.resumed_tokens = 0
+        self.clock = pipeline.Clock()
 
     @property
     def n_tokens(self) -> int:
@@ -160,7 +162,9 @@ class Run:
                     raise InputChangedError(f"{path} ({name}) changed during the run: {before[name]}, then {now}")
             self._write_hash_gradients()
             digests = {name: f"{sink.checksum:016x}" for name, sink in results.sinks.items()}
-            results.finish({"digests": digests, "hash": None if self._hash is None else self._hash.tobytes().hex()})
+            completion = {"digests": digests, "hash": None if self._hash is None else self._hash.tobytes().hex()}
+            with self.clock.running("writing"):
+                results.finish(completion)
         return digests
 
     def _taken_up(self, journal: Journal) -> dict[str, str] | None:
@@ -241,7 +245,7 @@ class Run:
         def write(step: Step, computed: tuple[dict[str, np.ndarray], int | None]) -> None:
             results.write(step.task, *computed)
 
-        pipeline.run(results.steps(self.tasks(), skipped), read, compute, write)
+        pipeline.run(results.steps(self.tasks(), skipped), read, compute, write, self.clock)
         if self.resumed_tokens and results.states is not None:  # the last task to be done need not be the last of all
             stages.restore_hash({"hash": last}, results.states)
 
@@ -285,7 +289,7 @@ class Run:
             read[name] = source.read(begin, end, buffers.get("read", index, slot, (end - begin, *row), source.dtype))
         if self._checks:
             for name in p.reads:
-                if not p.backward or name == "d_out":
+                if not self.sources[name].is_made_up and (not p.backward or name == "d_out"):
                     mask = read.get("key_mask") if name in ("key", "value") else None
                     refuse_non_finite(self.sources[name], task.tokens(name)[0], read[name], mask)
         return read

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 
 from racecore import arrays
 
-__all__ = ["Buffers", "run"]
+__all__ = ["Buffers", "Clock", "run"]
 
 Arrays = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -43,11 +46,46 @@ class Buffers:
         return buffer[:n_bytes].view(dtype).reshape(shape)
 
 
+class Clock:
+    """How long each part of a pipeline was at work, and how long either reading or writing was.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("reading", "computing", "writing", "reading or writing"), 0.0)
+        self._lock, self._active, self._last = threading.Lock(), set[str](), time.perf_counter()
+
+    @contextmanager
+    def running(self, part: str) -> Iterator[None]:
+        """Count the time of a block."""
+        with self._lock:
+            self._tick()
+            self._active.add(part)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tick()
+                self._active.discard(part)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        for part in self._active:
+            self.seconds[part] += now - self._last
+        if self._active - {"computing"}:
+            self.seconds["reading or writing"] += now - self._last
+        self._last = now
+
+
 def run(
     items: Iterable[Item],
     read: Callable[[Item, int], Arrays],
     compute: Callable[[Item, int, Arrays], Computed],
     write: Callable[[Item, Computed], None],
+    clock: Clock,
 ) -> None:
     """Do all items in their order.
 
@@ -60,9 +98,20 @@ def run(
         Called here.
     write : callable(item, results)
         Called in another thread, item by item.
+    clock : Clock
+        Told what is at work.
 
     The first exception ends the run, after what was being read and written at that moment.
     """
+
+    def timed_read(item: Item, slot: int) -> Arrays:
+        with clock.running("reading"):
+            return read(item, slot)
+
+    def timed_write(item: Item, results: Computed) -> None:
+        with clock.running("writing"):
+            write(item, results)
+
     written: list[Future[None]] = []
     with ThreadPoolExecutor(1, "racecore-read") as reader, ThreadPoolExecutor(1, "racecore-write") as writer:
         ahead: tuple[Item, Future[Arrays]] | None = None
@@ -70,13 +119,14 @@ def run(
             current = ahead
             if current is not None:
                 arrays = current[1].result()
-            ahead = None if item is None else (item, reader.submit(read, item, index % 2))
+            ahead = None if item is None else (item, reader.submit(timed_read, item, index % 2))
             if current is None:
                 continue
             slot = (index - 1) % 2
             if len(written) == 2:  # whose buffers are needed now
                 written.pop(0).result()
-            results = compute(current[0], slot, arrays)
-            written.append(writer.submit(write, current[0], results))
+            with clock.running("computing"):
+                results = compute(current[0], slot, arrays)
+            written.append(writer.submit(timed_write, current[0], results))
         for future in written:
             future.result()

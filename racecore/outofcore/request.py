@@ -32,6 +32,9 @@ class Report:
         Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where not asked for.
     resumed_tokens : int
         Tokens that an earlier run had done already, counted once for every pass over them.
+    busy : dict of str to float
+        Seconds in which there was "reading", "computing", "writing", and "reading or writing". They overlap; what is busy
+        nearly all the time is what a faster one would speed up.
     """
 
     tokens: int
@@ -41,6 +44,7 @@ class Report:
     d_planes: np.ndarray | None = None
     d_beta: Any = None
     resumed_tokens: int = 0
+    busy: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:

@@ -27,6 +27,7 @@ class Source(Protocol):
     name: str  # what the caller calls it
     shape: tuple[int, ...]
     dtype: np.dtype
+    is_made_up: bool  # of finite numbers, that is: no need to look
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
         """Return tokens begin ... end - 1: in `buffer`, which has just their shape, or a view where they lie."""
@@ -82,6 +83,8 @@ def pieces(shape: tuple[int, ...], begin: int, end: int, n_axes: int) -> Iterato
 class _ArrayRows:
     """An array in memory, a memory map, or something that gives arrays for slices."""
 
+    is_made_up = False
+
     def __init__(self, array: Any, name: str) -> None:
         self.name, self._array = name, array
         self.shape, stored = tuple(array.shape), np.dtype(array.dtype)
@@ -105,6 +108,8 @@ class _ArrayRows:
 class _SyntheticRows:
     """Numbers that are made up."""
 
+    is_made_up = True
+
     def __init__(self, array: Synthetic | SyntheticHead, name: str) -> None:
         self.name, self._array = name, array
         self.shape, self.dtype = array.shape, array.dtype
@@ -123,6 +128,8 @@ class _NpyRows:
 
     If the file is cut short meanwhile that is an OSError; for a map it would be the end of the process.
     """
+
+    is_made_up = False
 
     def __init__(self, path: str, name: str, header: npy.Header, dtype: np.dtype) -> None:
         self.name, self._path, self._stored = name, path, dtype

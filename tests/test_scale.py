@@ -1,0 +1,107 @@
+"""racecore scale: small runs of it, and rows that are wrong."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import racecore
+from racecore import outofcore
+from racecore.cli import main
+from racecore.commands import scale
+from racecore.outofcore import Synthetic
+
+SMALL = ("scale", "--tokens", "5000", "--heads", "2", "--head-dim", "16", "--memory-limit", "20MB")
+
+
+@pytest.mark.parametrize("words", [(), ("--causal",), ("--dtype", "bfloat16"), ("--dtype", "float16", "--causal"),
+                                   ("--dtype", "float64"), ("--forward-only", "--readout", "bucket_mean")])  # fmt: skip
+def test_rows_are_right_and_the_report_says_what_was_done(words, capsys):
+    assert main([*SMALL, *words, "--json", "--threads", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["tokens"], told["heads"], told["head_dim"], told["threads"]) == (5000, 2, 16, 1)
+    assert told["causal"] == ("--causal" in words)
+    assert sorted(told["errors"]) == sorted(told["digests"])
+    assert len(told["errors"]) == (1 if "--forward-only" in words else 4)
+    assert all(0 <= error <= scale._DTYPES[told["dtype"]] for error in told["errors"].values())
+    assert told["seconds"] > 0
+    assert told["tokens_per_second"] == pytest.approx(5000 / told["seconds"])
+    assert told["peak_anonymous_bytes"] > 1e7
+
+
+def test_digests_are_those_of_the_same_run_in_python(capsys):
+    assert main([*SMALL, "--json", "--no-check", "--seed", "3", "--tables", "3"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    lsh = racecore.SoftLSH.random(16, 3, 2, rng=3)
+    x = [Synthetic((5000, 2, 16), seed=seed) for seed in (12, 13, 14, 15)]
+    assert told["digests"] == outofcore.run(*x[:3], None, lsh, d_out=x[3]).digests
+    assert told["check_seconds"] is None
+    assert told["errors"] == {}
+
+
+def test_wrong_rows_are_seen(monkeypatch, capsys):
+    genuine = scale.Rows.__setitem__
+
+    def spoiled(self, tokens, rows):
+        genuine(self, tokens, rows * (1 if self.dtype == np.float64 else 1.001))
+
+    monkeypatch.setattr(scale.Rows, "__setitem__", spoiled)
+    assert main([*SMALL, "--causal"]) == 1
+    assert "ROWS ARE WRONG" in capsys.readouterr().err
+
+
+def test_rows_that_were_never_written_are_wrong():
+    places, exact = np.array([0, 5]), np.ones((2, 3))
+    never = scale.Rows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
+    assert scale._error(never, exact, places, False) == np.inf
+    assert scale._error(exact, exact, places, True) == 0
+
+
+def test_in_words(capsys):
+    assert main([*SMALL[:5], "--head-dim", "128", "--heads", "4", "--tokens", "3000"]) == 0
+    printed = capsys.readouterr().out
+    assert "3,000 tokens, bidirectional, forward + backward, 4 heads of 128, float32, (L, P) = (2, 2)" in printed
+    assert "largest relative error of a row: out" in printed
+    assert "arXiv 2510.04008" in printed
+
+
+def test_a_sweep_is_a_table_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    words = ("--sweep", "1000", "2000", "--picture", str(tmp_path / "scale.png"))
+    assert main([*SMALL, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["tokens", "1,000", "2,000"]
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_usage(capsys):
+    assert main([*SMALL, "--memory-limit", "1kB"]) == 2
+    assert "the smallest that works here is" in capsys.readouterr().err
+    assert main([*SMALL, "--beta", "nan"]) == 2
+    assert "beta must be finite" in capsys.readouterr().err
+
+
+def test_one_head_alone_is_that_head_of_the_whole():
+    x = Synthetic((5000, 3, 20), np.float16, seed=4)
+    whole = x[:].astype(np.float64)
+    for head in range(3):
+        alone = np.empty((5000, 1, 20))
+        x.head(head).fill(alone, 0)
+        np.testing.assert_array_equal(alone, whole[:, head : head + 1])
+    part = np.empty((7, 1, 20))
+    x.head(2).fill(part, 40 * 20)
+    np.testing.assert_array_equal(part[:, 0], whole[40:47, 2])
+    with pytest.raises(ValueError, match="head must be one of"):
+        x.head(3)
+
+
+def test_one_head_alone_beyond_32_bits():
+    x = Synthetic((1 << 28, 3, 20), seed=4)
+    token = (1 << 32) // 60  # the row in which the counter is full
+    wanted = x[token - 700 : token + 700].astype(np.float64)
+    for head in range(3):
+        alone = np.empty((1400, 1, 20))
+        x.head(head).fill(alone, (token - 700) * 20)
+        np.testing.assert_array_equal(alone[:, 0], wanted[:, head])
