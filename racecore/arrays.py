@@ -1,4 +1,6 @@
-"""Arrays of any library in, NumPy arrays inside, the caller's library out; and the dtype policy.
+"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; and the dtype policy.
+
+Arrays in host memory become NumPy arrays, arrays on a GPU CuPy arrays, both without a copy.
 
 Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where the storage is
 float64. Strides of any kind are legal and stay as they are; only a foreign byte order, or addresses and strides that
@@ -15,22 +17,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["as_numpy", "compute_dtype", "empty", "is_bfloat16", "is_supported", "restorer", "zeros"]
+from racecore import cuda
+
+__all__ = [
+    "as_array", "as_numpy", "brought", "compute_dtype", "empty", "is_bfloat16", "is_on_device", "is_supported", "restorer",
+    "zeros",
+]  # fmt: skip
 
 DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"
 _ALIGNMENT = 64  # one cache line, and the widest vector store
+_HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = 1, 3, 2, 13  # DLPack's device types: CPU, CUDAHost, CUDA, CUDAManaged
 
 
-def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
     """Return an uninitialised C-contiguous array whose data starts on a cache line."""
+    if on_device:
+        return cuda.cupy().empty(shape, dtype)
     dtype = np.dtype(dtype)
     buffer = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
     return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _ALIGNMENT)
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
     """Return a zero-filled array. Large ones come from the system already zero and cost nothing until touched."""
-    return np.zeros(shape, dtype)
+    return cuda.cupy().zeros(shape, dtype) if on_device else np.zeros(shape, dtype)
+
+
+def brought(array: Any, on_device: bool) -> Any:
+    """Return an array on the GPU, or in host memory; a copy only where it is on the other side."""
+    if cuda.is_array(array) == on_device:
+        return array
+    return cuda.cupy().asarray(array) if on_device else cuda.cupy().asnumpy(array)
 
 
 def is_bfloat16(dtype: np.dtype) -> bool:
@@ -63,6 +80,45 @@ def dtype_of(name: str) -> np.dtype:
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """Return the dtype of the arithmetic for inputs stored as `dtype`."""
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def as_array(array: Any, name: str) -> Any:
+    """View an array of any library as a CuPy array if it is on a GPU, else as a NumPy array; see `as_numpy`."""
+    if not cuda.is_array(array):
+        if isinstance(array, np.ndarray) or not is_on_device(array):
+            return as_numpy(array, name)
+        array = _import_from_device(array, name)
+    return array.copy() if any(stride % array.itemsize for stride in array.strides) else array
+
+
+def is_on_device(array: Any) -> bool:
+    """Tell whether an array of any library is on a GPU."""
+    if cuda.is_array(array):
+        return True
+    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (_DEVICE, _DEVICE_MANAGED)
+
+
+def _import_from_device(array: Any, name: str) -> Any:
+    """Bring an array of another library in through DLPack, on the GPU where it is."""
+    _refuse_gradients(array, name)
+    try:
+        cupy = cuda.cupy()
+    except ImportError:
+        raise TypeError(
+            f"{name} is on a GPU, where racecore computes with CuPy, and that cannot be imported: pip install "
+            "'racecore[cuda13]' (or [cuda12]), or copy the array to the host; `racecore doctor` says more"
+        ) from None
+    if "bfloat16" in str(array.dtype) and _library(array) == "torch":
+        return cupy.from_dlpack(array.view(sys.modules["torch"].int16)).view(dtype_of("bfloat16"))
+    return cupy.from_dlpack(array)
+
+
+def _refuse_gradients(array: Any, name: str) -> None:
+    if getattr(array, "requires_grad", False):
+        raise TypeError(
+            f"{name} is a tensor that requires a gradient, and gradients do not pass through DLPack: "
+            "pass the result of .detach() and call attention_backward yourself"
+        )
 
 
 def as_numpy(array: Any, name: str) -> np.ndarray:
@@ -105,16 +161,14 @@ def _import(array: Any, name: str) -> np.ndarray:
             f"{name} must be a NumPy array or an array that speaks DLPack, got {type(array).__module__}."
             f"{type(array).__qualname__}; convert it with numpy.asarray first"
         )
-    if getattr(array, "requires_grad", False):
+    _refuse_gradients(array, name)
+    device = int(array.__dlpack_device__()[0])
+    if device in (_DEVICE, _DEVICE_MANAGED):
+        raise TypeError(f"{name} is on a GPU, and here host memory is needed; copy it to the host first")
+    if device not in (_HOST, _HOST_PINNED):
         raise TypeError(
-            f"{name} is a tensor that requires a gradient, and gradients do not pass through DLPack: "
-            "pass the result of .detach() and call attention_backward yourself"
-        )
-    device = array.__dlpack_device__()[0]
-    if int(device) != 1:  # kDLCPU
-        raise TypeError(
-            f"{name} lives on a device (DLPack device type {int(device)}), and this version computes in host "
-            "memory only; copy it to the host first"
+            f"{name} lives on a device (DLPack device type {device}) that racecore does not compute on; copy it to the "
+            "host first"
         )
     if "bfloat16" in str(array.dtype):
         return _import_bfloat16(array, name)
@@ -147,13 +201,21 @@ def _library(array: Any) -> str:
     return "jax" if root == "jaxlib" else root
 
 
-def restorer(array: Any) -> Callable[[np.ndarray], Any]:
+def restorer(array: Any) -> Callable[[Any], Any]:
     """Return the function that turns a result into an array of the library that `array` comes from.
 
-    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and copies nothing.
+    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and copies nothing. Only one
+    that was computed on a GPU for arrays in host memory is copied there.
     """
-    if isinstance(array, np.ndarray):
+    if cuda.is_array(array):
         return lambda result: result
+    if isinstance(array, np.ndarray):
+        return lambda result: brought(result, False)
+    hand_over = _hand_over(array)
+    return hand_over if is_on_device(array) else lambda result: hand_over(brought(result, False))
+
+
+def _hand_over(array: Any) -> Callable[[Any], Any]:
     library = _library(array)
     module = sys.modules.get(library)
     if library == "jax":
@@ -168,7 +230,7 @@ def restorer(array: Any) -> Callable[[np.ndarray], Any]:
     return from_dlpack
 
 
-def _to_torch(result: np.ndarray) -> Any:
+def _to_torch(result: Any) -> Any:
     torch = sys.modules["torch"]
     if is_bfloat16(result.dtype):
         return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)

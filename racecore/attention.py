@@ -52,8 +52,8 @@ def attention(
     query : array, shape [B, Tq, H, D]
     key : array, shape [B, Tk, G, D]
     value : array, shape [B, Tk, G, V]
-        Tokens come before heads, unlike in PyTorch's ``scaled_dot_product_attention``. NumPy arrays, or host arrays
-        of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or float64. 3-D arrays mean
+        Tokens come before heads, unlike in PyTorch's ``scaled_dot_product_attention``. NumPy arrays, CuPy arrays, or
+        arrays of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or float64. 3-D arrays mean
         that B is absent. H must be a multiple of G (grouped queries). Any strides are legal, inputs are never
         written to. Rows are hashed as they come: neither normalised nor divided by sqrt(D).
     lsh : SoftLSH, optional
@@ -79,10 +79,11 @@ def attention(
         Tokens in flight, rounded up to whole segments of 1,024. Bounds temporary memory, never changes a bit.
     memory_limit : int or str, optional
         The same bound as bytes of temporary memory, such as "512MB". At most one of the two.
-    backend : {"cpu", "reference"}, optional
-        None takes the fastest that runs here.
-    out : numpy.ndarray, optional
-        Where to write the result.
+    backend : {"cpu", "cuda", "reference"}, optional
+        None takes the fastest that runs where the arrays are. "cuda" also takes arrays in host memory: they are copied to
+        the GPU, and results come back.
+    out : array, optional
+        Where to write the result: a NumPy array, or a CuPy array where the computation is on a GPU.
 
     Returns
     -------
@@ -113,10 +114,10 @@ def attention(
     """
     problem, lsh, had_batch = inputs.check_attention(
         query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=_wanted_place(backend),
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
-    chosen = backends.choose(backend)
+    chosen = backends.choose(backend, problem.on_device)
     result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
     final, _ = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=False)
     if final is not None:
@@ -169,13 +170,13 @@ memory_limit, backend, out
     wanted = inputs.check_wrt(wrt, initial_state is not None)
     problem, lsh, had_batch = inputs.check_attention(
         query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit,
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=_wanted_place(backend),
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
-    chosen = backends.choose(backend)
+    chosen = backends.choose(backend, problem.on_device)
     result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
     final, states = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=True)
-    initial = None if initial_state is None else initial_state.sketch.copy()
+    initial = None if initial_state is None else initial_state.sketch.copy().brought(problem.on_device)
     saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
     if final is not None:
         return restore(result), saved, final_state(initial_state, final, problem, lsh)
@@ -214,17 +215,23 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
         raise TypeError(f"saved must come from racecore.attention_forward, got {type(saved).__qualname__}")
     problem, wrt = saved.problem, saved.wrt
     shape = out_shape(problem, saved.had_batch)
-    g = inputs.check_d_out(d_out, shape, stored(problem.query).dtype).reshape(out_shape(problem, True))
+    g = inputs.check_d_out(d_out, shape, stored(problem.query).dtype, problem.on_device)
+    g = g.reshape(out_shape(problem, True))
     d_final = inputs.check_d_state(d_state, problem)
     results, grads = gradient_buffers(saved, out, (d_out, g))
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]
     query, key, value = (None if array is None else put(array) for array, put in zip(results, restore, strict=True))
-    planes, beta = hash_gradients(grads.hash, problem, saved.lsh, wrt)
-    return Gradients(
-        query, key, value, planes, beta, None if d_initial is None else state_gradient(d_initial, saved.lsh)
-    )
+    d_hash = grads.hash if grads.hash is None or saved.are_on_device else arrays.brought(grads.hash, False)
+    planes, beta = hash_gradients(d_hash, problem, saved.lsh, wrt)
+    state = None if d_initial is None else state_gradient(d_initial.brought(saved.are_on_device), saved.lsh)
+    return Gradients(query, key, value, planes, beta, state)
+
+
+def _wanted_place(backend: str | None) -> bool | None:
+    """Return where a backend works: True for a GPU, None for where the arrays are."""
+    return True if backend == "cuda" and backends.choose("cuda") else None
 
 
 def _forward(
@@ -232,7 +239,7 @@ def _forward(
     needs_final: bool, save: bool,
 ) -> tuple[Sketch | None, list[list[np.ndarray] | None]]:  # fmt: skip
     """Run part by part. Return the final states if they are wanted, and what to save for every part."""
-    first_states = None if initial_state is None else initial_state.sketch
+    first_states = None if initial_state is None else initial_state.sketch.brought(problem.on_device)
     final = problem.new_sketch() if needs_final else None
     saved: list[list[np.ndarray] | None] = []
     for first, last in plan.parts(problem):
@@ -256,7 +263,8 @@ def _backward(
     saved: Saved, d_out: np.ndarray, d_final: Sketch | None, d_initial: Sketch | None, grads: GradientBuffers
 ) -> None:
     """Run part by part, in an order of additions that depends on the sequences alone."""
-    problem, backend = saved.problem, backends.choose(saved.backend)
+    problem = saved.problem
+    backend = backends.choose(saved.backend, problem.on_device)
     ranges = list(enumerate(plan.parts(problem)))
     for index, (first, last) in reversed(ranges) if problem.is_causal else ranges:
         part, states = problem.part(first, last), saved.states[index]
@@ -279,7 +287,7 @@ def _states_again(saved: Saved, part: Problem, first: int, last: int) -> np.ndar
     if saved.initial is not None:
         sketch.flat[...] = saved.initial.flat[first:last]
     if not part.is_causal:
-        backends.choose(saved.backend).bidirectional.sum_keys(part, sketch)
+        backends.choose(saved.backend, part.on_device).bidirectional.sum_keys(part, sketch)
     return sketch.flat
 
 
@@ -290,5 +298,6 @@ def _prepare_out(
     sources = readable(problem, passed)
     if initial_state is not None:
         sources.append(("initial_state", initial_state.sketch.flat))
-    result = inputs.check_out(out, "out", out_shape(problem, had_batch), stored(problem.query).dtype, sources)
+    dtype = stored(problem.query).dtype
+    result = inputs.check_out(out, "out", out_shape(problem, had_batch), dtype, sources, problem.on_device)
     return result, result if had_batch else result[None], arrays.restorer(passed[0] if out is None else out)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+from racecore import cuda
 from racecore.errors import BackendUnavailableError
 
 __all__ = ["NAMES", "Backend", "available", "choose"]
@@ -33,45 +35,53 @@ def available() -> dict[str, str | None]:
     dict of str to (str or None)
         In the order in which `racecore doctor` lists them.
     """
-    no_numba = None if importlib.util.find_spec("numba") else "numba is not installed: pip install numba"
-    no_scipy = None if importlib.util.find_spec("scipy") else "scipy is not installed: pip install scipy"
-    return {
-        "reference": no_scipy,
-        "cpu": no_numba,
-        "cuda": "this version of racecore has no CUDA kernels yet",
-    }
+    return {name: reason() for name, reason in _REASONS.items()}
 
 
-def choose(name: str | None) -> Backend:
-    """Return the backend called `name`; None means the fastest that runs here.
+def _reason_without(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"{package} is not installed: pip install {package}"
+
+
+_REASONS: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: _reason_without("scipy"),
+    "cpu": lambda: _reason_without("numba"),
+    "cuda": cuda.reason_unavailable,
+}
+
+
+def choose(name: str | None, on_device: bool = False) -> Backend:
+    """Return the backend called `name`; None means the fastest that runs here for arrays in host memory or on a GPU.
 
     Raises
     ------
     ValueError
-        There is no backend of that name.
+        There is no backend of that name, or it cannot work where the arrays are.
     racecore.errors.BackendUnavailableError
         It cannot run here; the message lists every backend with its reason.
     """
     if name is None:
-        name = _default()
+        name = "cuda" if on_device else _default()
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    if on_device and name != "cuda":
+        raise ValueError(
+            f"backend={name!r} works in host memory, and these arrays are on a GPU: copy them to the host with cupy.asnumpy, or "
+            "leave backend out"
+        )
     return _load(name)
 
 
 @cache
 def _default() -> str:
-    reasons = available()
     for name in ("cpu", "reference"):
-        if reasons[name] is None:
+        if _REASONS[name]() is None:
             return name
-    raise BackendUnavailableError("cpu", reasons)
+    raise BackendUnavailableError("cpu", available())
 
 
 @cache
 def _load(name: str) -> Backend:
-    reasons = available()
-    if reasons[name] is not None:
-        raise BackendUnavailableError(name, reasons)
+    if _REASONS[name]() is not None:
+        raise BackendUnavailableError(name, available())
     operations = ("soft_hash", "bidirectional", "causal")
     return Backend(name, *(importlib.import_module(f"racecore.ops.{operation}.{name}") for operation in operations))

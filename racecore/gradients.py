@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore import inputs
+from racecore import arrays, cuda, inputs
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
@@ -37,6 +37,11 @@ class Gradients(NamedTuple):
         A float, or float64 [H] where beta is per head.
     state : StateGradient
         Gradient of the initial state.
+
+    Notes
+    -----
+    For arrays on a GPU those of planes, beta (then an array without axes in place of a float) and state are CuPy arrays
+    too, so that nothing waits for the GPU.
     """
 
     query: Any = None
@@ -69,6 +74,11 @@ class Saved:
         return len(self.sources[0].shape) == 4
 
     @property
+    def are_on_device(self) -> bool:
+        """Whether the caller's arrays are on a GPU; with backend="cuda" those in host memory were copied there."""
+        return arrays.is_on_device(self.sources[0])
+
+    @property
     def nbytes(self) -> int:
         """Bytes held beyond the inputs."""
         arrays_held = [state for states in self.states if states is not None for state in states]
@@ -95,30 +105,32 @@ def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[li
                 raise ValueError(f"out.{name} was given, but wrt of attention_forward does not name {name!r}")
             results.append(None)
             continue
-        result = inputs.check_out(given, f"out.{name}", shape if had_batch else shape[1:], stored(array).dtype, sources)
+        shape = shape if had_batch else shape[1:]
+        result = inputs.check_out(given, f"out.{name}", shape, stored(array).dtype, sources, problem.on_device)
         sources.append((f"out.{name}", result))
         results.append(result)
     buffers = [r if r is None or had_batch else r[None] for r in results]
     n_numbers = problem.planes[0].size + 1 if "planes" in saved.wrt else 1
     needs_hash = bool(saved.wrt & {"planes", "beta"})
-    hash_gradient = np.zeros((2, problem.n_state_heads, n_numbers)) if needs_hash else None
+    shape = (2, problem.n_state_heads, n_numbers)
+    hash_gradient = arrays.zeros(shape, np.float64, problem.on_device) if needs_hash else None
     return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
 
 
-def hash_gradients(
-    hash_gradient: np.ndarray | None, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]
-) -> tuple[np.ndarray | None, Any]:
+def hash_gradients(hash_gradient: Any, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]) -> tuple[Any, Any]:
     """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
     if hash_gradient is None:
         return None, None
     total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1], or [M, 1] for beta alone
-    planes: np.ndarray | None = None
+    planes: Any = None
     beta: Any = None
     if "planes" in wrt:
         per_head = total[:, :-1].reshape(problem.planes.shape)
         planes = per_head if lsh.planes.ndim == 4 else per_head.sum(axis=0)
     if "beta" in wrt:
-        beta = total[:, -1].copy() if np.ndim(lsh.beta) else float(total[:, -1].sum())
+        beta = total[:, -1].copy() if np.ndim(lsh.beta) else total[:, -1].sum()
+        if beta.ndim == 0 and not cuda.is_array(beta):
+            beta = float(beta)
     return planes, beta
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from racecore import arrays, plan
+from racecore import arrays, cuda, plan
 from racecore.problem import Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
@@ -46,8 +46,11 @@ def check_attention(
     cu_seqlens: Any,
     chunk_size: int | None,
     memory_limit: int | str | None,
+    on_device: bool | None = None,
 ) -> tuple[Problem, SoftLSH, bool]:
     """Check the arguments of `racecore.attention`.
+
+    `on_device` is where the problem's arrays shall be; None means where they are.
 
     Returns
     -------
@@ -58,7 +61,10 @@ def check_attention(
     had_batch : bool
         False where the caller passed 3-D arrays.
     """
-    q, k, v = (arrays.as_numpy(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    if on_device is None:
+        on_device = _place(query=q, key=k, value=v)
+    q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
     q, k, v, had_batch = _checked_shapes(q, k, v)
     _check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
@@ -89,6 +95,17 @@ def check_attention(
     elif problem.is_causal and chunk_size is None and plan.can_keep_states(problem):
         problem = replace(problem, keeps_states=True)
     return problem, lsh, had_batch
+
+
+def _place(**named: Any) -> bool:
+    """Return whether the arrays are on a GPU; all of them must be, or none."""
+    places = {name: cuda.is_array(array) for name, array in named.items()}
+    if len(set(places.values())) > 1:
+        text = ", ".join(f"{name} {'on a GPU' if place else 'in host memory'}" for name, place in places.items())
+        raise ValueError(
+            f"the arrays must be in one place, got {text}; bring them together with cupy.asarray or cupy.asnumpy"
+        )
+    return next(iter(places.values()))
 
 
 def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
@@ -158,7 +175,7 @@ def _default_lsh(head_dim: int) -> SoftLSH:
 def _checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
     if key_mask is None:
         return None
-    mask = arrays.as_numpy(key_mask, "key_mask")
+    mask = arrays.brought(arrays.as_array(key_mask, "key_mask"), cuda.is_array(k))
     if mask.dtype != np.bool_:
         raise TypeError(f"key_mask must be bool (True = the key takes part), got {mask.dtype}; compare it to get bools")
     batch, n_keys = k.shape[:2]
@@ -176,7 +193,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
         return _whole_sequences(batch, n_queries, n_keys)
     if isinstance(cu_seqlens, (list, tuple, range)):
         cu_seqlens = np.asarray(cu_seqlens, None if len(cu_seqlens) else np.int64)
-    bounds = arrays.as_numpy(cu_seqlens, "cu_seqlens")
+    bounds = arrays.brought(arrays.as_array(cu_seqlens, "cu_seqlens"), False)
     if bounds.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens must be integers, got {bounds.dtype}")
     if bounds.ndim != 1 or len(bounds) < 1:
@@ -260,23 +277,25 @@ def check_wrt(wrt: Any, has_initial_state: bool) -> frozenset[str]:
 
 
 def check_out(
-    out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]]
-) -> np.ndarray:
+    out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]], on_device: bool
+) -> Any:
     """Check an array that the caller gave for a result, or make one where None was given."""
     if out is None:
-        return arrays.empty(shape, dtype)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(out).__module__}.{type(out).__qualname__}")
+        return arrays.empty(shape, dtype, on_device)
+    if cuda.is_array(out) != on_device or not (on_device or isinstance(out, np.ndarray)):
+        kind = "a CuPy array, as the inputs are on a GPU" if on_device else "a NumPy array"
+        raise TypeError(f"{name} must be {kind}, got {type(out).__module__}.{type(out).__qualname__}")
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {out.shape} and {out.dtype}")
-    if not out.flags.writeable:
+    if not on_device and not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
-    if not out.dtype.isnative or not out.flags.aligned or any(s % dtype.itemsize for s in out.strides):
+    is_aligned = on_device or (out.dtype.isnative and out.flags.aligned)
+    if not is_aligned or any(s % dtype.itemsize for s in out.strides):
         raise ValueError(f"{name} must be aligned and in native byte order")
     if out.size and 0 in (s for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
         raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
     for other, array in sources:
-        if isinstance(array, np.ndarray) and _overlap(out, array):
+        if _overlap(out, array):
             raise ValueError(
                 f"{name} overlaps {other} in memory; inputs are never written to, so give it memory of its own"
             )
@@ -296,17 +315,21 @@ def check_gradient_targets(out: Any) -> None:
             raise ValueError(f"out.{name} was given, but only query, key and value can be written to arrays of yours")
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def _overlap(a: Any, b: Any) -> bool:
     """Tell whether two arrays share an element. Slices of one buffer that interleave do not."""
+    if cuda.is_array(a) and cuda.is_array(b):
+        a, b = cuda.shadow(a), cuda.shadow(b)
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
     try:
         return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # NumPy's stub knows 0 and -1 only
     except np.exceptions.TooHardError:
         return True
 
 
-def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype, on_device: bool) -> Any:
     """Check the gradient of the output: shape of the output, any supported dtype (converted to the output's)."""
-    array = arrays.as_numpy(d_out, "d_out")
+    array = arrays.brought(arrays.as_array(d_out, "d_out"), on_device)
     if array.shape != shape:
         raise ValueError(f"d_out must have the shape of the output, {shape}, got {array.shape}")
     if not arrays.is_supported(array.dtype):
@@ -330,7 +353,7 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
             raise TypeError(
                 f"d_state must have .mass and .value_sum, as a RaceState has; {type(d_state).__qualname__} lacks .{name}"
             )
-        array = arrays.as_numpy(array, f"d_state.{name}")
+        array = arrays.brought(arrays.as_array(array, f"d_state.{name}"), problem.on_device)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"d_state.{name} must be real numbers, got {array.dtype}")
         if array.shape != wanted:
@@ -341,7 +364,8 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
 
 def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
     """Check the arguments of `RaceState.append`."""
-    k, v = arrays.as_numpy(key, "key"), arrays.as_numpy(value, "value")
+    k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
+    _place(key=k, value=v)
     wanted_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
     wanted_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
     k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
@@ -355,7 +379,7 @@ def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Probl
 
 def check_attend(state: RaceState, query: Any, readout: str) -> Problem:
     """Check the arguments of `RaceState.attend`."""
-    q = _with_batch(arrays.as_numpy(query, "query"), state.batch)
+    q = _with_batch(arrays.as_array(query, "query"), state.batch)
     wanted = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
     if not _fits(q.shape, wanted):
         raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")

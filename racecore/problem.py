@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from racecore import arrays
+from racecore import arrays, cuda
 
 __all__ = ["BUCKET_MEAN_EPS", "GradientBuffers", "Problem", "Sketch"]
 
@@ -20,7 +20,10 @@ BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a state is read."""
+    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a state is read.
+
+    Arrays of tokens are NumPy arrays, or all of them CuPy arrays; planes, beta and sequences are NumPy arrays.
+    """
 
     query: np.ndarray | None  # [B, Tq, H, D], any strides
     key: np.ndarray | None  # [B, Tk, G, D]
@@ -49,6 +52,11 @@ class Problem:
         """S = L * 2^P, over all tables."""
         return self.planes.shape[1] << self.planes.shape[2]
 
+    @property
+    def on_device(self) -> bool:
+        """Whether tokens, and so states and results, are on a GPU."""
+        return cuda.is_array(self.key if self.query is None else self.query)
+
     def part(self, first: int, last: int) -> Problem:
         """Return the same problem with only the sequences first ... last - 1."""
         if (first, last) == (0, len(self.sequences)):
@@ -58,7 +66,7 @@ class Problem:
     def new_sketch(self) -> Sketch:
         """Return the empty state of every sequence."""
         shape = (len(self.sequences), self.n_state_heads, self.n_buckets * (1 + self.value_dim))
-        return Sketch(arrays.zeros(shape, np.float64), self.n_buckets)
+        return Sketch(arrays.zeros(shape, np.float64, self.on_device), self.n_buckets)
 
 
 class Sketch:
@@ -88,6 +96,11 @@ class Sketch:
     def part(self, first: int, last: int) -> Sketch:
         """Return a view of the states of the sequences first ... last - 1."""
         return Sketch(self.flat[first:last], self.n_buckets)
+
+    def brought(self, on_device: bool) -> Sketch:
+        """Return the same states on a GPU or in host memory; a copy only where they are on the other side."""
+        flat = arrays.brought(self.flat, on_device)
+        return self if flat is self.flat else Sketch(flat, self.n_buckets)
 
     def copy(self) -> Sketch:
         """Return an independent copy."""

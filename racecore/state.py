@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, backends, files, inputs, plan
+from racecore import arrays, backends, cuda, files, inputs, plan
 from racecore.problem import Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
@@ -21,7 +21,8 @@ class RaceState:
     """What attention remembers of the keys and values: one mass and one value sum per bucket.
 
     ``mass[s] = sum_j phi(k_j)[s]`` and ``value_sum[s] = sum_j phi(k_j)[s] * v_j``, in float64, whatever the inputs are.
-    Make one with `zeros`, with ``attention(..., return_state=True)`` or with `load`.
+    Make one with `zeros`, with ``attention(..., return_state=True)`` or with `load`. The numbers are where the arrays were
+    that they met last: NumPy arrays, or CuPy arrays on a GPU.
 
     Notes
     -----
@@ -130,7 +131,8 @@ class RaceState:
             Shapes or dtypes that do not fit; the state is then unchanged.
         """
         problem = inputs.check_append(self, key, value, key_mask)
-        operations = backends.choose(None).bidirectional
+        self._move(problem.on_device)
+        operations = backends.choose(None, problem.on_device).bidirectional
         if operations.add_at_once(problem, self._sketch, self._lengths):
             return
         before, lengths = self._sketch.flat.copy(), self._lengths.copy()
@@ -162,11 +164,16 @@ class RaceState:
         problem = inputs.check_attend(self, query, readout)
         if problem.query is None:
             raise TypeError("query is missing")
-        out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype)
-        operations = backends.choose(backend).bidirectional
+        self._move(problem.on_device)
+        out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype, problem.on_device)
+        operations = backends.choose(backend, problem.on_device).bidirectional
         for first, last in plan.parts(problem):
             operations.read_out(problem.part(first, last), self._sketch.part(first, last), out)
-        return arrays.restorer(query)(out[0] if np.ndim(query) == 3 else out)
+        return arrays.restorer(query)(out[0] if len(query.shape) == 3 else out)
+
+    def _move(self, on_device: bool) -> None:
+        """Bring the numbers to where the arrays are that they meet."""
+        self._sketch = self._sketch.brought(on_device)
 
     def merge(self, other: RaceState) -> None:
         """Add the tokens of `other`, in place. Order does not matter, beyond rounding in the last bit.
@@ -184,7 +191,7 @@ class RaceState:
                 "states must agree in (batch, key/value heads, value dim): this one has "
                 f"{(self.batch, self._n_kv_heads, self._value_dim)}, the other {(other.batch, other.n_kv_heads, other.value_dim)}"
             )
-        self._sketch.flat += other.sketch.flat
+        self._sketch.flat += other.sketch.brought(cuda.is_array(self._sketch.flat)).flat
         self._lengths += other.lengths
 
     def copy(self) -> RaceState:
@@ -208,15 +215,16 @@ class RaceState:
             raise TypeError(f"batch_indices must be integers, got {indices.dtype}")
         if indices.ndim != 1:
             raise ValueError(f"batch_indices must be one-dimensional, got shape {indices.shape}")
-        sketch = Sketch(self._sketch.flat[indices], self._sketch.n_buckets)
+        flat = self._sketch.flat
+        sketch = Sketch(flat[arrays.brought(indices, cuda.is_array(flat))], self._sketch.n_buckets)
         return RaceState(self._lsh, sketch, self._lengths[indices], self._n_kv_heads, self._value_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write state, hash and checksum to an .npz file, which appears whole or not at all."""
         files.save(
             path, _FILE_KIND, _FILE_VERSION,
-            planes=self._lsh.planes, beta=np.asarray(self._lsh.beta), flat=self._sketch.flat, lengths=self._lengths,
-            sizes=np.array([self._n_kv_heads, self._value_dim]),
+            planes=self._lsh.planes, beta=np.asarray(self._lsh.beta), flat=arrays.brought(self._sketch.flat, False),
+            lengths=self._lengths, sizes=np.array([self._n_kv_heads, self._value_dim]),
         )  # fmt: skip
 
     @classmethod
@@ -254,7 +262,7 @@ def _added_tokens(problem: Problem) -> np.ndarray:
     batch, begin, end = problem.sequences[:, 0], problem.sequences[:, 3], problem.sequences[:, 4]
     if problem.key_mask is None:
         return end - begin
-    return np.count_nonzero(problem.key_mask, axis=1)[batch]
+    return np.count_nonzero(arrays.brought(problem.key_mask, False), axis=1)[batch]
 
 
 def final_state(initial: RaceState | None, sketch: Sketch, problem: Problem, lsh: SoftLSH) -> RaceState:

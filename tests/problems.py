@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import oracle
+from devices import fetch, put
 from layouts import LAYOUTS, arrange
 
 import racecore
@@ -175,23 +176,24 @@ def make_state(lsh: racecore.SoftLSH, mass: np.ndarray, value_sum: np.ndarray, n
     return state
 
 
-def run_library(problem: Problem, dtype: str, **options: Any) -> dict[str, np.ndarray]:
+def run_library(problem: Problem, dtype: str, backend: str, **options: Any) -> dict[str, Any]:
     """Run forward and backward in racecore: out, mass and value_sum, and every gradient under "d_" and its name."""
     x = problem.arrays(dtype)
+    query, key, value, d_out, key_mask = (put(y, backend) for y in (x.query, x.key, x.value, x.d_out, x.key_mask))
     lsh = racecore.SoftLSH(x.planes, x.beta)
     initial = None if x.initial is None else make_state(lsh, *x.initial, problem.n_kv_heads)
     d_state = None if x.d_state is None else make_state(lsh, *x.d_state, problem.n_kv_heads)
     out, saved, state = racecore.attention_forward(
-        x.query, x.key, x.value, lsh, is_causal=problem.is_causal, readout=problem.readout, key_mask=x.key_mask,
-        cu_seqlens=x.cu_seqlens, initial_state=initial, return_state=True, **options,
+        query, key, value, lsh, is_causal=problem.is_causal, readout=problem.readout, key_mask=key_mask,
+        cu_seqlens=x.cu_seqlens, initial_state=initial, return_state=True, backend=backend, **options,
     )  # fmt: skip
-    grads = racecore.attention_backward(x.d_out, saved, d_state=d_state)
-    results = {"out": out, "mass": state.mass, "value_sum": state.value_sum, "backend": saved.backend}
+    grads = racecore.attention_backward(d_out, saved, d_state=d_state)
+    results = {"out": out, "mass": state.mass, "value_sum": state.value_sum}
     for name in ("query", "key", "value", "planes", "beta"):
-        results[f"d_{name}"] = np.asarray(getattr(grads, name))
+        results[f"d_{name}"] = getattr(grads, name)
     if initial is not None:
         results["d_mass"], results["d_value_sum"] = grads.state.mass, grads.state.value_sum
-    return results
+    return {name: fetch(array) for name, array in results.items()} | {"backend": saved.backend}
 
 
 @lru_cache(maxsize=8)

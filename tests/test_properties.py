@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from devices import BACKENDS
 from problems import make_state, relative_error
 
 import racecore
@@ -20,9 +21,9 @@ READOUTS = ("ratio", "bucket_mean")
 LONG = 2 * 1024 + 77  # tokens: more than two of the pieces that long sequences are cut into
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    return request.param
 
 
 def rows(seed: int, *shapes: tuple[int, ...], dtype: Any = np.float64) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from devices import BACKENDS, fetch, put
 from problems import PROBLEMS, Problem, relative_error, run_library
 
 import racecore
@@ -29,8 +30,8 @@ OPERATIONS = sorted(
 NEVER_DIFFERENTIATED = {"add_at_once"}  # what a state that is decoded from is advanced by
 
 
-def implementations(operation: str) -> tuple[ModuleType, ModuleType]:
-    return tuple(importlib.import_module(f"racecore.ops.{operation}.{name}") for name in ("reference", "cpu"))  # type: ignore[return-value]
+def implementations(operation: str) -> list[ModuleType]:
+    return [importlib.import_module(f"racecore.ops.{operation}.{name}") for name in ("reference", "cpu", "cuda")]
 
 
 def test_every_operation_is_found() -> None:
@@ -39,14 +40,15 @@ def test_every_operation_is_found() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_same_public_functions_with_the_same_arguments(operation: str) -> None:
-    reference, cpu = implementations(operation)
-    assert reference.__all__ == cpu.__all__
+    reference, *others = implementations(operation)
     assert reference.__all__
-    for name in reference.__all__:
-        mine, other = getattr(reference, name), getattr(cpu, name)
-        assert inspect.isfunction(mine), name  # plain functions: launching kernels is the business of the inside
-        assert inspect.isfunction(other), name
-        assert inspect.signature(mine) == inspect.signature(other), name
+    for other in others:
+        assert reference.__all__ == other.__all__
+        for name in reference.__all__:
+            mine, its = getattr(reference, name), getattr(other, name)
+            assert inspect.isfunction(mine), name  # plain functions: launching kernels is the business of the inside
+            assert inspect.isfunction(its), name
+            assert inspect.signature(mine) == inspect.signature(its), name
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -58,86 +60,85 @@ def test_every_forward_has_its_backward_right_under_it(operation: str) -> None:
                 assert lines[name] < lines[f"{name}_backward"], f"{module.__name__}.{name}"
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize(("dtype", "limit"), [(np.float64, 1e-13), (np.float32, 2e-6)])
 @pytest.mark.parametrize("n_tokens", [0, 1, 31, 33, 100])
-def test_soft_hash(dtype: Any, limit: float, n_tokens: int) -> None:
+def test_soft_hash(dtype: Any, limit: float, n_tokens: int, backend: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n_tokens, 2, 3, 6)).astype(dtype)
     planes, beta = rng.standard_normal((3, 4, 3, 6)).astype(np.float32).astype(np.float64), np.array([0.5, 1.0, 4.0])
     d_phi = rng.standard_normal((n_tokens, 2, 3, 4 * 8)).astype(dtype)
-    reference, cpu = implementations("soft_hash")
-    phi = cpu.soft_hash(x, planes, beta)
+    module, reference = (importlib.import_module(f"racecore.ops.soft_hash.{name}") for name in (backend, "reference"))
+    phi = module.soft_hash(put(x, backend), planes, beta)
     assert phi.dtype == dtype
     assert phi.shape == d_phi.shape
-    assert relative_error(phi, reference.soft_hash(x, planes, beta)) < limit
-    found, expected = (module.soft_hash_backward(d_phi, x, planes, beta) for module in (cpu, reference))
+    assert relative_error(fetch(phi), reference.soft_hash(x, planes, beta)) < limit
+    found = module.soft_hash_backward(put(d_phi, backend), put(x, backend), planes, beta)
+    expected = reference.soft_hash_backward(d_phi, x, planes, beta)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
-        assert relative_error(ours, theirs) < 10 * limit
+        assert relative_error(fetch(ours), theirs) < 10 * limit
 
 
-def problem_of(arrays: Any, problem: Problem) -> Any:
+def problem_of(arrays: Any, problem: Problem, backend: str) -> Any:
     checked, _, _ = inputs.check_attention(
-        arrays.query, arrays.key, arrays.value, racecore.SoftLSH(arrays.planes, arrays.beta), is_causal=problem.is_causal,
-        readout=problem.readout, key_mask=arrays.key_mask, cu_seqlens=None, chunk_size=None, memory_limit=None,
+        *(put(array, backend) for array in (arrays.query, arrays.key, arrays.value)),
+        racecore.SoftLSH(arrays.planes, arrays.beta), is_causal=problem.is_causal, readout=problem.readout,
+        key_mask=put(arrays.key_mask, backend), cu_seqlens=None, chunk_size=None, memory_limit=None,
     )  # fmt: skip
     return checked
 
 
-def steps(module: ModuleType, arrays: Any, problem: Problem) -> dict[str, np.ndarray]:
+def steps(backend: str, operation: str, arrays: Any, problem: Problem) -> dict[str, np.ndarray]:
     """Call the functions of one module in the order in which the pipeline does, and keep everything they write."""
-    p = problem_of(arrays, problem)
+    module, p = importlib.import_module(f"racecore.ops.{operation}.{backend}"), problem_of(arrays, problem, backend)
     rng = np.random.default_rng(0)
     sketch, d_sketch = p.new_sketch(), p.new_sketch()
     sketch.mass[...] = 1
-    d_sketch.flat[...] = rng.standard_normal(d_sketch.flat.shape)
-    out = np.full_like(arrays.d_out, np.nan)
-    d_query, d_key, d_value = (np.full(x.shape, np.nan, x.dtype) for x in (p.query, p.key, p.value))
+    d_sketch.flat[...] = put(rng.standard_normal(d_sketch.flat.shape), backend)
+    d_out, out = put(arrays.d_out, backend), put(np.full_like(arrays.d_out, np.nan), backend)
+    targets = [put(np.full(x.shape, np.nan, x.dtype), backend) for x in (arrays.query, arrays.key, arrays.value)]
     d_hash = np.zeros((2, p.n_state_heads, arrays.planes[0].size * len(arrays.planes) + 1))
-    grads = GradientBuffers(d_query, d_key, d_value, d_hash)
-    results: dict[str, np.ndarray] = {}
+    grads = GradientBuffers(*targets, put(d_hash, backend))
+    results: dict[str, Any] = {}
     if problem.is_causal:
         checkpoints = module.walk(p, sketch, out, True)
         results["checkpoint"] = checkpoints[0].copy()
         results["state"] = sketch.flat
-        module.walk_backward(p, checkpoints, arrays.d_out, d_sketch, grads)
+        module.walk_backward(p, checkpoints, d_out, d_sketch, grads)
     else:
         module.sum_keys(p, sketch)
         results["state"] = sketch.flat.copy()
         module.read_out(p, sketch, out)
-        module.read_out_backward(p, Sketch(results["state"], p.n_buckets), arrays.d_out, d_sketch, grads)
+        module.read_out_backward(p, Sketch(results["state"], p.n_buckets), d_out, d_sketch, grads)
         results["d_state between"] = d_sketch.flat.copy()
         module.sum_keys_backward(p, d_sketch, grads)
-    results |= {
-        "out": out,
-        "d_query": d_query,
-        "d_key": d_key,
-        "d_value": d_value,
-        "d_hash": d_hash,
-        "d_state": d_sketch.flat,
-    }
-    return results
+    names = ("d_query", "d_key", "d_value")
+    results |= dict(zip(names, targets, strict=True)) | {"out": out, "d_hash": grads.hash, "d_state": d_sketch.flat}
+    return {name: fetch(array) for name, array in results.items()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 @pytest.mark.parametrize("operation", ["bidirectional", "causal"])
-def test_same_results_function_by_function(operation: str, readout: str) -> None:
+def test_same_results_function_by_function(operation: str, readout: str, backend: str) -> None:
     problem = Problem(
         0, 2, 100, 100, 4, 2, 6, 5, 3, 2, 1.2, 1.0, mask="random", readout=readout, is_causal=operation == "causal"
     )
     arrays = problem.arrays("float64")
-    reference, cpu = (steps(module, arrays, problem) for module in implementations(operation))
-    assert reference.keys() == cpu.keys()
-    for name, expected in reference.items():
-        assert relative_error(cpu[name], expected) < 1e-12, name
+    found, expected = (steps(name, operation, arrays, problem) for name in (backend, "reference"))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert relative_error(found[name], array) < 1e-12, name
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("problem", PROBLEMS[1::3], ids=lambda problem: f"problem{problem.seed}")
-def test_same_results_through_the_public_functions(problem: Problem, dtype: str) -> None:
+def test_same_results_through_the_public_functions(problem: Problem, dtype: str, backend: str) -> None:
     """Closer to each other than either needs to be to the oracle."""
-    found, expected = (run_library(problem, dtype, backend=backend) for backend in ("cpu", "reference"))
-    assert (found.pop("backend"), expected.pop("backend")) == ("cpu", "reference")
+    found, expected = (run_library(problem, dtype, name) for name in (backend, "reference"))
+    assert (found.pop("backend"), expected.pop("backend")) == (backend, "reference")
     floor = 0.01 * float(np.linalg.norm(problem.arrays(dtype).d_out.astype(np.float64)))
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name

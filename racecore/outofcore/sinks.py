@@ -83,7 +83,7 @@ def open_sink(
     if isinstance(sink, (str, os.PathLike)):
         return _NpyFile(os.fspath(sink), name, shape, dtype, resumes)
     if isinstance(sink, np.ndarray):
-        return _InArray(inputs.check_out(sink, name, shape, dtype, sources), name)
+        return _InArray(inputs.check_out(sink, name, shape, dtype, sources, False), name)
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
         if tuple(sink.shape) != shape or np.dtype(sink.dtype) != dtype:
             raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {sink.shape} and {sink.dtype}")

@@ -1,0 +1,86 @@
+"""Bidirectional attention through a sketch on a GPU: launches of the kernels in kernels.cu; see `reference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from racecore import plan, progress
+from racecore.ops.cuda_call import (
+    Call,
+    Scratch,
+    empty_hash_parts,
+    hash_width,
+    key_gradients,
+    launch,
+    make_call,
+    new_sums,
+    scan,
+    shares,
+)
+from racecore.problem import GradientBuffers, Problem, Sketch
+
+__all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
+
+_FILE = "bidirectional/kernels.cu"
+
+
+def sum_keys(part: Problem, sketch: Sketch) -> None:
+    """Add every key and value of `part` to `sketch`."""
+    for chunk in plan.chunks(part, "key"):
+        sums = new_sums(part, len(chunk), part.n_state_heads)
+        n_tokens = sum_segments(part, make_call(part, chunk), sums)
+        scan(chunk[:, 0], sums, sketch.flat)
+        del sums  # before the next chunk asks for as much
+        progress.advance(n_tokens)
+
+
+def sum_segments(part: Problem, call: Call, sums: Any) -> int:
+    """Sum keys and values of each segment into sums [n, M, S*(1+V)]. Return the number of tokens."""
+    return launch(_FILE, "sum_keys", call, part.n_state_heads, Scratch(state_sums=1, weights=1), sums)
+
+
+def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
+    """Return False: an interrupt may come between two launches."""
+    return False
+
+
+def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -> None:
+    """Write the gradients of keys and values, given that of the state they were added to."""
+    scratch = Scratch(states=1, weights=2, hash_sums=True)
+    with key_gradients(part, grads, None) as (wide, sums, _):
+        for chunk in plan.chunks(part, "key"):
+            call = make_call(wide, chunk, d_key=sums.key, d_value=sums.value, hash_width=hash_width(grads.hash))
+            parts = empty_hash_parts(chunk, part.n_state_heads, grads.hash)
+            for share in range(shares(part)):
+                launch(_FILE, "sum_keys_backward", call, part.n_kv_heads, scratch, d_sketch.flat, parts, share=share)
+            if grads.hash is not None:
+                scan(np.zeros_like(chunk[:, 0]), parts, grads.hash[1:])
+            progress.advance(call.n_tokens)
+
+
+def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
+    """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
+    for chunk in plan.chunks(part, "query"):
+        call = make_call(part, chunk, out=out)
+        progress.advance(
+            launch(_FILE, "read_out", call, part.n_heads, Scratch(states=1, masses=1, weights=2), sketch.flat)
+        )
+
+
+def read_out_backward(
+    part: Problem, sketch: Sketch, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+) -> None:
+    """Write the gradient of the queries and add that of the state to `d_sketch`."""
+    scratch = Scratch(states=1, state_sums=1, masses=1, weights=4, hash_sums=True)
+    for chunk in plan.chunks(part, "query"):
+        call = make_call(part, chunk, d_out=d_out, d_query=grads.query, hash_width=hash_width(grads.hash))
+        d_sums = new_sums(part, len(chunk), part.n_heads)
+        parts = empty_hash_parts(chunk, part.n_heads, grads.hash)
+        n_tokens = launch(_FILE, "read_out_backward", call, part.n_heads, scratch, sketch.flat, d_sums, parts)
+        scan(chunk[:, 0], d_sums, d_sketch.flat)
+        if grads.hash is not None:
+            scan(np.zeros_like(chunk[:, 0]), parts, grads.hash[:1])
+        del d_sums, parts
+        progress.advance(n_tokens)

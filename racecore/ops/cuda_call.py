@@ -1,0 +1,237 @@
+"""From a problem to CUDA launches: arguments in one structure, scratch of the right size, sums over segments.
+
+A block takes one segment and head after another. It needs scratch for states and for the numbers of a group of tokens:
+shared memory, or global memory where a state is too large for that. The pieces are counted here and handed out in
+`ops/call.cuh`; both lists must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore import cuda
+from racecore.problem import GradientBuffers, Problem
+
+__all__ = [
+    "Call", "Scratch", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch", "make_call", "new_sums", "scan",
+    "shares", "stash_numbers",
+]  # fmt: skip
+
+TOKENS, ROWS = 8, 4  # as in ops/warp.cuh
+_SHARED_BYTES = 48 << 10  # what a block can have without asking; more would leave an SM too few blocks
+_WORKSPACE_BYTES = 256 << 20
+_MAX_BLOCKS = 1 << 20
+_SCAN_THREADS = 128
+_ARRAYS = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
+
+
+class Call(NamedTuple):
+    """What every kernel needs. `record` holds addresses: the arrays in `kept` must outlive the launch."""
+
+    record: np.ndarray
+    kept: tuple[Any, ...]
+    dtype: np.dtype  # of the arrays
+    real: np.dtype  # of the arithmetic
+    columns: int
+    n_segments: int
+    n_tokens: int
+
+
+class Scratch(NamedTuple):
+    """How often a kernel takes each kind of scratch."""
+
+    states: int = 0
+    state_sums: int = 0
+    masses: int = 0  # [S]
+    weights: int = 0  # [TOKENS, S]
+    hash_sums: bool = False
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an uninitialised array on the device."""
+    return cuda.cupy().empty(shape, dtype)
+
+
+def make_call(
+    part: Problem,
+    chunk: np.ndarray,
+    *,
+    out: Any = None,
+    d_out: Any = None,
+    d_query: Any = None,
+    d_key: Any = None,
+    d_value: Any = None,
+    hash_width: int = 0,
+) -> Call:
+    """Bundle the arguments for the segments of one chunk."""
+    arrays = (part.query, part.key, part.value, out, d_out, d_query, d_key, d_value)
+    stored = next(array for array in arrays if array is not None)
+    head_dim = part.planes.shape[3]
+    longest = max(head_dim, part.value_dim)
+    columns = 1 if longest <= 32 else 2 if longest <= 64 else 4
+    fields: list[tuple[str, int]] = []
+    for name, array in zip(_ARRAYS, arrays, strict=True):
+        labels = ("data", "batch", "token", "head", "dim")
+        fields += ((f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True))
+        fields.append((f"{name}.is_wide", _is_wide(array, columns)))
+    segments, planes, beta = _segments(chunk), _planes(part, columns), cuda.to_device(part.beta, part.dtype)
+    mask: Any = None if part.key_mask is None else part.key_mask.view(np.uint8)
+    fields += [
+        ("segments", segments.data.ptr),
+        ("planes", planes.data.ptr),
+        ("planes_per_head", planes.shape[0] > 1),
+        ("beta", beta.data.ptr),
+        ("mask", 0 if mask is None else mask.data.ptr),
+        ("mask_batch", 0 if mask is None else mask.strides[0]),
+        ("mask_token", 0 if mask is None else mask.strides[1]),
+        ("workspace", 0),
+        ("scratch_numbers", 0),
+        ("n_segments", len(chunk)),
+        ("n_tables", part.planes.shape[1]),
+        ("n_planes", part.planes.shape[2]),
+        ("head_dim", head_dim),
+        ("value_dim", part.value_dim),
+        ("n_heads", part.n_heads),
+        ("n_kv_heads", part.n_kv_heads),
+        ("n_state_heads", part.n_state_heads),
+        ("share", 0),
+        ("bucket_mean", part.readout == "bucket_mean"),
+        ("hash_width", hash_width),
+    ]
+    kept = (*arrays, segments, planes, beta, mask)
+    n_tokens = int((chunk[:, 3] - chunk[:, 2]).sum())
+    return Call(cuda.structure(fields), kept, stored.dtype, part.dtype, columns, len(chunk), n_tokens)
+
+
+def _segments(chunk: np.ndarray) -> Any:
+    """Return a chunk's table on the device, its last column counting groups of tokens in place of blocks."""
+    table = chunk.copy()
+    n_groups = -(-(table[:, 3] - table[:, 2]) // TOKENS)
+    table[:, 4] = np.cumsum(n_groups) - n_groups
+    return cuda.to_device(table)
+
+
+def _planes(part: Problem, columns: int) -> Any:
+    """Return planes [M or 1, L*P, D], rows padded with zeros to whole tiles and slabs."""
+    planes = part.planes[:1] if part.planes.strides[0] == 0 else part.planes
+    heads, n_tables, n_planes, head_dim = planes.shape
+    wide = np.zeros((heads, _up(n_tables * n_planes, ROWS), _up(head_dim, cuda.LANES * columns)), part.dtype)
+    wide[:, : n_tables * n_planes, :head_dim] = planes.reshape(heads, -1, head_dim)
+    return cuda.to_device(wide)
+
+
+def _is_wide(array: Any, columns: int) -> bool:
+    """Tell whether a lane can read its columns at once: neighbours in memory, at a multiple of their size."""
+    if array is None or array.shape[-1] % columns or (array.shape[-1] > 1 and array.strides[-1] != array.itemsize):
+        return False
+    size = min(columns * array.itemsize, 16)
+    return array.data.ptr % size == 0 and all(stride % size == 0 for stride in array.strides[:-1])
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *arguments: Any, share: int = 0) -> int:
+    """Run a kernel over all segments of a call and `n_heads` heads. Return the number of tokens."""
+    n_tasks = call.n_segments * n_heads
+    if n_tasks == 0:
+        return 0
+    record, numbers = call.record.copy(), _scratch_numbers(call, scratch)
+    n_bytes = numbers * call.real.itemsize
+    blocks, workspace, shared = min(n_tasks, _MAX_BLOCKS), None, n_bytes
+    if n_bytes > _SHARED_BYTES:
+        blocks, shared = min(blocks, max(1, _WORKSPACE_BYTES // n_bytes)), 0
+        workspace = empty((blocks * numbers,), call.real)
+        record["workspace"] = workspace.data.ptr
+    record["scratch_numbers"], record["share"] = numbers, share
+    function = cuda.kernel(file, name, call.dtype, call.columns)
+    function((blocks,), (cuda.LANES,), (record, *arguments), shared_mem=shared)
+    return call.n_tokens
+
+
+def _scratch_numbers(call: Call, scratch: Scratch) -> int:
+    """Count what a block takes, in numbers of the arithmetic's dtype."""
+    size = {name: int(call.record[name]) for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")}
+    slab = cuda.LANES * call.columns
+    buckets = _up(size["n_tables"] << size["n_planes"], ROWS)
+    rows = _up(size["n_tables"] * size["n_planes"], ROWS)
+    values = buckets * _up(size["value_dim"], slab)
+    numbers = scratch.states * (values + buckets * (8 // call.real.itemsize))
+    numbers += scratch.state_sums * (values + buckets) + scratch.masses * buckets
+    numbers += 3 * TOKENS * rows + scratch.weights * TOKENS * buckets  # u, up, down
+    if scratch.hash_sums and size["hash_width"] > 1:
+        numbers += rows * _up(size["head_dim"], slab)
+    return numbers
+
+
+def stash_numbers(part: Problem, chunk: np.ndarray) -> int:
+    """Count what `walk_queries_backward` leaves for `walk_keys_backward`."""
+    n_tables, n_planes = part.planes.shape[1:3]
+    n_groups = int((-(-(chunk[:, 3] - chunk[:, 2]) // TOKENS)).sum())
+    per_group = part.n_state_heads * _up(n_tables * n_planes, ROWS) + 2 * part.n_heads * _up(part.n_buckets, ROWS)
+    return n_groups * TOKENS * per_group
+
+
+def shares(part: Problem) -> int:
+    """Return how many state heads share a key/value head: kernels over keys run once for each."""
+    return part.n_state_heads // part.n_kv_heads
+
+
+@contextmanager
+def key_gradients(part: Problem, grads: GradientBuffers, d_out: Any) -> Iterator[tuple[Problem, GradientBuffers, Any]]:
+    """Yield the problem, the gradients and d_out in a dtype in which the state heads of a key/value head can be added up.
+
+    Where planes or beta are per query head and queries are grouped, several state heads add to one row of `grads.key` and
+    `grads.value`. In 16 bits every addition would be rounded: then this is done in copies of the dtype of the arithmetic.
+    """
+    if shares(part) == 1 or part.key is None or part.key.dtype == part.dtype:
+        yield part, grads, d_out
+        return
+    wide = replace(part, **{name: _widened(getattr(part, name), part.dtype) for name in ("query", "key", "value")})
+    targets = {name: getattr(grads, name) for name in ("key", "value") if getattr(grads, name) is not None}
+    sums = {name: empty(target.shape, part.dtype) for name, target in targets.items()}
+    for name, target in targets.items():
+        sums[name][...] = target  # rows of other parts and chunks
+    yield wide, replace(grads, query=None, **sums), _widened(d_out, part.dtype)
+    for name, target in targets.items():
+        target[...] = sums[name].astype(target.dtype)
+
+
+def _widened(array: Any, dtype: np.dtype) -> Any:
+    return None if array is None else array.astype(dtype)
+
+
+def new_sums(part: Problem, n_segments: int, n_heads: int) -> Any:
+    """Return room for what segments add to states: [n, heads, S*(1+V)]."""
+    return empty((n_segments, n_heads, part.n_buckets * (1 + part.value_dim)), np.float64)
+
+
+def hash_width(total: Any) -> int:
+    """Return the width of the rows of gradients of planes and beta, 0 where they are not wanted."""
+    return 0 if total is None else int(total.shape[2])
+
+
+def empty_hash_parts(chunk: np.ndarray, n_heads: int, total: Any) -> Any:
+    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, heads, width]."""
+    return empty((len(chunk), n_heads, hash_width(total)), np.float64)
+
+
+def scan(owners: np.ndarray, parts: Any, carry: Any, *, reverse: bool = False) -> None:
+    """Add parts [n, heads * repeats, width] to the carry [n_owners, heads, width] of their owners one by one.
+
+    Leaves in the first of `repeats` neighbours what came before them.
+    """
+    if parts.size == 0:
+        return
+    heads, width = carry.shape[1:]
+    table = cuda.to_device(np.ascontiguousarray(owners))
+    n_blocks = -(-heads * width // _SCAN_THREADS)
+    function = cuda.kernel("sums.cu", "scan", np.dtype(np.float64), 1)
+    sizes = (len(owners), heads, parts.shape[1] // heads, width, int(reverse))
+    function((n_blocks,), (_SCAN_THREADS,), (table, parts, carry, *map(np.int64, sizes)))

@@ -1,0 +1,144 @@
+// The soft hash of a group, and its gradient. SPEC: phi[r] = prod_p sigmoid(2 beta c_r[p] tanh(u_p)), u_p = <W_p, x>.
+#pragma once
+
+#include "call.cuh"
+
+struct Hash {
+    Matrix planes;  // [L*P, D]
+    Real beta;
+    int n_tables, n_planes, n_buckets, wide_buckets;
+    Real *u, *up, *down;  // [TOKENS][planes.n_rows]: projection; probabilities of the side c = +1 and of the other
+};
+
+__device__ inline Hash hash_of(const Call& call, Scratch& scratch) {
+    int rows = wide_rows(call);
+    Hash hash;
+    hash.planes = Matrix{nullptr, rows, round_up((int)call.head_dim, SLAB)};
+    hash.beta = 0;
+    hash.n_tables = (int)call.n_tables;
+    hash.n_planes = (int)call.n_planes;
+    hash.n_buckets = n_buckets(call);
+    hash.wide_buckets = wide_buckets(call);
+    hash.u = take_coefficients(scratch, rows);
+    hash.up = take_coefficients(scratch, rows);
+    hash.down = take_coefficients(scratch, rows);
+    return hash;
+}
+
+__device__ inline void use_head(Hash& hash, const Call& call, int m) {
+    i64 size = (i64)hash.planes.n_rows * hash.planes.width;
+    hash.planes.data = const_cast<Real*>(call.planes) + (call.planes_per_head ? m * size : 0);
+    hash.beta = call.beta[m];
+}
+
+// up, down = sigmoid(+-2 beta tanh(u)), each to full relative precision
+__device__ inline void activate(const Hash& hash) {
+    for (int j = lane_id(); j < TOKENS * hash.planes.n_rows; j += LANES) {
+        Real z = 2 * hash.beta * tangent(hash.u[j]);
+        Real e = power_of_e(-magnitude(z)), large = 1 / (1 + e);
+        hash.up[j] = z < 0 ? e * large : large;
+        hash.down[j] = z < 0 ? large : e * large;
+    }
+}
+
+// phi[token][bucket]: the product over planes; zero for tokens that do not take part
+__device__ inline void multiply(const Hash& hash, unsigned kept, Real* phi) {
+    int i = lane_id() / ROWS, corners = 1 << hash.n_planes;
+    const Real *up = hash.up + i * hash.planes.n_rows, *down = hash.down + i * hash.planes.n_rows;
+    for (int s = lane_id() % ROWS; s < hash.wide_buckets; s += ROWS) {
+        Real product = s < hash.n_buckets && (kept >> i & 1) ? 1 : 0;
+        if (product != 0) {
+            int first = (s >> hash.n_planes) * hash.n_planes, corner = s & (corners - 1);
+            for (int p = 0; p < hash.n_planes; ++p)  // plane 0 is the most significant bit
+                product *= corner >> (hash.n_planes - 1 - p) & 1 ? up[first + p] : down[first + p];
+        }
+        phi[i * hash.wide_buckets + s] = product;
+    }
+}
+
+// phi of u; before it __syncthreads() must have passed, after it one must follow.
+__device__ inline void hash_projected(const Hash& hash, unsigned kept, Real* phi) {
+    activate(hash);
+    __syncthreads();
+    multiply(hash, kept, phi);
+}
+
+// phi[TOKENS][S] of the rows x; ends with __syncthreads().
+__device__ inline void hash_group(const Hash& hash, const Rows& x, Real* phi) {
+    project(hash.planes, x, hash.u);
+    __syncthreads();
+    hash_projected(hash, x.group.kept, phi);
+    __syncthreads();
+}
+
+// Turn u into its gradient, given d_phi [TOKENS][S]; return what the lane's rows add to the gradient of beta.
+__device__ inline double hash_backward(const Hash& hash, const Real* phi, const Real* d_phi) {
+    int i = lane_id() / ROWS, corners = 1 << hash.n_planes;
+    const Real *f = phi + i * hash.wide_buckets, *d_f = d_phi + i * hash.wide_buckets;
+    double d_beta = 0;
+    for (int row = lane_id() % ROWS; row < hash.planes.n_rows; row += ROWS) {
+        int j = i * hash.planes.n_rows + row, table = row / hash.n_planes, p = row % hash.n_planes;
+        if (table >= hash.n_tables) {
+            hash.u[j] = 0;
+            continue;
+        }
+        // phi = prod_p (c = +1 ? up_p : down_p);  d log(up) / dy = 2 down,  d log(down) / dy = -2 up,  y = beta tanh(u)
+        Real plus = 0, minus = 0;
+        for (int r = 0; r < corners; ++r) {
+            Real w = f[(table << hash.n_planes) + r] * d_f[(table << hash.n_planes) + r];
+            if (r >> (hash.n_planes - 1 - p) & 1)
+                plus += w;
+            else
+                minus += w;
+        }
+        Real d_y = 2 * (hash.down[j] * plus - hash.up[j] * minus);
+        // y = beta tanh(u);  d tanh(u) / du = 4 e / (1 + e)^2 with e = exp(-2 |u|), exact also where tanh is all but 1
+        Real u = hash.u[j], e = power_of_e(-2 * magnitude(u)), slope = 4 * e / ((1 + e) * (1 + e));
+        d_beta += (double)(d_y * tangent(u));
+        hash.u[j] = d_y * hash.beta * slope;
+    }
+    return d_beta;
+}
+
+// Sums of the gradients of planes and beta over the groups of a task.
+struct HashSums {
+    Matrix planes;  // [L*P, D], none where only that of beta is wanted
+    double beta;    // this lane's share
+    double* target;
+    i64 width;
+};
+
+__device__ inline HashSums hash_sums(const Call& call, Scratch& scratch) {
+    HashSums sums = {};
+    sums.width = call.hash_width;
+    if (call.hash_width > 1) sums.planes = take_matrix(scratch, wide_rows(call), (int)call.head_dim);
+    return sums;
+}
+
+__device__ inline void start_hash_sums(HashSums& sums, double* target) {
+    sums.beta = 0;
+    sums.target = target;
+    clear(sums.planes.data, (i64)sums.planes.n_rows * sums.planes.width);
+}
+
+// From d_phi to d_x, and what the group adds to the sums. Begins and ends with numbers other lanes wrote in place.
+__device__ inline void hash_group_backward(
+    const Hash& hash, const Real* phi, const Real* d_phi, const Rows& x, const Rows& d_x, bool adds, HashSums& sums) {
+    // phi = hash(u)
+    sums.beta += hash_backward(hash, phi, d_phi);
+    __syncthreads();
+    // u = planes @ x
+    if (d_x.array->data != nullptr) expand(hash.u, hash.planes, d_x, adds);
+    if (sums.width > 1) accumulate(hash.u, sums.planes, x);
+    __syncthreads();
+}
+
+__device__ inline void flush_hash_sums(HashSums& sums, const Hash& hash, int head_dim, bool is_first) {
+    if (sums.width == 0) return;
+    if (sums.width > 1)
+        flush_matrix(sums.planes, hash.n_tables * hash.n_planes, head_dim, sums.target, is_first);
+    for (int step = LANES / 2; step > 0; step /= 2) sums.beta += __shfl_xor_sync(~0u, sums.beta, step);
+    double* total = sums.target + sums.width - 1;
+    if (lane_id() == 0) *total = is_first ? sums.beta : *total + sums.beta;
+    sums.beta = 0;
+}

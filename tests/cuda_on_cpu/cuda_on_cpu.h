@@ -1,0 +1,201 @@
+// Enough of CUDA to run this project's kernels on a CPU: the unmodified source is compiled by g++ behind this header.
+//
+// As fibers (the default), one thread runs all CUDA threads of a block in turns; a turn ends at a barrier or a shuffle, so a
+// number that is read before the barrier that should stand in between is not there yet. Barriers that not all threads
+// reach, or not the same way, end the process with a message. With CUDA_ON_CPU_THREADS every CUDA thread is a thread of
+// the system, for the thread sanitiser. Blocks run one after another.
+//
+// Not here: inline PTX, tensor cores, cooperative groups, blocks at the same time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct Dim {
+    unsigned x, y, z;
+};
+static Dim blockIdx, blockDim, gridDim;
+
+constexpr int MAX_THREADS = 1024;
+constexpr size_t SHARED_BYTES = 232448;  // what a block of compute capability 9.0 can have
+
+[[noreturn]] inline void cuda_on_cpu_failed(const char* reason) {
+    fprintf(stderr, "cuda_on_cpu: %s\n", reason);
+    abort();
+}
+
+enum Wait { SYNCTHREADS, SHUFFLE, RETURN };
+
+#ifdef CUDA_ON_CPU_THREADS
+
+#include <barrier>
+#include <thread>
+#include <vector>
+
+static thread_local Dim threadIdx;
+static std::barrier<>* cuda_barrier;
+
+inline void cuda_wait(Wait) { cuda_barrier->arrive_and_wait(); }
+
+template <typename Body>
+void cuda_run_block(const Body& body) {
+    unsigned n = blockDim.x;
+    std::barrier<> barrier(n);
+    cuda_barrier = &barrier;
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < n; ++i)
+        threads.emplace_back([i, &body] {
+            threadIdx = Dim{i, 0, 0};
+            body();
+        });
+    for (auto& thread : threads) thread.join();
+}
+
+#else
+
+#include <sys/mman.h>
+
+static Dim threadIdx;
+
+constexpr size_t STACK_BYTES = 1 << 18;
+
+struct Fiber {
+    void* stack_pointer;
+    long n_waits;
+    Wait last;
+};
+static Fiber fibers[MAX_THREADS];
+static void* main_stack_pointer;
+static void (*fiber_body)();
+
+// Save the registers that a called function must keep, change stacks, and go on there.
+extern "C" void cuda_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.local cuda_switch
+cuda_switch:
+    pushq %rbx
+    pushq %rbp
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbp
+    popq %rbx
+    ret
+)");
+#else
+#error "fibers are written for x86-64: define CUDA_ON_CPU_THREADS"
+#endif
+
+// The fibers take turns in a ring, so all have come to their n-th wait before any goes on from there.
+inline void cuda_next(Wait wait) {
+    unsigned me = threadIdx.x, next = me + 1 == blockDim.x ? 0 : me + 1;
+    fibers[me].n_waits += 1;
+    fibers[me].last = wait;
+    if (me > 0 && (fibers[me].n_waits != fibers[0].n_waits || wait != fibers[0].last))
+        cuda_on_cpu_failed("threads of a block wait at different places: a barrier in a branch that not all of them take");
+    if (wait == RETURN && next == 0) {
+        cuda_switch(&fibers[me].stack_pointer, main_stack_pointer);
+        return;
+    }
+    threadIdx.x = next;
+    if (next != me) cuda_switch(&fibers[me].stack_pointer, fibers[next].stack_pointer);
+}
+
+inline void cuda_wait(Wait wait) { cuda_next(wait); }
+
+inline void cuda_fiber() {
+    fiber_body();
+    cuda_next(RETURN);
+    cuda_on_cpu_failed("a thread that had returned was called");
+}
+
+template <typename Body>
+void cuda_run_block(const Body& body) {
+    static char* stacks = static_cast<char*>(
+        mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    static const Body* current;
+    current = &body;
+    fiber_body = [] { (*current)(); };
+    for (unsigned i = 0; i < blockDim.x; ++i) {
+        void** top = reinterpret_cast<void**>(stacks + (i + 1) * STACK_BYTES);
+        *--top = nullptr;                                  // where the fiber's first function would return to
+        *--top = reinterpret_cast<void*>(&cuda_fiber);     // where the first switch returns to
+        for (int r = 0; r < 6; ++r) *--top = nullptr;      // registers
+        fibers[i] = Fiber{top, 0, SYNCTHREADS};
+    }
+    threadIdx = Dim{0, 0, 0};
+    cuda_switch(&main_stack_pointer, fibers[0].stack_pointer);
+}
+
+#endif
+
+inline void __syncthreads() { cuda_wait(SYNCTHREADS); }
+
+static double cuda_slots[2][MAX_THREADS];
+#ifdef CUDA_ON_CPU_THREADS
+static thread_local int cuda_turn;
+#else
+static int cuda_turns[MAX_THREADS];
+#define cuda_turn cuda_turns[threadIdx.x]
+#endif
+
+// Two sets of slots in turns: nobody writes to a set before all have read what was there.
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+    if (mask != ~0u) cuda_on_cpu_failed("a shuffle among some lanes of a warp only");
+    double* slots = cuda_slots[cuda_turn ^= 1];
+    memcpy(slots + threadIdx.x, &value, sizeof value);
+    cuda_wait(SHUFFLE);
+    memcpy(&value, slots + (threadIdx.x ^ (unsigned)other), sizeof value);
+    return value;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+extern double shared_memory[];
+
+template <typename... A, size_t... I>
+void cuda_call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...);
+}
+
+template <typename... A>
+void cuda_launch(void (*kernel)(A...), unsigned grid, unsigned block, size_t shared_bytes, void** arguments) {
+    if (block > MAX_THREADS || shared_bytes > SHARED_BYTES) cuda_on_cpu_failed("too many threads or too much shared memory");
+    gridDim = Dim{grid, 1, 1};
+    blockDim = Dim{block, 1, 1};
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(shared_memory, SHARED_BYTES);
+    char* end = reinterpret_cast<char*>(shared_memory) + shared_bytes;
+    ASAN_POISON_MEMORY_REGION(end, SHARED_BYTES - shared_bytes);
+#endif
+    for (unsigned b = 0; b < grid; ++b) {
+        memset(shared_memory, 0xff, shared_bytes);  // NaN: shared memory starts with anything
+        blockIdx = Dim{b, 0, 0};
+        cuda_run_block([&] { cuda_call(kernel, arguments, std::index_sequence_for<A...>()); });
+    }
+}

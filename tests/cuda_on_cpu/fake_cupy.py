@@ -1,0 +1,161 @@
+"""As much of CuPy as racecore uses, over host memory: kernels run on the CPU, arrays refuse whatever CuPy's would.
+
+`install` puts it in the place of the module `cupy`. An array of it is no NumPy array and does not become one unasked, so
+code that would copy to the host on a GPU, or fail there, fails here too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from cuda_on_cpu.loader import Module
+from racecore import backends
+
+__all__ = ["install"]
+
+
+class _Pointer:
+    """What `ndarray.data` is: an address, and the array that owns the memory."""
+
+    def __init__(self, owner: np.ndarray, ptr: int) -> None:
+        self.owner = owner
+        self.ptr = ptr
+
+    def __add__(self, n_bytes: int) -> _Pointer:
+        return _Pointer(self.owner, self.ptr + n_bytes)
+
+
+class ndarray:
+    """An array on the device."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, shape: Any, dtype: Any, memptr: _Pointer, strides: Any) -> None:
+        first = memptr.owner.__array_interface__["data"][0]
+        reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 1 and s < 0]
+        # NumPy takes no offset before the first element's: start at the lowest address
+        flipped = tuple(slice(None, None, -1 if s < 0 else 1) for s in strides)
+        low = memptr.ptr - first + sum(reach)
+        values = np.ndarray(shape, dtype, memptr.owner, low, tuple(map(abs, strides)))
+        self._values = values[flipped]
+
+    data = property(lambda self: _Pointer(self._values, self._values.__array_interface__["data"][0]))
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
+
+    shape = property(lambda self: self._values.shape)
+    dtype = property(lambda self: self._values.dtype)
+    strides = property(lambda self: self._values.strides)
+    itemsize = property(lambda self: self._values.itemsize)
+    nbytes = property(lambda self: self._values.nbytes)
+    ndim = property(lambda self: self._values.ndim)
+    size = property(lambda self: self._values.size)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> ndarray:
+        return _wrapped(self._values[_inner(index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._values[_inner(index)] = _inner(value)
+
+    def __add__(self, other: Any) -> ndarray:
+        return _wrapped(self._values + _inner(other))
+
+    def __iadd__(self, other: Any) -> ndarray:
+        self._values += _inner(other)
+        return self
+
+    def get(self) -> np.ndarray:
+        return self._values.copy()
+
+    def copy(self, order: str = "C") -> ndarray:
+        return _of(self._values.copy(order))
+
+    def astype(self, dtype: Any) -> ndarray:
+        return _of(self._values.astype(dtype))
+
+    def view(self, dtype: Any) -> ndarray:
+        return _of(self._values.view(dtype))
+
+    def reshape(self, *shape: Any) -> ndarray:
+        return _of(self._values.reshape(*shape))
+
+    def sum(self, axis: Any = None) -> ndarray:
+        return _wrapped(self._values.sum(axis=axis))
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+def _of(values: np.ndarray) -> ndarray:
+    array = ndarray.__new__(ndarray)
+    array._values = values
+    return array
+
+
+def _wrapped(values: Any) -> ndarray:
+    return _of(values if isinstance(values, np.ndarray) else np.array(values))
+
+
+def _inner(value: Any) -> Any:
+    """Return what NumPy understands; NumPy arrays do not mix with arrays on the device."""
+    if isinstance(value, ndarray):
+        return value._values
+    if isinstance(value, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    return value
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    """Return an array full of NaN, or of the least integer."""
+    values = np.empty(shape, dtype)
+    values.fill(np.iinfo(values.dtype).min if values.dtype.kind in "iu" else np.nan)
+    return _of(values)
+
+
+def _module() -> ModuleType:
+    module = ModuleType("cupy")
+    module.__version__ = "on the CPU"  # type: ignore[attr-defined]
+    functions = {
+        "ndarray": ndarray,
+        "RawModule": Module,
+        "empty": empty,
+        "zeros": lambda shape, dtype=float: _of(np.zeros(shape, dtype)),
+        "asarray": lambda x: x if isinstance(x, ndarray) else _of(np.array(x)),
+        "ascontiguousarray": lambda x: _of(np.ascontiguousarray(x._values)),
+        "asnumpy": lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),
+        "cuda": SimpleNamespace(
+            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            Device=lambda: SimpleNamespace(id=0, compute_capability="90"),
+        ),
+    }
+    for name, function in functions.items():
+        setattr(module, name, function)
+    return module
+
+
+_MODULE = _module()
+
+
+@contextmanager
+def install() -> Iterator[ModuleType]:
+    """Let `import cupy` find this in place of CuPy."""
+    before = sys.modules.get("cupy")
+    sys.modules["cupy"] = _MODULE
+    try:
+        yield _MODULE
+    finally:
+        backends._load.cache_clear()
+        if before is None:
+            del sys.modules["cupy"]
+        else:
+            sys.modules["cupy"] = before
