@@ -114,14 +114,14 @@ def attention(
     """
     problem, lsh, had_batch = inputs.check_attention(
         query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=_wanted_place(backend),
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=backends.place(backend),
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
     result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
     final, _ = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=False)
     if final is not None:
-        return restore(result), final_state(initial_state, final, problem, lsh)
+        return restore(result), final_state(initial_state, final.brought(arrays.is_on_device(query)), problem, lsh)
     return restore(result)
 
 
@@ -170,7 +170,7 @@ memory_limit, backend, out
     wanted = inputs.check_wrt(wrt, initial_state is not None)
     problem, lsh, had_batch = inputs.check_attention(
         query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=_wanted_place(backend),
+        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=backends.place(backend),
     )  # fmt: skip
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
@@ -179,6 +179,7 @@ memory_limit, backend, out
     initial = None if initial_state is None else initial_state.sketch.copy().brought(problem.on_device)
     saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
     if final is not None:
+        final = final.brought(saved.are_on_device)
         return restore(result), saved, final_state(initial_state, final, problem, lsh)
     return restore(result), saved
 
@@ -227,11 +228,6 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     planes, beta = hash_gradients(d_hash, problem, saved.lsh, wrt)
     state = None if d_initial is None else state_gradient(d_initial.brought(saved.are_on_device), saved.lsh)
     return Gradients(query, key, value, planes, beta, state)
-
-
-def _wanted_place(backend: str | None) -> bool | None:
-    """Return where a backend works: True for a GPU, None for where the arrays are."""
-    return True if backend == "cuda" and backends.choose("cuda") else None
 
 
 def _forward(

@@ -12,7 +12,7 @@ from types import ModuleType
 from racecore import cuda
 from racecore.errors import BackendUnavailableError
 
-__all__ = ["NAMES", "Backend", "available", "choose"]
+__all__ = ["NAMES", "Backend", "available", "choose", "place"]
 
 NAMES = ("reference", "cpu", "cuda")
 
@@ -47,6 +47,17 @@ _REASONS: dict[str, Callable[[], str | None]] = {
     "cpu": lambda: _reason_without("numba"),
     "cuda": cuda.reason_unavailable,
 }
+
+
+def place(name: str | None) -> bool | None:
+    """Return whether a backend needs its arrays on a GPU; None means that it works where they are.
+
+    Raises
+    ------
+    racecore.errors.BackendUnavailableError
+        A GPU is needed and cannot be used here.
+    """
+    return True if name == "cuda" and choose(name) else None
 
 
 def choose(name: str | None, on_device: bool = False) -> Backend:

@@ -377,9 +377,10 @@ def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Probl
     return _state_problem(state, None, k, v, key_mask=_checked_mask(key_mask, k))
 
 
-def check_attend(state: RaceState, query: Any, readout: str) -> Problem:
-    """Check the arguments of `RaceState.attend`."""
+def check_attend(state: RaceState, query: Any, readout: str, on_device: bool | None) -> Problem:
+    """Check the arguments of `RaceState.attend`; `on_device` is where the query shall be, None means where it is."""
     q = _with_batch(arrays.as_array(query, "query"), state.batch)
+    q = q if on_device is None else arrays.brought(q, on_device)
     wanted = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
     if not _fits(q.shape, wanted):
         raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")

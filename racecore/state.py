@@ -131,7 +131,7 @@ class RaceState:
             Shapes or dtypes that do not fit; the state is then unchanged.
         """
         problem = inputs.check_append(self, key, value, key_mask)
-        self._move(problem.on_device)
+        self._sketch = self._sketch.brought(problem.on_device)
         operations = backends.choose(None, problem.on_device).bidirectional
         if operations.add_at_once(problem, self._sketch, self._lengths):
             return
@@ -161,19 +161,17 @@ class RaceState:
         array, shape [B, Tq, H, V]
             In the query's dtype and library; zeros where nothing was appended.
         """
-        problem = inputs.check_attend(self, query, readout)
+        problem = inputs.check_attend(self, query, readout, backends.place(backend))
         if problem.query is None:
             raise TypeError("query is missing")
-        self._move(problem.on_device)
+        sketch = self._sketch.brought(problem.on_device)
+        if arrays.is_on_device(query):  # not where backend="cuda" took a host array there for this once
+            self._sketch = sketch
         out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype, problem.on_device)
         operations = backends.choose(backend, problem.on_device).bidirectional
         for first, last in plan.parts(problem):
-            operations.read_out(problem.part(first, last), self._sketch.part(first, last), out)
+            operations.read_out(problem.part(first, last), sketch.part(first, last), out)
         return arrays.restorer(query)(out[0] if len(query.shape) == 3 else out)
-
-    def _move(self, on_device: bool) -> None:
-        """Bring the numbers to where the arrays are that they meet."""
-        self._sketch = self._sketch.brought(on_device)
 
     def merge(self, other: RaceState) -> None:
         """Add the tokens of `other`, in place. Order does not matter, beyond rounding in the last bit.
