@@ -22,6 +22,9 @@ constexpr int LANES = 32;
 constexpr int TOKENS = 8;  // of a group
 constexpr int ROWS = 4;    // of a tile: ROWS * TOKENS == LANES, one number of a tile for every lane
 constexpr int SLAB = LANES * COLUMNS;
+// Blocks that shall fit a multiprocessor at once, which bounds the registers of a thread: 128, 168, or 255 in float64.
+constexpr int MANY = sizeof(Real) == 8 ? 8 : 16;
+constexpr int SOME = sizeof(Real) == 8 ? 8 : 12;
 constexpr int FLUSH = 256;  // tokens whose sums are of type Real before they are added to float64
 
 extern __shared__ __align__(16) double shared_memory[];
@@ -157,19 +160,22 @@ __device__ inline void add_multiple(Real factor, const Real (&x)[COLUMNS], Real 
     for (int c = 0; c < COLUMNS; ++c) y[c] += factor * x[c];
 }
 
-// The sum of x[lane] over all lanes. Halves are exchanged, so 32 sums take 31 shuffles, always in the same order.
-__device__ inline Real own_total(Real (&x)[LANES]) {
-    int lane = lane_id();
+// Lanes exchange halves of x[2 * WIDTH], then quarters, ...
+template <int WIDTH>
+__device__ inline void fold(Real (&x)[LANES]) {
+    bool upper = lane_id() & WIDTH;
 #pragma unroll
-    for (int width = LANES / 2; width > 0; width /= 2) {
-        bool upper = lane & width;
-#pragma unroll
-        for (int j = 0; j < width; ++j) {
-            Real kept = upper ? x[j + width] : x[j];
-            Real given = upper ? x[j] : x[j + width];
-            x[j] = kept + __shfl_xor_sync(~0u, given, width);
-        }
+    for (int j = 0; j < WIDTH; ++j) {
+        Real kept = upper ? x[j + WIDTH] : x[j];
+        Real given = upper ? x[j] : x[j + WIDTH];
+        x[j] = kept + __shfl_xor_sync(~0u, given, WIDTH);
     }
+    if constexpr (WIDTH > 1) fold<WIDTH / 2>(x);
+}
+
+// The sum of x[lane] over all lanes: 32 sums in 31 shuffles, always in the same order.
+__device__ inline Real own_total(Real (&x)[LANES]) {
+    fold<LANES / 2>(x);
     return x[0];
 }
 

@@ -3,7 +3,7 @@
 #include "readout.cuh"
 
 // sums[segment][m] = masses and value sums of the segment's keys
-extern "C" __global__ void sum_keys(const Call call, double* sums) {
+extern "C" __global__ __launch_bounds__(LANES, MANY) void sum_keys(const Call call, double* sums) {
     Scratch scratch = scratch_of(call);
     StateSums state = state_sums(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -28,7 +28,8 @@ extern "C" __global__ void sum_keys(const Call call, double* sums) {
 }
 
 // Gradients of keys and values, given that of the state they were added to, d_states[sequence][m].
-extern "C" __global__ void sum_keys_backward(const Call call, const double* d_states, double* hash_parts) {
+extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
+    const Call call, const double* d_states, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     State d_state = new_state(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -65,7 +66,7 @@ extern "C" __global__ void sum_keys_backward(const Call call, const double* d_st
 }
 
 // Answers from states[sequence][m].
-extern "C" __global__ void read_out(const Call call, const double* states) {
+extern "C" __global__ __launch_bounds__(LANES, MANY) void read_out(const Call call, const double* states) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -91,7 +92,7 @@ extern "C" __global__ void read_out(const Call call, const double* states) {
 }
 
 // Gradients of queries, and what each segment adds to that of the state, d_sums[segment][query head].
-extern "C" __global__ void read_out_backward(
+extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
     const Call call, const double* states, double* d_sums, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);

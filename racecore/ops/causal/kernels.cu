@@ -39,7 +39,7 @@ __device__ inline void walk_rows(const Matrix& state, const Real* phi, const Row
     }
 }
 
-extern "C" __global__ void walk(const Call call, const double* states) {
+extern "C" __global__ __launch_bounds__(LANES, MANY) void walk(const Call call, const double* states) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -110,7 +110,7 @@ __device__ inline void copy(const Real* from, i64 n, Real* to) {
 
 // Walk forward again: gradients of queries, a stash, and what each segment adds to the gradients of earlier states,
 // d_sums[segment][query head].
-extern "C" __global__ void walk_queries_backward(
+extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_queries_backward(
     const Call call, const double* states, double* d_sums, double* hash_parts, Real* stash) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
@@ -213,7 +213,7 @@ __device__ inline void walk_back(
 }
 
 // Walk backward: gradients of keys and values, from d_states, those of the states after each segment.
-extern "C" __global__ void walk_keys_backward(
+extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_keys_backward(
     const Call call, const double* d_states, double* hash_parts, Real* stash, i64 d_state_step) {
     Scratch scratch = scratch_of(call);
     State d_state = new_state(call, scratch);

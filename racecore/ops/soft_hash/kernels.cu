@@ -8,7 +8,7 @@ __device__ inline void copy_rows(const Real* from, i64 first, i64 step, int n, i
 }
 
 // phi [N, M, S]
-extern "C" __global__ void hash_rows(const Call call, Real* out) {
+extern "C" __global__ __launch_bounds__(LANES, MANY) void hash_rows(const Call call, Real* out) {
     Scratch scratch = scratch_of(call);
     Hash hash = hash_of(call, scratch);
     Real* phi = take_coefficients(scratch, hash.wide_buckets);
@@ -27,7 +27,8 @@ extern "C" __global__ void hash_rows(const Call call, Real* out) {
     }
 }
 
-extern "C" __global__ void hash_rows_backward(const Call call, const Real* d_out, double* hash_parts) {
+extern "C" __global__ __launch_bounds__(LANES, MANY) void hash_rows_backward(
+    const Call call, const Real* d_out, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     Hash hash = hash_of(call, scratch);
     HashSums sums = hash_sums(call, scratch);
