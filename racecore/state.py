@@ -165,7 +165,7 @@ class RaceState:
         if problem.query is None:
             raise TypeError("query is missing")
         sketch = self._sketch.brought(problem.on_device)
-        if arrays.is_on_device(query):  # not where backend="cuda" took a host array there for this once
+        if arrays.is_on_device(query) == problem.on_device:  # not where backend="cuda" took a host array for this once
             self._sketch = sketch
         out = arrays.empty((*problem.query.shape[:3], self._value_dim), problem.query.dtype, problem.on_device)
         operations = backends.choose(backend, problem.on_device).bidirectional

@@ -39,6 +39,8 @@ constexpr size_t SHARED_BYTES = 232448;  // what a block of compute capability 9
 
 enum Wait { SYNCTHREADS, SHUFFLE, RETURN };
 
+extern double shared_memory[];
+
 #ifdef CUDA_ON_CPU_THREADS
 
 #include <barrier>
@@ -48,18 +50,34 @@ enum Wait { SYNCTHREADS, SHUFFLE, RETURN };
 static thread_local Dim threadIdx;
 static std::barrier<>* cuda_barrier;
 
-inline void cuda_wait(Wait) { cuda_barrier->arrive_and_wait(); }
+// A shuffle waits too, but by relaxed counting: only a barrier orders memory, and the thread sanitiser shall see that.
+static unsigned long cuda_shuffles;
+
+inline void cuda_wait(Wait wait) {
+    if (wait == SYNCTHREADS) return cuda_barrier->arrive_and_wait();
+    unsigned long n = __atomic_fetch_add(&cuda_shuffles, 1, __ATOMIC_RELAXED);
+    unsigned long all = (n / blockDim.x + 1) * blockDim.x;
+    while (__atomic_load_n(&cuda_shuffles, __ATOMIC_RELAXED) < all) std::this_thread::yield();
+}
 
 template <typename Body>
-void cuda_run_block(const Body& body) {
-    unsigned n = blockDim.x;
-    std::barrier<> barrier(n);
+void cuda_run_grid(size_t shared_bytes, const Body& body) {
+    std::barrier<> barrier(blockDim.x);
     cuda_barrier = &barrier;
+    cuda_shuffles = 0;
     std::vector<std::thread> threads;
-    for (unsigned i = 0; i < n; ++i)
-        threads.emplace_back([i, &body] {
+    for (unsigned i = 0; i < blockDim.x; ++i)
+        threads.emplace_back([i, shared_bytes, &body] {
             threadIdx = Dim{i, 0, 0};
-            body();
+            for (unsigned b = 0; b < gridDim.x; ++b) {
+                cuda_wait(SYNCTHREADS);
+                if (i == 0) {
+                    memset(shared_memory, 0xff, shared_bytes);
+                    blockIdx = Dim{b, 0, 0};
+                }
+                cuda_wait(SYNCTHREADS);
+                body();
+            }
         });
     for (auto& thread : threads) thread.join();
 }
@@ -149,6 +167,15 @@ void cuda_run_block(const Body& body) {
     cuda_switch(&main_stack_pointer, fibers[0].stack_pointer);
 }
 
+template <typename Body>
+void cuda_run_grid(size_t shared_bytes, const Body& body) {
+    for (unsigned b = 0; b < gridDim.x; ++b) {
+        memset(shared_memory, 0xff, shared_bytes);  // NaN: shared memory starts with anything
+        blockIdx = Dim{b, 0, 0};
+        cuda_run_block(body);
+    }
+}
+
 #endif
 
 inline void __syncthreads() { cuda_wait(SYNCTHREADS); }
@@ -166,17 +193,16 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
     if (mask != ~0u) cuda_on_cpu_failed("a shuffle among some lanes of a warp only");
     double* slots = cuda_slots[cuda_turn ^= 1];
-    memcpy(slots + threadIdx.x, &value, sizeof value);
+    double wide = value, received;
+    __atomic_store(slots + threadIdx.x, &wide, __ATOMIC_RELAXED);
     cuda_wait(SHUFFLE);
-    memcpy(&value, slots + (threadIdx.x ^ (unsigned)other), sizeof value);
-    return value;
+    __atomic_load(slots + (threadIdx.x ^ (unsigned)other), &received, __ATOMIC_RELAXED);
+    return (T)received;
 }
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
-
-extern double shared_memory[];
 
 template <typename... A, size_t... I>
 void cuda_call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
@@ -193,9 +219,5 @@ void cuda_launch(void (*kernel)(A...), unsigned grid, unsigned block, size_t sha
     char* end = reinterpret_cast<char*>(shared_memory) + shared_bytes;
     ASAN_POISON_MEMORY_REGION(end, SHARED_BYTES - shared_bytes);
 #endif
-    for (unsigned b = 0; b < grid; ++b) {
-        memset(shared_memory, 0xff, shared_bytes);  // NaN: shared memory starts with anything
-        blockIdx = Dim{b, 0, 0};
-        cuda_run_block([&] { cuda_call(kernel, arguments, std::index_sequence_for<A...>()); });
-    }
+    cuda_run_grid(shared_bytes, [&] { cuda_call(kernel, arguments, std::index_sequence_for<A...>()); });
 }

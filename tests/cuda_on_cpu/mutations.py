@@ -1,0 +1,125 @@
+"""Break the kernels one line at a time and tell who noticed: python tests/cuda_on_cpu/mutations.py
+
+Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that nobody sees stands last.
+It takes about a quarter of an hour; test_cuda_kernels.py does so with a few of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import racecore
+from cuda_on_cpu.watched import failure
+
+__all__ = ["Mutation", "barriers", "changes", "noticed_by"]
+
+_OPS = Path(racecore.__file__).parent / "ops"
+_BARRIER = "__syncthreads();"
+
+
+class Mutation(NamedTuple):
+    """One change of one file: the text at `start` becomes another."""
+
+    file: str
+    start: int
+    old: str
+    new: str
+    watchers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (_OPS / self.file).read_text()
+        line = text.count("\n", 0, self.start) + 1
+        return f"{self.file}:{line}: {self.old} -> {self.new or 'nothing'}"
+
+
+def barriers() -> Iterator[Mutation]:
+    """Yield the removal of every barrier."""
+    for path in sorted(_OPS.rglob("*.cu*")):
+        for match in re.finditer(re.escape(_BARRIER), path.read_text()):
+            line = path.read_text()[: match.start()].rpartition("\n")[2]
+            if "//" not in line and "soft_hash/kernels" not in str(path):  # attention does not go through that one
+                yield Mutation(str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results"))
+
+
+_CHANGES = (
+    # bounds
+    ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (column >= rows.width) return;"),
+    ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (!(rows.group.kept >> i & 1)) return;"),
+    ("warp.cuh", "if (column + c < rows.width) x[c]", "x[c]"),
+    ("warp.cuh", "    if (column >= rows.width) return;\n#pragma", "#pragma"),
+    ("warp.cuh", "if (i >= rows.group.n) continue;", ""),
+    ("warp.cuh", "if (column + c >= rows.width) continue;", ""),
+    ("call.cuh", "task.end - t < TOKENS ? task.end - t : TOKENS", "TOKENS"),
+    ("readout.cuh", "s < buckets && d < width ? (Real)from", "true ? (Real)from"),
+    ("sums.cu", "if (column >= heads * width) return;", ""),
+    ("soft_hash/soft_hash.cuh", "s < hash.n_buckets && (kept >> i & 1)", "(kept >> i & 1)"),
+    # terms and indices
+    ("warp.cuh", "*place = is_first ? total : *place + total;", "*place = total;"),
+    ("warp.cuh", "*total = is_first ? (double)*place : *total + *place;", "*total = *place;"),
+    ("warp.cuh", "+ __shfl_xor_sync(~0u, given, WIDTH)", "+ given"),
+    ("soft_hash/soft_hash.cuh", "corner >> (hash.n_planes - 1 - p) & 1", "corner >> p & 1"),
+    ("soft_hash/soft_hash.cuh", "hash.down[j] * plus - hash.up[j] * minus", "hash.down[j] * plus"),
+    ("soft_hash/soft_hash.cuh", "d_y * hash.beta * slope", "d_y * slope"),
+    ("soft_hash/soft_hash.cuh", "if (lane_id() == 0) *total", "if (lane_id() == 1) *total"),
+    ("readout.cuh", "h[j] * factor + d_den * mass[s]", "h[j] * factor"),
+    ("readout.cuh", "-token_total(sum) * factor", "-sum * factor"),
+    ("readout.cuh", "-rho[j] * h[j] * f * masses.n_tables", "-rho[j] * h[j] * f"),
+    ("bidirectional/kernels.cu", "d_phi[j] += (Real)d_state.mass[j % hash.wide_buckets];", ""),
+    ("bidirectional/kernels.cu", "add_group(state, phi, phi, ", "add_group(state, phi + 1, phi, "),
+    ("bidirectional/kernels.cu", "add_group(d_state, d_mass, rho, g);", ""),
+    ("causal/kernels.cu", "masses[i * wide_buckets + s] = before + sum;", "masses[i * wide_buckets + s] = sum;"),
+    ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// token i", "}\n}\n\n// token i"),
+    ("causal/kernels.cu", "d_mass[s] += sum;", ""),
+    ("causal/kernels.cu", "for (int i = TOKENS - 1; i >= 0; --i) {\n                R", "for (int i = 0; i < 8; ++i) {\n                R"),
+    ("causal/kernels.cu", "g.first += call.d_out.head;", ""),
+    ("causal/kernels.cu", "(task.end - 1 - task.begin) / TOKENS", "(task.end - task.begin) / TOKENS"),
+    ("causal/kernels.cu", "if (task.head % repeats == 0) copy(hash.u", "if (task.head % repeats == 1) copy(hash.u"),
+    ("sums.cu", "parts[i * step + offset] = total;", "parts[i * step + offset] = total + sums[j];"),
+    ("sums.cu", "for (i64 r = 1; r < repeats; ++r) sums[j] += part[r * width];", ""),
+)  # fmt: skip
+
+
+def changes() -> Iterator[Mutation]:
+    """Yield the other changes."""
+    for file, old, new in _CHANGES:
+        start = (_OPS / file).read_text().find(old)
+        if start < 0:
+            raise AssertionError(f"{file} no longer contains {old!r}")
+        yield Mutation(file, start, old, new, ("results", "address"))
+
+
+def noticed_by(mutation: Mutation) -> str | None:
+    """Return the first watcher that fails with the changed kernels, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        ops = Path(folder) / "ops"
+        shutil.copytree(_OPS, ops, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        text = (ops / mutation.file).read_text()
+        end = mutation.start + len(mutation.old)
+        (ops / mutation.file).write_text(text[: mutation.start] + mutation.new + text[end:])
+        return next((watcher for watcher in mutation.watchers if failure(watcher, ops)), None)
+
+
+def main() -> None:
+    """Try all, or those whose description contains an argument."""
+    unnoticed = []
+    for mutation in [*changes(), *barriers()]:
+        if not all(word in str(mutation) for word in sys.argv[1:]):
+            continue
+        watcher = noticed_by(mutation)
+        print(f"{watcher or 'NOBODY':8} {mutation}".replace("\n", " "), flush=True)
+        if watcher is None:
+            unnoticed.append(mutation)
+    sys.exit(f"{len(unnoticed)} changes that nobody noticed" if unnoticed else 0)
+
+
+if __name__ == "__main__":
+    main()

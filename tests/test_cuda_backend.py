@@ -1,0 +1,197 @@
+"""Arrays on a GPU through the public functions: where results lie, what is refused, why there is no CUDA."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from cuda_on_cpu import fake_cupy
+from devices import BACKENDS, fetch, put
+
+import racecore
+from racecore import backends, cuda
+from racecore.errors import BackendUnavailableError
+
+
+@pytest.fixture(params=BACKENDS[2:])
+def backend(request):
+    return request.param
+
+
+def rows(n_tokens=30, heads=2, dim=6, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal((1, n_tokens, heads, dim)).astype(dtype)
+
+
+def test_results_lie_where_the_inputs_do(backend):
+    q = put(rows(), backend)
+    out, saved, state = racecore.attention_forward(q, q, q, is_causal=True, return_state=True)
+    grads = racecore.attention_backward(q, saved)
+    for array in (out, grads.query, grads.key, grads.value, grads.planes, grads.beta, state.mass, state.value_sum):
+        assert cuda.is_array(array)
+    assert grads.beta.ndim == 0
+    assert saved.backend == "cuda"
+    assert "nbytes" in repr(saved)
+
+
+def test_arrays_of_the_host_go_there_and_back(backend):
+    q = rows()
+    out, saved, state = racecore.attention_forward(q, q, q, backend="cuda", return_state=True)
+    grads = racecore.attention_backward(q, saved)
+    for array in (out, grads.query, grads.key, grads.value, grads.planes, state.mass):
+        assert type(array) is np.ndarray
+    assert isinstance(grads.beta, float)
+    np.testing.assert_allclose(out, racecore.attention(q, q, q), rtol=1e-4, atol=1e-6)
+    answer = state.attend(q, backend="cuda")
+    assert type(answer) is type(state.mass) is np.ndarray
+
+
+def test_results_go_where_the_caller_wants_them(backend):
+    q, target = put(rows(), backend), put(np.zeros((1, 30, 2, 6), np.float32), backend)
+    assert racecore.attention(q, q, q, out=target) is target
+    assert (fetch(target) == fetch(racecore.attention(q, q, q))).all()
+    grads = racecore.Gradients(query=put(np.zeros((1, 30, 2, 6), np.float32), backend))
+    _, saved = racecore.attention_forward(q, q, q, wrt="query")
+    assert racecore.attention_backward(q, saved, out=grads).query is grads.query
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, x: {"query": x}, "in one place, got query in host memory, key on a GPU"),
+        (lambda q, x: {"out": x}, "out must be a CuPy array, as the inputs are on a GPU, got numpy.ndarray"),
+        (lambda q, x: {"out": q}, "out overlaps query"),
+        (lambda q, x: {"out": q[:, ::-1]}, "out overlaps query"),
+        (lambda q, x: {"backend": "cpu"}, "works in host memory, and these arrays are on a GPU"),
+        (lambda q, x: {"backend": "reference"}, "works in host memory"),
+        (lambda q, x: {"query": q[:, :, :, 0]}, r"must all be \[B, T, heads, dim\]"),
+        (lambda q, x: {"query": q.astype(np.float64)}, "must have one dtype"),
+        (lambda q, x: {"key_mask": q}, "key_mask must be bool"),
+    ],
+)
+def test_what_is_refused(backend, change, message):
+    q = put(rows(), backend)
+    arguments = {"query": q, "key": q, "value": q} | change(q, rows())
+    with pytest.raises((ValueError, TypeError), match=message):
+        racecore.attention(**arguments)
+
+
+def test_an_output_beside_an_input_in_the_same_memory(backend):
+    store = put(np.ones((1, 30, 2, 12), np.float32), backend)
+    q, target = store[..., :6], store[..., 6:]
+    assert racecore.attention(q, q, q, out=target) is target
+    assert (fetch(q) == 1).all()
+
+
+def test_a_mask_and_bounds_from_anywhere(backend):
+    q, mask = rows(), np.arange(30)[None] < 20
+    expected = fetch(racecore.attention(q, q, q, key_mask=mask))
+    found = racecore.attention(*[put(q, backend)] * 3, key_mask=mask)
+    np.testing.assert_allclose(fetch(found), expected, rtol=1e-4, atol=1e-6)
+    bounds = np.array([0, 12, 30])
+    expected = racecore.attention(q, q, q, cu_seqlens=bounds, is_causal=True)
+    found = racecore.attention(*[put(q, backend)] * 3, cu_seqlens=put(bounds, backend), is_causal=True)
+    np.testing.assert_allclose(fetch(found), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_is_where_its_last_arrays_were(backend, tmp_path):
+    x, lsh = rows(), racecore.SoftLSH.random(head_dim=6, rng=0)
+    state = racecore.RaceState.zeros(lsh, batch=1, n_kv_heads=2, value_dim=6)
+    state.append(put(x, backend), put(x, backend))
+    assert cuda.is_array(state.mass)
+    other = state.copy()
+    other.merge(state)
+    assert cuda.is_array(other.select([0, 0]).mass)
+    other.save(tmp_path / "state.npz")
+    loaded = racecore.RaceState.load(tmp_path / "state.npz")
+    assert (loaded.mass == fetch(other.mass)).all()
+    loaded.merge(state)
+    assert cuda.is_array(loaded.attend(put(x, backend)))
+    assert cuda.is_array(loaded.mass)
+    answer = loaded.attend(x)
+    assert type(answer) is type(loaded.mass) is np.ndarray
+    assert racecore.attention(put(x, backend), put(x, backend), put(x, backend), initial_state=loaded).shape == x.shape
+
+
+@pytest.mark.parametrize("planes_per_head", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(backend, is_causal, planes_per_head):
+    lsh = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=8 if planes_per_head else None)
+    q, k, v = (
+        rows(40, 8, dtype=np.float16),
+        rows(40, 1, dtype=np.float16, seed=1),
+        rows(40, 1, dtype=np.float16, seed=2),
+    )
+    grads = {}
+    for name in (backend, "reference"):
+        _, saved = racecore.attention_forward(*(put(x, name) for x in (q, k, v)), lsh, is_causal=is_causal)
+        grads[name] = racecore.attention_backward(put(q, name), saved)
+    for name in ("key", "value"):
+        found, expected = (fetch(getattr(grads[b], name)).astype(np.float64) for b in (backend, "reference"))
+        assert np.abs(found - expected).max() <= 1.1e-3 * np.abs(expected).max()
+        assert (found == expected).mean() > 0.95  # else in the last bit
+
+
+# Why not
+
+
+def unavailable(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    backends._load.cache_clear()
+    q = rows()
+    with pytest.raises(BackendUnavailableError) as caught:
+        racecore.attention(q, q, q, backend="cuda")
+    backends._load.cache_clear()
+    assert caught.value.reasons["cpu"] is None
+    assert caught.value.reasons["cuda"] in str(caught.value)
+    return caught.value.reasons["cuda"]
+
+
+def cupy_with(n_devices=1, capability="90", compiles=True):
+    module = ModuleType("cupy")
+    module.__version__ = "14.2.0"
+
+    def count():
+        if isinstance(n_devices, Exception):
+            raise n_devices
+        return n_devices
+
+    def raw_module(code):
+        if not compiles:
+            raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+        return SimpleNamespace(get_function=lambda name: None)
+
+    module.ndarray = fake_cupy.ndarray
+    module.RawModule = raw_module
+    module.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDeviceCount=count), Device=lambda: SimpleNamespace(compute_capability=capability)
+    )
+    return module
+
+
+def test_reasons(monkeypatch):
+    assert "CuPy is not installed: pip install 'racecore[cuda13]'" in unavailable(monkeypatch, None)
+    error = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+    assert unavailable(monkeypatch, cupy_with(error)) == f"CuPy 14.2.0 finds no usable driver: {error}"
+    assert unavailable(monkeypatch, cupy_with(0)) == "CuPy 14.2.0 finds no CUDA device"
+    assert "compute capability 61; 70 or newer is needed" in unavailable(monkeypatch, cupy_with(capability="61"))
+    reason = unavailable(monkeypatch, cupy_with(compiles=False))
+    assert reason == "CuPy 14.2.0 cannot compile kernels: libnvrtc.so.13: cannot open shared object file"
+    monkeypatch.setitem(sys.modules, "cupy", cupy_with())
+    assert cuda.reason_unavailable() is None
+
+
+def test_tensors_on_a_gpu_without_cupy(monkeypatch):
+    class Tensor:
+        dtype, shape = "float32", (1, 30, 2, 6)
+
+        def __dlpack__(self, **options):
+            raise AssertionError
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(TypeError, match="query is on a GPU, where racecore computes with CuPy"):
+        racecore.attention(Tensor(), Tensor(), Tensor())
