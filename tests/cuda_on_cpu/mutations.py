@@ -50,8 +50,7 @@ def barriers() -> Iterator[Mutation]:
                 yield Mutation(str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results"))
 
 
-_CHANGES = (
-    # bounds
+_BOUNDS = (
     ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (column >= rows.width) return;"),
     ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (!(rows.group.kept >> i & 1)) return;"),
     ("warp.cuh", "if (column + c < rows.width) x[c]", "x[c]"),
@@ -61,15 +60,15 @@ _CHANGES = (
     ("call.cuh", "task.end - t < TOKENS ? task.end - t : TOKENS", "TOKENS"),
     ("readout.cuh", "s < buckets && d < width ? (Real)from", "true ? (Real)from"),
     ("sums.cu", "if (column >= heads * width) return;", ""),
-    ("soft_hash/soft_hash.cuh", "s < hash.n_buckets && (kept >> i & 1)", "(kept >> i & 1)"),
-    # terms and indices
+)  # fmt: skip
+_TERMS = (
     ("warp.cuh", "*place = is_first ? total : *place + total;", "*place = total;"),
     ("warp.cuh", "*total = is_first ? (double)*place : *total + *place;", "*total = *place;"),
     ("warp.cuh", "+ __shfl_xor_sync(~0u, given, WIDTH)", "+ given"),
     ("soft_hash/soft_hash.cuh", "corner >> (hash.n_planes - 1 - p) & 1", "corner >> p & 1"),
     ("soft_hash/soft_hash.cuh", "hash.down[j] * plus - hash.up[j] * minus", "hash.down[j] * plus"),
     ("soft_hash/soft_hash.cuh", "d_y * hash.beta * slope", "d_y * slope"),
-    ("soft_hash/soft_hash.cuh", "if (lane_id() == 0) *total", "if (lane_id() == 1) *total"),
+    ("soft_hash/soft_hash.cuh", "if (lane_id() == 0) *total", "*total"),
     ("readout.cuh", "h[j] * factor + d_den * mass[s]", "h[j] * factor"),
     ("readout.cuh", "-token_total(sum) * factor", "-sum * factor"),
     ("readout.cuh", "-rho[j] * h[j] * f * masses.n_tables", "-rho[j] * h[j] * f"),
@@ -79,7 +78,7 @@ _CHANGES = (
     ("causal/kernels.cu", "masses[i * wide_buckets + s] = before + sum;", "masses[i * wide_buckets + s] = sum;"),
     ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// token i", "}\n}\n\n// token i"),
     ("causal/kernels.cu", "d_mass[s] += sum;", ""),
-    ("causal/kernels.cu", "for (int i = TOKENS - 1; i >= 0; --i) {\n                R", "for (int i = 0; i < 8; ++i) {\n                R"),
+    ("causal/kernels.cu", "for (int i = TOKENS - 1; i >= 0; --i) {", "for (int i = 0; i < TOKENS; ++i) {"),
     ("causal/kernels.cu", "g.first += call.d_out.head;", ""),
     ("causal/kernels.cu", "(task.end - 1 - task.begin) / TOKENS", "(task.end - task.begin) / TOKENS"),
     ("causal/kernels.cu", "if (task.head % repeats == 0) copy(hash.u", "if (task.head % repeats == 1) copy(hash.u"),
@@ -90,11 +89,12 @@ _CHANGES = (
 
 def changes() -> Iterator[Mutation]:
     """Yield the other changes."""
-    for file, old, new in _CHANGES:
-        start = (_OPS / file).read_text().find(old)
-        if start < 0:
-            raise AssertionError(f"{file} no longer contains {old!r}")
-        yield Mutation(file, start, old, new, ("results", "address"))
+    for table, watchers in ((_BOUNDS, ("address", "results")), (_TERMS, ("results",))):
+        for file, old, new in table:
+            start = (_OPS / file).read_text().find(old)
+            if start < 0:
+                raise AssertionError(f"{file} no longer contains {old!r}")
+            yield Mutation(file, start, old, new, watchers)
 
 
 def noticed_by(mutation: Mutation) -> str | None:

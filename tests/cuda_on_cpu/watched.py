@@ -35,7 +35,10 @@ def failure(watcher: str, ops: Path | None = None) -> str:
         "OPENBLAS_NUM_THREADS": "1",
     }
     command = [sys.executable, str(_HERE), watcher]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "it did not come to an end"
     return "" if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-4000:]}"
 
 

@@ -1,0 +1,163 @@
+"""What only a GPU can show; all of it is skipped, with the reason, where there is none.
+
+RACECORE_REQUIRE_GPU=1 pytest -m gpu also runs every test of the backend "cuda" on the real thing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from devices import Gpu, fetch, put
+from problems import PROBLEMS, run_library, run_oracle
+
+import racecore
+from racecore import arrays, cuda
+
+pytestmark = pytest.mark.gpu
+GPU = Gpu("cuda")
+
+
+@pytest.fixture
+def cupy():
+    return cuda.cupy()
+
+
+def rows(n_tokens, dtype=np.float32, seed=0, dim=64):
+    return np.random.default_rng(seed).standard_normal((1, n_tokens, 4, dim)).astype(dtype)
+
+
+def forward_backward(q, k, v, d_out, **options):
+    out, saved = racecore.attention_forward(q, k, v, is_causal=True, **options)
+    return [out, *racecore.attention_backward(d_out, saved)[:5]]
+
+
+def test_work_goes_to_the_current_stream(cupy):
+    host = [rows(20_000, seed=seed) for seed in range(4)]
+    expected = [fetch(x) for x in forward_backward(*(put(x, GPU) for x in host))]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    device = [cupy.zeros_like(put(x, GPU)) for x in host]
+    sources = [put(x, GPU) for x in host]
+    cupy.cuda.Device().synchronize()
+    with stream:
+        busy = cupy.ones((4096, 4096), np.float32)
+        for _ in range(20):  # the default stream would overtake this
+            busy = busy @ busy * 1e-4
+        for target, source in zip(device, sources, strict=True):
+            target[...] = source
+        found = forward_backward(*device)
+    stream.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert fetch(ours).tobytes() == theirs.tobytes()
+
+
+def test_the_memory_pool_gets_everything_back(cupy):
+    device = [put(rows(50_000, seed=seed), GPU) for seed in range(4)]
+    forward_backward(*device)
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    for _ in range(3):
+        forward_backward(*device)
+    assert pool.used_bytes() == before
+
+
+def test_running_out_of_memory_breaks_nothing(cupy):
+    device = [put(rows(50_000, seed=seed), GPU) for seed in range(4)]
+    expected = [fetch(x) for x in forward_backward(*device)]
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    used = pool.used_bytes()
+    pool.set_limit(size=used + (8 << 20))
+    try:
+        with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+            forward_backward(*device)
+    finally:
+        pool.set_limit(size=0)
+    assert pool.used_bytes() == used
+    for ours, theirs in zip(forward_backward(*device), expected, strict=True):
+        assert fetch(ours).tobytes() == theirs.tobytes()
+
+
+def test_two_runs_have_the_same_bits(cupy):
+    device = [put(rows(70_000, seed=seed), GPU) for seed in range(4)]
+    first, second = ([fetch(x).tobytes() for x in forward_backward(*device)] for _ in range(2))
+    assert first == second
+
+
+def test_more_heads_than_a_grid_is_wide(cupy):
+    q = put(np.random.default_rng(0).standard_normal((35_000, 3, 2, 8)).astype(np.float32), GPU)
+    out = fetch(racecore.attention(q, q, q, is_causal=True))
+    for index in (0, 17_000, 34_999):
+        one = fetch(
+            racecore.attention(q[index : index + 1], q[index : index + 1], q[index : index + 1], is_causal=True)
+        )
+        np.testing.assert_allclose(out[index : index + 1], one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_beyond_two_to_the_31(cupy, dtype):
+    """The last rows of 2^31 + 2^20 elements are those of a short sequence with the same state before it."""
+    heads, dim = 4, 128
+    tokens = ((1 << 31) + (1 << 20)) // (heads * dim)
+    if cupy.cuda.runtime.memGetInfo()[0] < 5 * tokens * heads * dim * 2:
+        pytest.skip("the card has too little memory")
+    q = cupy.zeros((1, tokens, heads, dim), arrays.dtype_of(dtype))
+    q[:, -100:] = put(rows(100, dim=dim).astype(arrays.dtype_of(dtype)), GPU)
+    lsh = racecore.SoftLSH.random(head_dim=dim, n_tables=2, n_planes=2, rng=0)
+    out = racecore.attention(q, q, q, lsh, is_causal=True)
+    _, state = racecore.attention(q[:, :-100], q[:, :-100], q[:, :-100], lsh, is_causal=True, return_state=True)
+    end = q[:, -100:]
+    expected = racecore.attention(end, end, end, lsh, is_causal=True, initial_state=state)
+    np.testing.assert_allclose(*(fetch(x).astype(np.float32) for x in (out[:, -100:], expected)), rtol=2e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer_has_nothing_to_say(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    here = Path(__file__).parent
+    code = (
+        "from devices import Gpu; from problems import PROBLEMS, run_library\n"
+        "for problem in PROBLEMS[:12]:\n"
+        "    if problem.n_keys <= 70: run_library(problem, 'float32', Gpu('cuda'))\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "CUPY_CACHE_IN_MEMORY": "1",
+    }
+    command = [program, f"--tool={tool}", "--error-exitcode=66", sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_long_sequences_agree_with_the_cpu(cupy):
+    host = [rows(1 << 17, seed=seed) for seed in range(4)]
+    found, expected = (forward_backward(*(put(x, name) for x in host)) for name in (GPU, "cpu"))
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = fetch(ours).astype(np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(ours - theirs) <= 2e-5 * np.linalg.norm(theirs)
+
+
+def test_tensors_of_torch(cupy):
+    torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+    problem = next(p for p in PROBLEMS if p.is_causal and p.n_keys == 100 and p.bounds is None)
+    x = problem.arrays("float32")
+    q, k, v = (torch.tensor(np.ascontiguousarray(y)).cuda().to(torch.bfloat16) for y in (x.query, x.key, x.value))
+    lsh = racecore.SoftLSH(x.planes, x.beta)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = racecore.attention(q, k, v, lsh, is_causal=True, readout=problem.readout)
+    assert (out.dtype, out.device) == (torch.bfloat16, q.device)
+    if problem.mask is None and not problem.has_initial_state:
+        np.testing.assert_allclose(out.float().cpu(), run_oracle(problem, "float32")["out"], rtol=0.1, atol=0.05)
+
+
+def test_every_problem_in_16_bits_without_a_copy_of_the_inputs(cupy):
+    for problem in PROBLEMS[::6]:
+        assert run_library(problem, "bfloat16", GPU)["backend"] == "cuda"
