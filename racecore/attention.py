@@ -184,7 +184,9 @@ memory_limit, backend, out
     return restore(result), saved
 
 
-def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: Any = None) -> Gradients:
+def attention_backward(
+    d_out: Any, saved: Saved, *, d_state: Any = None, out: Any = None, overwrite_inputs: bool = False
+) -> Gradients:
     """Compute the gradients of what `attention_forward` computed.
 
     Parameters
@@ -196,7 +198,10 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     d_state : object with .mass and .value_sum, optional
         Gradient of the final state, shaped as that state.
     out : object with .query, .key and .value, optional
-        NumPy arrays to write those gradients to, such as a `Gradients`; None entries are allocated.
+        Arrays to write those gradients to, such as a `Gradients`; None entries are allocated.
+    overwrite_inputs : bool
+        Write the gradients of query, key and value over these arrays themselves, which must be on a GPU: for sequences that
+        fill its memory. `saved` cannot be used again.
 
     Returns
     -------
@@ -219,7 +224,7 @@ def attention_backward(d_out: Any, saved: Saved, *, d_state: Any = None, out: An
     g = inputs.check_d_out(d_out, shape, stored(problem.query).dtype, problem.on_device)
     g = g.reshape(out_shape(problem, True))
     d_final = inputs.check_d_state(d_state, problem)
-    results, grads = gradient_buffers(saved, out, (d_out, g))
+    results, grads = gradient_buffers(saved, out, (d_out, g), overwrite_inputs)
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]

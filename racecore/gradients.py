@@ -90,9 +90,17 @@ class Saved:
         return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
 
 
-def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[list[np.ndarray | None], GradientBuffers]:
+def gradient_buffers(
+    saved: Saved, out: Any, d_out: tuple[Any, ...], overwrite_inputs: bool = False
+) -> tuple[list[np.ndarray | None], GradientBuffers]:
     """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
     problem, had_batch = saved.problem, saved.had_batch
+    if overwrite_inputs:
+        inputs.check_overwritten(problem, saved.sources, out)
+        named = zip(inputs.WRT, (problem.query, problem.key, problem.value), strict=False)
+        query, key, value = (array if name in saved.wrt else None for name, array in named)
+        own = [x if x is None or had_batch else x[0] for x in (query, key, value)]
+        return own, GradientBuffers(query, key, value, _new_hash_gradient(saved))
     inputs_by_name = {"query": problem.query, "key": problem.key, "value": problem.value}
     sources = [*readable(problem, saved.sources), *(("d_out", x) for x in d_out)]
     inputs.check_gradient_targets(out)
@@ -110,11 +118,15 @@ def gradient_buffers(saved: Saved, out: Any, d_out: tuple[Any, ...]) -> tuple[li
         sources.append((f"out.{name}", result))
         results.append(result)
     buffers = [r if r is None or had_batch else r[None] for r in results]
+    return results, GradientBuffers(buffers[0], buffers[1], buffers[2], _new_hash_gradient(saved))
+
+
+def _new_hash_gradient(saved: Saved) -> Any:
+    problem = saved.problem
     n_numbers = problem.planes[0].size + 1 if "planes" in saved.wrt else 1
-    needs_hash = bool(saved.wrt & {"planes", "beta"})
     shape = (2, problem.n_state_heads, n_numbers)
-    hash_gradient = arrays.zeros(shape, np.float64, problem.on_device) if needs_hash else None
-    return results, GradientBuffers(buffers[0], buffers[1], buffers[2], hash_gradient)
+    needed = saved.wrt & {"planes", "beta"}
+    return arrays.zeros(shape, np.float64, problem.on_device) if needed else None
 
 
 def hash_gradients(hash_gradient: Any, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from racecore import arrays, cuda, plan
-from racecore.problem import Problem, Sketch
+from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "check_d_state",
     "check_gradient_targets",
     "check_out",
+    "check_overwritten",
     "check_wrt",
     "parse_bytes",
 ]
@@ -89,6 +90,7 @@ def check_attention(
         query=q, key=k, value=v, planes=planes, beta=beta, key_mask=mask, sequences=sequences,
         n_heads=q.shape[2], n_kv_heads=k.shape[2], value_dim=v.shape[3], is_causal=bool(is_causal), readout=readout,
         dtype=arrays.compute_dtype(q.dtype), chunk_tokens=None if chunk_size is None else int(chunk_size),
+        workspace_bytes=DEVICE_WORKSPACE_BYTES if on_device else WORKSPACE_BYTES,
     )  # fmt: skip
     if memory_limit is not None:
         problem = _limited(problem, parse_bytes(memory_limit))
@@ -300,6 +302,26 @@ def check_out(
                 f"{name} overlaps {other} in memory; inputs are never written to, so give it memory of its own"
             )
     return out
+
+
+def check_overwritten(problem: Problem, sources: tuple[Any, Any, Any], out: Any) -> None:
+    """Check that gradients can be written over query, key and value: on a GPU, each in memory of its own."""
+    if out is not None:
+        raise ValueError("overwrite_inputs and out were both given; gradients go to one place only")
+    if not (problem.on_device and arrays.is_on_device(sources[0])):
+        raise ValueError("overwrite_inputs needs inputs on a GPU; in host memory pass arrays of your own as out")
+    if problem.n_state_heads > problem.n_kv_heads:
+        raise ValueError(
+            "overwrite_inputs does not work with grouped queries whose planes or beta are per query head: keys and values are "
+            "read once for every query head"
+        )
+    named: dict[str, Any] = {"query": problem.query, "key": problem.key, "value": problem.value}
+    for name, array in named.items():
+        if array.size and 0 in (s for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+            raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
+        for other, its in named.items():
+            if other != name and _overlap(array, its):
+                raise ValueError(f"overwrite_inputs needs {name} and {other} in memory of their own, and they overlap")
 
 
 def check_gradient_targets(out: Any) -> None:

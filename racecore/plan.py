@@ -15,13 +15,14 @@ import numpy as np
 from racecore.problem import Problem
 
 __all__ = [
-    "BLOCK", "KEPT_BYTES", "SEGMENT", "TOKENS", "are_whole", "can_keep_states", "chunks", "count_blocks", "have_own_states",
-    "parts", "segment_bytes", "smallest_workspace",
+    "BLOCK", "DEVICE_KEPT_BYTES", "KEPT_BYTES", "SEGMENT", "TOKENS", "are_whole", "can_keep_states", "chunks",
+    "count_blocks", "have_own_states", "parts", "segment_bytes", "smallest_workspace",
 ]  # fmt: skip
 
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
 KEPT_BYTES = 32 << 20  # at most, of states that forward keeps for backward
+DEVICE_KEPT_BYTES = 1 << 30  # likewise on a GPU, where a pass over the keys costs more than room
 TOKENS = np.int64(BLOCK)  # the same where Numba should see any integer: literals are types of their own, compiled apart
 
 
@@ -115,14 +116,15 @@ def have_own_states(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
 def can_keep_states(problem: Problem) -> bool:
     """Tell whether to keep the states before all segments for the backward pass, which else sums the keys again.
 
-    They may need a sixteenth of the memory of the inputs, but never more than `KEPT_BYTES`: what a call needs must not grow
-    with the length.
+    They may need a sixteenth of the memory of the inputs, but never more than `KEPT_BYTES` (more on a GPU): what a call
+    needs must not grow with the length.
     """
     head_dim, itemsize = problem.planes.shape[3], problem.dtype.itemsize
     inputs = (problem.n_heads + problem.n_kv_heads) * head_dim + problem.n_kv_heads * problem.value_dim
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
     n_segments = int((-(-_lengths(problem) // SEGMENT)).sum())
-    return state * 16 <= SEGMENT * inputs * itemsize and n_segments * state <= KEPT_BYTES
+    most = DEVICE_KEPT_BYTES if problem.on_device else KEPT_BYTES
+    return state * 16 <= SEGMENT * inputs * itemsize and n_segments * state <= most
 
 
 def count_blocks(chunk: np.ndarray) -> int:

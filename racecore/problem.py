@@ -13,8 +13,10 @@ import numpy as np
 
 from racecore import arrays, cuda
 
-__all__ = ["BUCKET_MEAN_EPS", "GradientBuffers", "Problem", "Sketch"]
+__all__ = ["BUCKET_MEAN_EPS", "DEVICE_WORKSPACE_BYTES", "WORKSPACE_BYTES", "GradientBuffers", "Problem", "Sketch"]
 
+WORKSPACE_BYTES = 64 << 20
+DEVICE_WORKSPACE_BYTES = 1 << 30  # a GPU wants many segments at once
 BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors' released kernels
 
 
@@ -39,7 +41,7 @@ class Problem:
     readout: str  # "ratio" or "bucket_mean"
     dtype: np.dtype  # of the arithmetic
     chunk_tokens: int | None = None  # at most so many tokens in flight, rounded up to whole segments
-    workspace_bytes: int = 64 << 20  # at most so much temporary memory
+    workspace_bytes: int = WORKSPACE_BYTES  # at most so much temporary memory
     keeps_states: bool = False  # of all segments for the backward pass, not only those at the boundaries of chunks
 
     @property

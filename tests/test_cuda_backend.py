@@ -195,3 +195,40 @@ def test_tensors_on_a_gpu_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(TypeError, match="query is on a GPU, where racecore computes with CuPy"):
         racecore.attention(Tensor(), Tensor(), Tensor())
+
+
+# Gradients over their inputs
+
+
+@pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_gradients_over_their_inputs_have_the_same_bits(backend, is_causal, readout, chunk_size):
+    host = [rows(2500, heads, dim=40, seed=seed) for seed, heads in enumerate((4, 2, 2, 4))]
+    options = {"is_causal": is_causal, "readout": readout, "chunk_size": chunk_size}
+    results = []
+    for overwrite in (False, True):
+        q, k, v, d_out = (put(x, backend) for x in host)
+        _, saved = racecore.attention_forward(q, k, v, **options)
+        grads = racecore.attention_backward(d_out, saved, overwrite_inputs=overwrite)
+        results.append([fetch(x).tobytes() for x in grads[:5]])
+        if overwrite:
+            assert [fetch(x).tobytes() for x in (q, k, v)] == results[0][:3]
+    assert results[0] == results[1]
+
+
+def test_when_inputs_cannot_be_overwritten(backend):
+    def refused(arrays, message, lsh=None, **options):
+        _, saved = racecore.attention_forward(*arrays, lsh)
+        before = fetch(arrays[0]).copy()
+        with pytest.raises(ValueError, match=message):
+            racecore.attention_backward(arrays[0], saved, overwrite_inputs=True, **options)
+        assert (fetch(arrays[0]) == before).all()
+
+    q, k, v = (put(rows(seed=seed), backend) for seed in range(3))
+    refused((q, k, k), "key and value in memory of their own")
+    refused((rows(), rows(), rows()), "needs inputs on a GPU")
+    refused((q, k, v), "both given", out=racecore.Gradients())
+    refused((q, k, put(np.broadcast_to(rows(heads=1), (1, 30, 2, 6)), backend)), "value is a broadcast array")
+    per_head = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=2)
+    refused((q, put(rows(heads=1), backend), put(rows(heads=1, seed=1), backend)), "grouped queries", per_head)

@@ -80,10 +80,13 @@ def main() -> None:
 
     from cuda_on_cpu import fake_cupy
     from racecore import cuda
+    from racecore.ops import cuda_call
 
     watcher, ops = sys.argv[1], os.environ.get("CUDA_ON_CPU_OPS")
     if ops:
         cuda._OPS = Path(ops)
+    if watcher == "thread":
+        cuda_call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
     with fake_cupy.install():
         for problem in problems(watcher):
             dtype = "bfloat16" if watcher == "address" else "float32"

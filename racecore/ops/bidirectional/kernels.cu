@@ -46,10 +46,10 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
             Group group = key_group(call, task, t);
             Rows k = rows_of(call.key, group, g, (int)call.head_dim);
             hash_group(hash, k, phi);
-            // value_sum += phi * v
+            // value_sum += phi * v; d_v comes last, for it may stand where v did
+            project(d_state.values, rows_of(call.value, group, g, (int)call.value_dim), d_phi);
             if (call.d_value.data != nullptr)
                 expand(phi, d_state.values, rows_of(call.d_value, group, g, (int)call.value_dim), call.share > 0);
-            project(d_state.values, rows_of(call.value, group, g, (int)call.value_dim), d_phi);
             __syncthreads();
             // mass += phi
             for (int j = lane_id(); j < TOKENS * hash.wide_buckets; j += LANES)

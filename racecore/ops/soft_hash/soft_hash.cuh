@@ -127,9 +127,9 @@ __device__ inline void hash_group_backward(
     // phi = hash(u)
     sums.beta += hash_backward(hash, phi, d_phi);
     __syncthreads();
-    // u = planes @ x
-    if (d_x.array->data != nullptr) expand(hash.u, hash.planes, d_x, adds);
+    // u = planes @ x; d_x comes last, for it may stand where x did
     if (sums.width > 1) accumulate(hash.u, sums.planes, x);
+    if (d_x.array->data != nullptr) expand(hash.u, hash.planes, d_x, adds);
     __syncthreads();
 }
 
