@@ -9,6 +9,7 @@ its pool.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 __all__ = [
-    "LANES", "addresses", "cupy", "is_array", "kernel", "reason_unavailable", "shadow", "source", "structure", "to_device",
+    "LANES", "addresses", "cupy", "empty_pinned", "is_array", "kernel", "reason_unavailable", "shadow", "source",
+    "structure", "to_device",
 ]  # fmt: skip
 
 LANES = 32  # threads of a block: one warp, see ops/warp.cuh
@@ -109,6 +111,13 @@ def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
     """Return a C-contiguous copy on the device; an array that is there already stays as it is."""
     library = cupy()
     return library.ascontiguousarray(library.asarray(array if dtype is None else array.astype(dtype)))
+
+
+def empty_pinned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Return an uninitialised array in host memory that is locked, so that copies need not wait for the processor."""
+    dtype = np.dtype(dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(cupy().cuda.alloc_pinned_memory(max(n_bytes, 1)), np.uint8, n_bytes).view(dtype).reshape(shape)
 
 
 def addresses(array: Any) -> tuple[int, ...]:

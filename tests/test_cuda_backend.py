@@ -12,6 +12,7 @@ from devices import BACKENDS, fetch, put
 
 import racecore
 from racecore import backends, cuda
+from racecore.cli import main
 from racecore.errors import BackendUnavailableError
 
 
@@ -232,3 +233,86 @@ def test_when_inputs_cannot_be_overwritten(backend):
     refused((q, k, put(np.broadcast_to(rows(heads=1), (1, 30, 2, 6)), backend)), "value is a broadcast array")
     per_head = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=2)
     refused((q, put(rows(heads=1), backend), put(rows(heads=1, seed=1), backend)), "grouped queries", per_head)
+
+
+# Long inputs, chunk by chunk
+
+
+def problem_of_files(folder, dtype=np.float32):
+    paths = {}
+    for seed, (name, heads) in enumerate({"query": 4, "key": 2, "value": 2, "d_out": 4}.items()):
+        paths[name] = folder / f"{name}.npy"
+        np.save(paths[name], rows(9000, heads, dim=8, dtype=dtype, seed=seed)[0])
+    return paths
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "mask", "packed"])
+def test_files_go_through_the_gpu_in_chunks(backend, is_causal, kind, tmp_path):
+    paths = problem_of_files(tmp_path)
+    lsh, x = racecore.SoftLSH.random(head_dim=8, rng=0), {name: np.load(path) for name, path in paths.items()}
+    mask = np.random.default_rng(0).random(9000) < 0.7 if kind == "mask" else None
+    bounds = np.array([0, 30, 30, 5000, 9000]) if kind == "packed" else None
+    results = {}
+    for name in ("cpu", backend):
+        sinks = {sink: tmp_path / f"{name} {sink}.npy" for sink in ("out", "d_query", "d_key", "d_value")}
+        report = racecore.outofcore.run(
+            *(paths[n] for n in ("query", "key", "value")), sinks.pop("out"), lsh, d_out=paths["d_out"], d_lsh=True,
+            is_causal=is_causal, key_mask=mask, cu_seqlens=bounds, backend=name, memory_limit="4MB", **sinks,
+        )  # fmt: skip
+        results[name] = [np.load(tmp_path / f"{name} {n}.npy") for n in ("out", "d_query", "d_key", "d_value")]
+        results[name] += [report.d_planes, report.d_beta]
+    for found, expected in zip(results[backend], results["cpu"], strict=True):
+        assert np.linalg.norm(found - expected) <= 3e-5 * np.linalg.norm(expected) + 1e-3
+    device = {name: put(array, backend) for name, array in x.items()}
+    options = {"is_causal": is_causal, "key_mask": mask, "cu_seqlens": bounds}
+    out, saved = racecore.attention_forward(device["query"], device["key"], device["value"], lsh, **options)
+    grads = racecore.attention_backward(device["d_out"], saved)
+    at_once = [fetch(array) for array in (out, *grads[:5])]
+    n_equal = 4 if kind == "packed" else 6  # several sequences add to the gradients of planes and beta in another order
+    for found, expected in zip(results[backend][:n_equal], at_once[:n_equal], strict=True):
+        assert np.asarray(found).tobytes() == expected.tobytes()
+
+
+def test_a_run_on_a_gpu_that_was_interrupted_goes_on(backend, tmp_path):
+    paths = problem_of_files(tmp_path)
+    sources = [paths[n] for n in ("query", "key", "value")]
+
+    def stop(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    def run(out, **options):
+        gradients = {f"d_{n}": tmp_path / f"{out} d_{n}.npy" for n in ("query", "key", "value")}
+        return racecore.outofcore.run(
+            *sources, tmp_path / f"{out}.npy", d_out=paths["d_out"], d_lsh=True, is_causal=True, memory_limit="6MB",
+            **gradients, **options,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        run("again", backend=backend, progress=stop)
+    with pytest.raises(ValueError, match="kernels and processor"):
+        run("again", backend="cpu")
+    resumed, whole = run("again", backend=backend), run("whole", backend=backend)
+    assert resumed.resumed_tokens > 0
+    assert resumed.digests == whole.digests
+    assert resumed.d_planes.tobytes() == whole.d_planes.tobytes()
+
+
+def test_a_run_without_a_gpu_is_refused_before_it_begins(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    backends._load.cache_clear()
+    q = rows()[0]
+    with pytest.raises(BackendUnavailableError, match="CuPy is not installed"):
+        racecore.outofcore.run(q, q, q, tmp_path / "out.npy", backend="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_takes_a_backend(backend, tmp_path, capsys):
+    paths = problem_of_files(tmp_path)
+    words = ["attend", *(word for n in ("query", "key", "value") for word in (f"--{n}", str(paths[n])))]
+    assert main([*words, "--out", str(tmp_path / "cuda.npy"), "--backend", "cuda"]) == 0
+    assert main([*words, "--out", str(tmp_path / "cpu.npy")]) == 0
+    np.testing.assert_allclose(*(np.load(tmp_path / f"{n}.npy") for n in ("cuda", "cpu")), rtol=1e-4, atol=1e-6)
+    assert main([*words, "--out", str(tmp_path / "plan.npy"), "--backend", "cuda", "--plan"]) == 2
+    assert "--plan knows the time that the CPU takes" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore import inputs
+from racecore import backends, inputs
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.outofcore import npy
 from racecore.outofcore.targets import identity_of
@@ -82,6 +82,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options")
     group.add_argument("--causal", action="store_true", help="token i sees tokens 0 ... i only")
     group.add_argument("--readout", choices=inputs.READOUTS, default="ratio", help="the estimator (ratio)")
+    group.add_argument("--backend", choices=backends.NAMES, help="what computes; cuda takes chunks through a GPU (cpu)")
     group.add_argument("--memory-limit", default="1GB", metavar="SIZE", help="memory that the run may take (1GB)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="processors to use (all)")
     group.add_argument("--restart", action="store_true", help="discard what an interrupted run left, and start afresh")
@@ -104,13 +105,16 @@ def run(args: argparse.Namespace) -> int:
         if args.threads is not None:
             stack.enter_context(racecore.threads(args.threads))
         stack.enter_context(_mistakes_named())
+        if args.plan and args.backend not in (None, "cpu"):
+            raise BadInputError(f"--plan knows the time that the CPU takes; leave out --backend {args.backend}")
         if args.plan:
             print(outofcore.plan(**request))
             return 0
         stack.enter_context(_resumption_named(targets))
         report = outofcore.run(
-            **request, resume=not args.restart, check_finite=not args.no_check_finite, progress="racecore attend"
-        )
+            **request, backend=args.backend, resume=not args.restart, check_finite=not args.no_check_finite,
+            progress="racecore attend",
+        )  # fmt: skip
     _tell(report, args)
     return 0
 

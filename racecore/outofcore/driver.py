@@ -34,6 +34,7 @@ def run(
     d_lsh: Any = None,
     dtype: str | None = None,
     memory_limit: int | str = "1GB",
+    backend: str | None = None,
     resume: bool = True,
     journal: Any = None,
     check_finite: bool = True,
@@ -65,7 +66,10 @@ def run(
     dtype : {None, "bfloat16"}
         How to read .npy files whose entries are two untyped bytes: that is how NumPy stores ml_dtypes.bfloat16.
     memory_limit : int or str
-        Bytes that the run may take, beyond what the process had when it was called; see `racecore.outofcore.schedule`.
+        Bytes that the run may take, beyond what the process had when it was called; see `racecore.outofcore.schedule`. With
+        ``backend="cuda"`` it holds for the memory of the host and for that of the GPU, each by itself.
+    backend : {"cpu", "cuda", "reference"}, optional
+        "cuda" copies chunks to a GPU and results back, while others are computed. None means the fastest in host memory.
     resume : bool
         Go on with what an earlier run to the same files left, if it was interrupted. False discards that.
     journal : path, optional
@@ -94,6 +98,8 @@ def run(
         Another run is writing the same files.
     racecore.errors.InputChangedError
         An input is not what it was when the run began.
+    racecore.errors.BackendUnavailableError
+        The backend cannot run here; lists every backend with its reason.
     OSError
         A file cannot be read, there is no room for an output, or the disk failed.
 
@@ -105,7 +111,7 @@ def run(
     """
     request = Request(
         query, key, value, out, lsh, is_causal, readout, key_mask, cu_seqlens, d_out, d_query, d_key, d_value, d_lsh, dtype,
-        memory_limit,
+        memory_limit, backend,
     )  # fmt: skip
     started = time.perf_counter()
     with PeakMemory() as memory, prepared(request, check_finite) as run_, _listening(progress, run_):

@@ -18,6 +18,7 @@ from racecore.gradients import hash_gradients
 from racecore.outofcore import pipeline, points, schedule
 from racecore.outofcore.finite import refuse_non_finite
 from racecore.outofcore.journal import Journal
+from racecore.outofcore.places import Gpu, Host, Place
 from racecore.outofcore.request import Request
 from racecore.outofcore.results import Results, completed, opened
 from racecore.outofcore.resume import Step
@@ -29,6 +30,8 @@ from racecore.outofcore.states import States
 from racecore.outofcore.targets import check_paths, file_of, folder_of, is_path
 
 __all__ = ["Run", "prepared"]
+
+Arrays = dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -81,7 +84,10 @@ class Run:
             )
         self.wants_gradients = "d_out" in sources
         self.memory_limit = inputs.parse_bytes(request.memory_limit)
-        self.limits = schedule.limits(problem, self.wants_gradients, self.memory_limit)
+        self._backend = backends.choose(request.backend)
+        self._place: Place = Gpu() if self._backend.name == "cuda" else Host()
+        most = self._place.most_segments
+        self.limits = schedule.limits(problem, self.wants_gradients, self.memory_limit, most)
         self.problem = replace(problem, workspace_bytes=self.limits.workspace_bytes)
         self._wrt = frozenset({"beta"} if request.d_lsh is None or request.d_lsh is False else {"planes", "beta"})
         n_numbers = problem.planes[0].size + 1 if "planes" in self._wrt else 1
@@ -120,7 +126,7 @@ class Run:
 
     def stages(self) -> Stages:
         """Return the arithmetic."""
-        return Stages(self.problem, backends.choose(None), self._hash)
+        return Stages(self.problem, self._backend, self._hash, self._place.on_device)
 
     def journal_path(self, journal: Any = None) -> str | None:
         """Return where the journal goes: where a caller says, beside the first output, or nowhere.
@@ -157,6 +163,8 @@ class Run:
                     return digests
             results = stack.enter_context(opened(self._results(stages, found)))
             self._compute(stages, results)
+            if self._hash is not None:
+                self._hash[...] = stages.hash_gradient
             for name, path in files_read.items():
                 if (now := stamp_file(path)) != before[name]:
                     raise InputChangedError(f"{path} ({name}) changed during the run: {before[name]}, then {now}")
@@ -214,7 +222,7 @@ class Run:
 
     def _compute(self, stages: Stages, results: Results) -> None:
         """Do every task that is still to be done."""
-        buffers = pipeline.Buffers()
+        buffers, place = pipeline.Buffers(self._place.empty), self._place
         last = 0
 
         def skipped(task: schedule.Task) -> None:
@@ -225,25 +233,29 @@ class Run:
             self.resumed_tokens += n_tokens
             progress.advance(n_tokens)
 
-        def read(step: Step, slot: int) -> dict[str, np.ndarray]:
-            return self._read(step.task, slot, buffers)
+        def read(step: Step, slot: int) -> Arrays:
+            return place.bring(self._read(step.task, slot, buffers))
 
-        def compute(step: Step, slot: int, read: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int | None]:
+        def compute(step: Step, slot: int, read: Arrays) -> tuple[Arrays, Arrays, int | None]:
             nonlocal last
-            task, written = step.task, {}
+            task, rows = step.task, {}
             last = max(last, task.number)
             for index, name in enumerate(self.passes[task.stage].writes):
                 begin, end = task.tokens(name)
                 sink = results.sinks[name]
-                place, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
-                written[name] = buffers.get("write", index, slot, shape, sink.dtype) if place is None else place
-            if step.origin is not None and results.states is not None:
-                stages.restore(task, step.origin, results.states)
-            stages.compute(task, read, written, results.states)
-            return written, results.keep_state(task)
+                own, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
+                rows[name] = buffers.get("write", index, slot, shape, sink.dtype) if own is None else own
+            with place.results_for(rows) as written:
+                if step.origin is not None and results.states is not None:
+                    stages.restore(task, step.origin, results.states)
+                stages.compute(task, read, written, results.states)
+                state = results.keep_state(task)
+            return written, rows, state
 
-        def write(step: Step, computed: tuple[dict[str, np.ndarray], int | None]) -> None:
-            results.write(step.task, *computed)
+        def write(step: Step, computed: tuple[Arrays, Arrays, int | None]) -> None:
+            written, rows, state = computed
+            place.send(written, rows)
+            results.write(step.task, rows, state)
 
         pipeline.run(results.steps(self.tasks(), skipped), read, compute, write, self.clock)
         if self.resumed_tokens and results.states is not None:  # the last task to be done need not be the last of all
@@ -268,7 +280,7 @@ class Run:
         )
         return {
             "racecore": __version__,
-            "kernels and processor": kernel_cache.identity(),
+            "kernels and processor": self._place.identity(kernel_cache.identity()),
             **{name: stamp(self.request.reads[name], source) for name, source in self.sources.items()},
             "hash": f"{hash_}, fingerprint {self._lsh.fingerprint[:16]} of {planes.shape}",
             "is_causal": problem.is_causal,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class Buffers:
     are still being written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, empty: Callable[[tuple[int, ...], Any], np.ndarray] = arrays.empty) -> None:
+        self._empty = empty
         self._kept: dict[tuple[str, int, int], np.ndarray] = {}
 
     def get(self, use: str, index: int, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -42,7 +43,7 @@ class Buffers:
         buffer = self._kept.get((use, index, slot))
         if buffer is None or len(buffer) < n_bytes:
             self._kept.pop((use, index, slot), None)  # before there is another one
-            buffer = self._kept[use, index, slot] = arrays.empty((n_bytes,), np.uint8)
+            buffer = self._kept[use, index, slot] = self._empty((n_bytes,), np.uint8)
         return buffer[:n_bytes].view(dtype).reshape(shape)
 
 
@@ -128,5 +129,6 @@ def run(
             with clock.running("computing"):
                 results = compute(current[0], slot, arrays)
             written.append(writer.submit(timed_write, current[0], results))
+            del results  # of an earlier task, when the next one is computed: a GPU has room for two
         for future in written:
             future.result()

@@ -72,6 +72,7 @@ class Request:
     d_lsh: Any = None
     dtype: str | None = None
     memory_limit: int | str = "1GB"
+    backend: str | None = None
 
     @property
     def reads(self) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from racecore.problem import Problem
 __all__ = ["PASSES", "Limits", "Pass", "Task", "limits", "n_passes", "tasks"]
 
 _WORKSPACE = 64 << 20  # bytes of temporary memory of one chunk, at most
-_MOST_SEGMENTS = 16  # of a chunk: longer ones are no faster
 _STATES_SHARE = 4  # states of a unit may take 1/4 of what the buffers take
 
 
@@ -100,8 +99,8 @@ class Limits:
     peak_bytes: int  # of memory that a run takes
 
 
-def limits(problem: Problem, with_gradients: bool, memory_limit: int) -> Limits:
-    """Return the longest chunks that a memory limit allows.
+def limits(problem: Problem, with_gradients: bool, memory_limit: int, most_segments: int = 16) -> Limits:
+    """Return the longest chunks that a memory limit allows, of at most so many segments: longer ones are no faster.
 
     A run takes two buffers of a chunk for what a pass reads and for what a pass writes, of the widest passes (one is read or
     written while the other is computed on), the workspace of one chunk, and state and gradient of the state for every
@@ -126,8 +125,8 @@ def limits(problem: Problem, with_gradients: bool, memory_limit: int) -> Limits:
             f"{plan.SEGMENT:,} tokens twice, and the workspace of one segment)"
         )
     spare = memory_limit - 2 * state
-    n_segments = min(_MOST_SEGMENTS, spare // (2 * plan.SEGMENT * row_bytes + per_segment))
-    workspace = min(_WORKSPACE, spare - 2 * n_segments * plan.SEGMENT * row_bytes)
+    n_segments = min(most_segments, spare // (2 * plan.SEGMENT * row_bytes + per_segment))
+    workspace = min(_WORKSPACE * most_segments // 16, spare - 2 * n_segments * plan.SEGMENT * row_bytes)
     n_segments = min(n_segments, workspace // per_segment) or 1
     workspace = max(workspace, per_segment)
     buffers = 2 * n_segments * plan.SEGMENT * row_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import plan
+from racecore import arrays, plan
 from racecore.backends import Backend
 from racecore.outofcore.schedule import Task
 from racecore.outofcore.states import States
@@ -35,13 +35,23 @@ class Stages:
         The whole run; of its arrays only shapes and dtypes are used.
     backend : Backend
     hash_gradient : float64 array [2, M, n] or None
-        Where the gradients of planes and beta are summed; None means forward only.
+        Where the sums of the gradients of planes and beta begin; None means forward only.
+    on_device : bool
+        Whether chunks are on a GPU; what is carried from one to the next is there too.
     """
 
-    def __init__(self, problem: Problem, backend: Backend, hash_gradient: np.ndarray | None) -> None:
-        self._problem, self._backend, self._hash = problem, backend, hash_gradient
+    def __init__(
+        self, problem: Problem, backend: Backend, hash_gradient: np.ndarray | None, on_device: bool = False
+    ) -> None:
+        self._problem, self._backend, self._on_device = problem, backend, on_device
+        self._hash = None if hash_gradient is None else arrays.brought(hash_gradient, on_device)
         self._first = -1  # task of the unit that the states belong to
         self._state_numbers = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim)
+
+    @property
+    def hash_gradient(self) -> np.ndarray | None:
+        """The sums of the gradients of planes and beta, in host memory."""
+        return None if self._hash is None else arrays.brought(self._hash, False)
 
     @property
     def numbers(self) -> int:
@@ -71,14 +81,15 @@ class Stages:
     def left(self, task: Task) -> np.ndarray:
         """Return what the task that was just computed changed."""
         held: dict[str, Any] = {"sketch": self._sketch.flat, "d_sketch": self._d_sketch.flat, "hash": self._hash}
-        return np.concatenate([np.ravel(held[name]) for name in self.changes(task)])
+        return np.concatenate([np.ravel(arrays.brought(held[name], False)) for name in self.changes(task)])
 
     def restore(self, task: Task, origin: Origin, states: States) -> None:
         """Make everything what it was before a task."""
         self._begin(task)
         for name, sketch in (("sketch", self._sketch), ("d_sketch", self._d_sketch)):
             if name in origin:
-                sketch.flat[...] = states.get(origin[name], 0, self._state_numbers).reshape(sketch.flat.shape)
+                found = states.get(origin[name], 0, self._state_numbers).reshape(sketch.flat.shape)
+                sketch.flat[...] = arrays.brought(found, self._on_device)
         self.restore_hash(origin, states)
 
     def restore_hash(self, origin: Origin, states: States) -> None:
@@ -88,7 +99,7 @@ class Stages:
         self._hash[...] = 0
         if "hash" in origin:
             found = states.get(origin["hash"], self._state_numbers, self._hash.size)
-            self._hash[...] = found.reshape(self._hash.shape)
+            self._hash[...] = arrays.brought(found.reshape(self._hash.shape), self._on_device)
 
     def compute(self, task: Task, read: Arrays, written: Arrays, states: States | None) -> None:
         """Compute one task: from arrays [tokens, heads, dim] to arrays of that kind."""
@@ -115,12 +126,12 @@ class Stages:
     def _begin(self, task: Task) -> None:
         self._first = task.first
         unit = replace(self._problem, sequences=task.sequences)
-        self._sketch, self._d_sketch = unit.new_sketch(), unit.new_sketch()
+        self._sketch, self._d_sketch = (unit.new_sketch().brought(self._on_device) for _ in range(2))
 
     def _part(self, read: Arrays, sequences: np.ndarray) -> Problem:
-        arrays: dict[str, Any] = dict.fromkeys(("query", "key", "value", "key_mask"))
-        arrays |= {name: array[None] for name, array in read.items() if name in arrays}
-        return replace(self._problem, sequences=sequences, **arrays)
+        tokens: dict[str, Any] = dict.fromkeys(("query", "key", "value", "key_mask"))
+        tokens |= {name: array[None] for name, array in read.items() if name in tokens}
+        return replace(self._problem, sequences=sequences, **tokens)
 
     def _buffers(self, written: Arrays) -> GradientBuffers:
         query, key, value = (
@@ -131,7 +142,8 @@ class Stages:
     def _before(self, task: Task, sketch: Sketch, states: States | None) -> np.ndarray:
         """Return the state before a chunk, as the walk forward left it. Short sequences start from nothing."""
         if task.chunk == 0 or not task.is_of_one_sequence:
-            return np.zeros_like(sketch.flat)
+            return arrays.zeros(sketch.flat.shape, np.float64, self._on_device)
         if states is None:
             raise TypeError("a walk back needs the states of the walk")
-        return states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(sketch.flat.shape)
+        found = states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(sketch.flat.shape)
+        return arrays.brought(found, self._on_device)

@@ -74,8 +74,14 @@ class ndarray:
         self._values += _inner(other)
         return self
 
-    def get(self) -> np.ndarray:
-        return self._values.copy()
+    def get(self, stream: Any = None, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            return self._values.copy()
+        out[...] = self._values
+        return out
+
+    def set(self, values: np.ndarray, stream: Any = None) -> None:
+        self._values[...] = values
 
     def copy(self, order: str = "C") -> ndarray:
         return _of(self._values.copy(order))
@@ -122,6 +128,22 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
     return _of(values)
 
 
+class _Stream:
+    """Work is done when a call returns, so there is nothing to wait for."""
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _module() -> ModuleType:
     module = ModuleType("cupy")
     module.__version__ = "on the CPU"  # type: ignore[attr-defined]
@@ -135,6 +157,8 @@ def _module() -> ModuleType:
         "asnumpy": lambda x: x.get() if isinstance(x, ndarray) else np.asarray(x),
         "cuda": SimpleNamespace(
             runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            Stream=_Stream,
+            alloc_pinned_memory=bytearray,
             Device=lambda: SimpleNamespace(id=0, compute_capability="90"),
         ),
     }

@@ -49,11 +49,12 @@ def problems(watcher: str) -> list:
     if watcher == "address":
         return [problem for problem in PROBLEMS if problem.n_keys <= 150]
     tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 2, "n_planes": 2, "beta": 1.2, "spread": 1.0}
+    wide = tiny | {"head_dim": 70, "value_dim": 66}  # four columns for every lane
     found = [
-        Problem(0, n_queries=17, n_keys=17, n_heads=2, n_kv_heads=1, is_causal=True, mask="random", **tiny),
+        Problem(0, n_queries=17, n_keys=17, n_heads=2, n_kv_heads=1, is_causal=True, mask="random", **wide),
         Problem(1, n_queries=9, n_keys=9, n_heads=2, n_kv_heads=1, is_causal=True, readout="bucket_mean",
                 beta_per_head=True, bounds=(0, 3, 3, 9), **tiny),
-        Problem(2, n_queries=9, n_keys=17, n_heads=2, n_kv_heads=1, planes_per_head=True, has_initial_state=True, **tiny),
+        Problem(2, n_queries=9, n_keys=17, n_heads=2, n_kv_heads=1, planes_per_head=True, has_initial_state=True, **wide),
         Problem(3, n_queries=17, n_keys=9, n_heads=1, n_kv_heads=1, readout="bucket_mean", mask="random", **tiny),
     ]  # fmt: skip
     if watcher == "results":
