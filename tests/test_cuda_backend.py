@@ -316,3 +316,10 @@ def test_the_program_takes_a_backend(backend, tmp_path, capsys):
     np.testing.assert_allclose(*(np.load(tmp_path / f"{n}.npy") for n in ("cuda", "cpu")), rtol=1e-4, atol=1e-6)
     assert main([*words, "--out", str(tmp_path / "plan.npy"), "--backend", "cuda", "--plan"]) == 2
     assert "--plan knows the time that the CPU takes" in capsys.readouterr().err
+
+
+def test_the_doctor_tries_the_gpu(backend, capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "between cpu or cuda and reference" in printed
+    assert "backend cuda" in printed

@@ -7,7 +7,9 @@
 //   expand       sum over rows of c[token][row] * row
 //   accumulate   row += sum over tokens of c[token][row] * token
 // Numbers that lanes exchange (hash, weights, states) lie in *scratch*: shared memory, or global memory where a state is
-// too large for that. Between writing and reading them stands __syncthreads().
+// too large for that. Between writing and reading what is another lane's stands __syncthreads(). Every group begins with a
+// hash and its barriers, so what a task prepares, and sums that move on to float64, need none of their own: their numbers are
+// written and cleared by the same lanes, as all rows are multiples of 32 wide.
 //
 // Set from outside: STORAGE (Half, Bfloat, float or double), REAL (float or double), COLUMNS (1, 2 or 4).
 #pragma once

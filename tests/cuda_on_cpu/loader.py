@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -73,6 +74,10 @@ def _compiled(code: str, defines: tuple[str, ...], sanitizer: str) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "racecore-cuda-on-cpu"
     library = folder / f"{digest}.so"
     if not library.exists():
+        if shutil.which("g++") is None:
+            raise RuntimeError(
+                "the CUDA kernels are tested as C++: install g++, version 12 or newer, on an x86-64 machine"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             (Path(work) / "kernels.cpp").write_text(text)

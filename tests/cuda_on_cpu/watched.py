@@ -48,7 +48,8 @@ def problems(watcher: str) -> list:
 
     if watcher == "address":
         return [problem for problem in PROBLEMS if problem.n_keys <= 150]
-    tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 2, "n_planes": 2, "beta": 1.2, "spread": 1.0}
+    tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 3, "n_planes": 2, "beta": 1.2, "spread": 1.0}
+    # more rows and buckets than four, so that lanes meet numbers of others
     wide = tiny | {"head_dim": 70, "value_dim": 66}  # four columns for every lane
     found = [
         Problem(0, n_queries=17, n_keys=17, n_heads=2, n_kv_heads=1, is_causal=True, mask="random", **wide),

@@ -13,16 +13,13 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void sum_keys(const Call ca
         int g = (int)(task.head / (call.n_state_heads / call.n_kv_heads));
         use_head(hash, call, task.head);
         start_state_sums(state, sums + number * state_width(call));
-        __syncthreads();
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group group = key_group(call, task, t);
             hash_group(hash, rows_of(call.key, group, g, (int)call.head_dim), phi);
             add_group(state, phi, phi, rows_of(call.value, group, g, (int)call.value_dim));
             __syncthreads();
-            if (flushes(task, t)) {
+            if (flushes(task, t))
                 flush_state_sums(state, is_first_flush(task, t));
-                __syncthreads();
-            }
         }
     }
 }
@@ -41,7 +38,6 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
         use_head(hash, call, m);
         load_state(d_state, call, d_states + (task.sequence * call.n_state_heads + m) * state_width(call));
         start_hash_sums(hash_total, hash_parts + (task.index * call.n_state_heads + m) * call.hash_width);
-        __syncthreads();
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group group = key_group(call, task, t);
             Rows k = rows_of(call.key, group, g, (int)call.head_dim);
@@ -57,10 +53,8 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
             __syncthreads();
             Rows d_k = rows_of(call.d_key, group, g, (int)call.head_dim);
             hash_group_backward(hash, phi, d_phi, k, d_k, call.share > 0, hash_total);
-            if (flushes(task, t)) {
+            if (flushes(task, t))
                 flush_hash_sums(hash_total, hash, (int)call.head_dim, is_first_flush(task, t));
-                __syncthreads();
-            }
         }
     }
 }
@@ -77,9 +71,7 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void read_out(const Call ca
         int m = (int)(task.head / (call.n_heads / call.n_state_heads));
         use_head(hash, call, m);
         load_state(state, call, states + (task.sequence * call.n_state_heads + m) * state_width(call));
-        __syncthreads();
         round_masses(state, mass);
-        __syncthreads();
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group group = query_group(task, t);
             hash_group(hash, rows_of(call.query, group, task.head, (int)call.head_dim), phi);
@@ -109,9 +101,7 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
         load_state(state, call, states + (task.sequence * call.n_state_heads + m) * state_width(call));
         start_state_sums(d_state, d_sums + number * state_width(call));
         start_hash_sums(hash_total, hash_parts + number * call.hash_width);
-        __syncthreads();
         round_masses(state, mass);
-        __syncthreads();
         Masses masses = masses_of(call, mass, 0);
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group group = query_group(task, t);
@@ -121,8 +111,7 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
             Real factor = weigh(masses, phi, rho);
             // out = rho @ value_sum
             project(state.values, g, d_phi);
-            __syncthreads();
-            // rho = weigh(phi, mass)
+            // rho = weigh(phi, mass); a lane's own d_phi
             weigh_backward(masses, phi, rho, factor, d_phi, d_mass);
             __syncthreads();
             add_group(d_state, d_mass, rho, g);
@@ -132,7 +121,6 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
             if (flushes(task, t)) {
                 flush_state_sums(d_state, is_first_flush(task, t));
                 flush_hash_sums(hash_total, hash, (int)call.head_dim, is_first_flush(task, t));
-                __syncthreads();
             }
         }
     }

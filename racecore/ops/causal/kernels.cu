@@ -51,7 +51,6 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void walk(const Call call, 
         int m = (int)(task.head / (call.n_heads / call.n_state_heads)), kv = (int)(task.head / (call.n_heads / call.n_kv_heads));
         use_head(hash, call, m);
         load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
-        __syncthreads();
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group keys = key_group(call, task, t), queries = query_group(task, t);
             hash_group(hash, rows_of(call.key, keys, kv, (int)call.head_dim), phi_k);
@@ -130,7 +129,6 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_queries_backward(
         load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
         start_state_sums(d_state, d_sums + number * state_width(call));
         start_hash_sums(hash_total, hash_parts + number * call.hash_width);
-        __syncthreads();
         for (i64 t = task.begin; t < task.end; t += TOKENS) {
             Group keys = key_group(call, task, t), queries = query_group(task, t);
             Stash place = stash_of(call, stash, task, t, task.head, m);
@@ -144,8 +142,7 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_queries_backward(
             Real factor = weigh(masses, phi_q, rho);
             // out = rho @ value_sum
             walk_weights(state.values, phi_k, rows_of(call.value, keys, kv, (int)call.value_dim), g, d_phi);
-            __syncthreads();
-            // rho = weigh(phi_q, mass)
+            // rho = weigh(phi_q, mass); a lane's own d_phi
             weigh_backward(masses, phi_q, rho, factor, d_phi, d_mass);
             __syncthreads();
             copy(rho, n_weights, place.rho);
@@ -157,7 +154,6 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_queries_backward(
             if (flushes(task, t)) {
                 flush_state_sums(d_state, is_first_flush(task, t));
                 flush_hash_sums(hash_total, hash, (int)call.head_dim, is_first_flush(task, t));
-                __syncthreads();
             }
         }
     }
@@ -227,13 +223,11 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_keys_backward(
         use_head(hash, call, m);
         load_state(d_state, call, d_states + (task.index * call.n_state_heads + m) * d_state_step);
         start_hash_sums(hash_total, hash_parts + (task.index * call.n_state_heads + m) * call.hash_width);
-        __syncthreads();
         i64 last = task.begin + (task.end - 1 - task.begin) / TOKENS * TOKENS;
         for (i64 t = last; t >= task.begin; t -= TOKENS) {
             Group keys = key_group(call, task, t), queries = query_group(task, t);
             Stash place = stash_of(call, stash, task, t, m * repeats, m);
-            copy(place.u, TOKENS * hash.planes.n_rows, hash.u);
-            __syncthreads();
+            copy(place.u, TOKENS * hash.planes.n_rows, hash.u);  // which activates its own numbers
             hash_projected(hash, keys.kept, phi);
             // rho and d_mass of each query head belong to the masses and value sums after its token
             running_masses_backward(call, place, repeats, hash.wide_buckets, d_state.mass, d_phi);
@@ -249,10 +243,8 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_keys_backward(
             Rows d_k = rows_of(call.d_key, keys, kv, (int)call.head_dim);
             hash_group_backward(hash, phi, d_phi, k, d_k, call.share > 0, hash_total);
             bool ends = t == task.begin;
-            if (ends || (last - t) % FLUSH == FLUSH - TOKENS) {
+            if (ends || (last - t) % FLUSH == FLUSH - TOKENS)
                 flush_hash_sums(hash_total, hash, (int)call.head_dim, last - t < FLUSH);
-                __syncthreads();
-            }
         }
     }
 }
