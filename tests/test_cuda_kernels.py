@@ -42,7 +42,7 @@ def test_every_instance_compiles(architecture):
             frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
             assert len(frames) == cuda.source(file).count("__global__")
             if dtype.name != "float64":
-                assert max(frames) <= 64, f"{file} in {dtype} with {columns} columns: {log}"
+                assert max(frames) <= 160, f"{file} in {dtype} with {columns} columns: {log}"
 
 
 def test_the_compiler_is_asked_for_errors():
@@ -84,9 +84,7 @@ def test_a_changed_kernel_is_noticed(what):
     assert mutations.noticed_by(change)
 
 
-@pytest.mark.parametrize(
-    "file", ["bidirectional/kernels.cu", "causal/kernels.cu", "readout.cuh", "soft_hash/soft_hash.cuh"]
-)
+@pytest.mark.parametrize("file", ["bidirectional/kernels.cu", "causal/kernels.cu", "soft_hash/soft_hash.cuh"])
 def test_a_missing_barrier_is_noticed(file):
     removals = [m for m in mutations.barriers() if m.file == file]
     assert mutations.noticed_by(removals[len(removals) // 2])
