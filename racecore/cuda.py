@@ -141,9 +141,9 @@ def shadow(array: Any) -> np.ndarray:
 
 
 def structure(fields: Iterable[tuple[str, int]]) -> np.ndarray:
-    """Return a C structure of 64-bit integers and addresses, as a kernel takes it by value."""
+    """Return a C structure of 64-bit integers and addresses, shape [1], as a kernel takes it by value."""
     named = list(fields)
-    record = np.zeros((), [(name, np.int64) for name, _ in named])  # refuses a name that comes twice
+    record = np.zeros(1, [(name, np.int64) for name, _ in named])  # refuses a name that comes twice
     for name, value in named:
         record[name] = value
     return record

@@ -299,6 +299,13 @@ def test_a_run_on_a_gpu_that_was_interrupted_goes_on(backend, tmp_path):
     assert resumed.d_planes.tobytes() == whole.d_planes.tobytes()
 
 
+def test_a_run_into_arrays_of_any_layout(backend):
+    q = rows()[0]
+    for out in (np.zeros((30, 2, 6), np.float32), np.zeros((30, 2, 12), np.float32)[..., ::2]):
+        racecore.outofcore.run(q[:, ::-1], q, q, out, backend=backend)
+        np.testing.assert_allclose(out, racecore.attention(q[:, ::-1], q, q), rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_without_a_gpu_is_refused_before_it_begins(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "cupy", None)
     backends._load.cache_clear()

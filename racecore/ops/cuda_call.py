@@ -157,7 +157,7 @@ def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *ar
 
 def _scratch_numbers(call: Call, scratch: Scratch) -> int:
     """Count what a block takes, in numbers of the arithmetic's dtype."""
-    size = {name: int(call.record[name]) for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")}
+    size = {name: int(call.record[name][0]) for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")}
     slab = cuda.LANES * call.columns
     buckets = _up(size["n_tables"] << size["n_planes"], ROWS)
     rows = _up(size["n_tables"] * size["n_planes"], ROWS)

@@ -244,6 +244,7 @@ class Run:
                 begin, end = task.tokens(name)
                 sink = results.sinks[name]
                 own, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
+                own = own if own is None or place.takes(own) else None
                 rows[name] = buffers.get("write", index, slot, shape, sink.dtype) if own is None else own
             with place.results_for(rows) as written:
                 if step.origin is not None and results.states is not None:

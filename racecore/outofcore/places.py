@@ -35,6 +35,10 @@ class Host:
         """What makes the buffers that files are read to and written from."""
         return arrays.empty
 
+    def takes(self, rows: np.ndarray) -> bool:
+        """Tell whether results can go straight to a part of an array of the caller's."""
+        return True
+
     def bring(self, read: Arrays) -> Arrays:
         """Return what was read, where it is computed on."""
         return read
@@ -68,6 +72,10 @@ class Gpu:
         """What makes the buffers: memory that is locked, from which copies run at full speed beside kernels."""
         return cuda.empty_pinned
 
+    def takes(self, rows: np.ndarray) -> bool:
+        """Tell whether results can go straight to a part of an array of the caller's."""
+        return rows.flags.c_contiguous
+
     def bring(self, read: Arrays) -> Arrays:
         """Copy what was read to the device."""
         cupy = cuda.cupy()
@@ -75,7 +83,7 @@ class Gpu:
         with self._in:
             for name, array in read.items():
                 found[name] = cupy.empty(array.shape, array.dtype)
-                found[name].set(array, stream=self._in)
+                found[name].set(np.ascontiguousarray(array), stream=self._in)
         self._in.synchronize()
         return found
 

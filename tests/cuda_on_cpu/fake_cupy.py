@@ -77,10 +77,14 @@ class ndarray:
     def get(self, stream: Any = None, out: np.ndarray | None = None) -> np.ndarray:
         if out is None:
             return self._values.copy()
+        if not out.flags.c_contiguous or out.dtype != self.dtype:
+            raise RuntimeError("Only C- or F-contiguous numpy.ndarray supported")
         out[...] = self._values
         return out
 
     def set(self, values: np.ndarray, stream: Any = None) -> None:
+        if not values.flags.c_contiguous or (values.shape, values.dtype) != (self.shape, self.dtype):
+            raise ValueError("set takes a contiguous array of the same shape and dtype")
         self._values[...] = values
 
     def copy(self, order: str = "C") -> ndarray:

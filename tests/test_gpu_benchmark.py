@@ -1,0 +1,58 @@
+"""asv_benchmarks/gpu.py, as far as it goes without a GPU: its checks on the CPU, its arithmetic, its table."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from cuda_on_cpu import fake_cupy
+
+import racecore
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[1] / "asv_benchmarks"))
+    import gpu
+
+    yield gpu
+    sys.modules.pop("gpu", None)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
+    lsh = racecore.SoftLSH.random(head_dim=48, n_tables=3, n_planes=3, rng=0)
+    with fake_cupy.install() as cupy:
+        error = gpu._difference(300, np.float32, lsh, is_causal=is_causal)
+        assert 0 < error < 1e-5
+        monkeypatch.setattr(cupy, "asarray", lambda x, asarray=cupy.asarray: asarray(x * 1.01))
+        assert gpu._difference(300, np.float32, lsh, is_causal=is_causal) > 1e-4
+
+
+def test_bytes_are_those_of_the_passes(gpu):
+    stash = (2 * 8 + 4) * 4  # S = 8, L P = 4: rho, d_mass and u of a token and head, float32
+    rows = 2 + 4 + 5 + 5
+    assert gpu.units_moved(2, 2, True) * 256 == rows * 256 + 2 * stash
+    assert gpu.units_moved(2, 2, False) == 11
+    (line,) = gpu.expectations(4.8e12)
+    assert line.startswith("4.80 TB/s: 4.9 ms if every array moved once, 7.4 ms")
+
+
+def test_the_table_tells_where_softmax_is_overtaken(gpu):
+    rows = [gpu.Row("racecore S=8", True, 1 << p, 0.1, 0.3 * 2 ** (p - 12), 0.5, 0.75) for p in (12, 13, 14)]
+    rows += [gpu.Row("SDPA, torch", True, 1 << p, 0.05, 0.1 * 4 ** (p - 12)) for p in (12, 13, 14)]
+    printed = gpu.table(rows)
+    assert "racecore S=8, causal: faster than SDPA forward + backward from 16,384 tokens on" in printed
+    assert "50%     75%" in printed
+
+
+def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="no GPU: CuPy is not installed"):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run"])
+    gpu.main()
+    assert "expected 3.35 TB/s" in capsys.readouterr().out
