@@ -58,8 +58,10 @@ def test_dlpack_in_gives_the_same_kind_out(library):
 
 def test_foreign_arrays_that_cannot_be_used_are_named(library):
     x = np.ones((3, 1, 2), np.float32)
-    with pytest.raises(TypeError, match="query lives on a device .*type 2"):
-        racecore.attention(Foreign(x, device=(2, 0)), x, x)
+    with pytest.raises(TypeError, match="query lives on a device .*type 10"):
+        racecore.attention(Foreign(x, device=(10, 0)), x, x)
+    with pytest.raises(TypeError, match="x is on a GPU, and here host memory is needed"):
+        arrays.as_numpy(Foreign(x, device=(2, 0)), "x")
     needs_gradient = Foreign(x)
     needs_gradient.requires_grad = True
     with pytest.raises(TypeError, match=r"requires a gradient.*\.detach\(\)"):
