@@ -39,7 +39,14 @@ __device__ inline void walk_rows(const Matrix& state, const Real* phi, const Row
     }
 }
 
-extern "C" __global__ __launch_bounds__(LANES, MANY) void walk(const Call call, const double* states) {
+// Before compute capability 9 the walk needs more registers than MANY leaves it; else it spills where rows are wide.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int WALKERS = SOME;
+#else
+constexpr int WALKERS = MANY;
+#endif
+
+extern "C" __global__ __launch_bounds__(LANES, WALKERS) void walk(const Call call, const double* states) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
     Hash hash = hash_of(call, scratch);
