@@ -6,6 +6,7 @@ of array. Backward walks the same road and recomputes the hash; beyond the input
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 from racecore.state import RaceState, check_initial_state, final_state, lsh_of
 
-__all__ = ["attention", "attention_backward", "attention_forward"]
+__all__ = ["attention", "attention_backward", "attention_forward", "saved_without_forward"]
 
 
 def attention(
@@ -260,6 +261,24 @@ def _forward(
     return final, saved
 
 
+def saved_without_forward(
+    query: Any, key: Any, value: Any, lsh: SoftLSH, *,
+    is_causal: bool = False, readout: str = "ratio", key_mask: Any = None, cu_seqlens: Any = None, wrt: Any = None,
+) -> Saved:  # fmt: skip
+    """Return what `attention_backward` needs, without computing the output: it sums the keys again, to the same bits.
+
+    For adapters to frameworks that recompute or cannot carry `Saved` from one call to another; arguments as for
+    `attention_forward`.
+    """
+    problem, lsh, _ = inputs.check_attention(
+        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        chunk_size=None, memory_limit=None,
+    )  # fmt: skip
+    chosen = backends.choose(None, problem.on_device)
+    nothing = (None,) * sum(1 for _ in plan.parts(problem))
+    return Saved(problem, lsh, inputs.check_wrt(wrt, False), chosen.name, nothing, None, (query, key, value))
+
+
 def _backward(
     saved: Saved, d_out: np.ndarray, d_final: Sketch | None, d_initial: Sketch | None, grads: GradientBuffers
 ) -> None:
@@ -273,7 +292,7 @@ def _backward(
         if d_final is not None:
             d_sketch.flat[...] = d_final.flat[first:last]
         if states is None:
-            states = [_states_again(saved, part, first, last)]
+            states = _states_again(saved, part, first, last)
         if problem.is_causal:
             backend.causal.walk_backward(part, states, d_out, d_sketch, grads)
         else:
@@ -282,14 +301,22 @@ def _backward(
             backend.bidirectional.sum_keys_backward(part, d_sketch, grads)
 
 
-def _states_again(saved: Saved, part: Problem, first: int, last: int) -> np.ndarray:
-    """Recompute what backward starts from in a part of several sequences."""
+def _states_again(saved: Saved, part: Problem, first: int, last: int) -> list[np.ndarray]:
+    """Recompute what backward starts from: one state of every sequence for every chunk of the part."""
     sketch = part.new_sketch()
     if saved.initial is not None:
         sketch.flat[...] = saved.initial.flat[first:last]
+    operations = backends.choose(saved.backend, part.on_device).bidirectional
     if not part.is_causal:
-        backends.choose(saved.backend, part.on_device).bidirectional.sum_keys(part, sketch)
-    return sketch.flat
+        operations.sum_keys(part, sketch)
+        return [sketch.flat]
+    states = [sketch.flat.copy()]
+    for chunk in plan.chunks(part, "key")[:-1]:  # more than one only where the part is a single sequence
+        begin, end = chunk[0, 2], chunk[-1, 3]
+        span = np.array([[chunk[0, 1], begin, end, begin, end]])
+        operations.sum_keys(replace(part, sequences=span), sketch)
+        states.append(sketch.flat.copy())
+    return states
 
 
 def _prepare_out(

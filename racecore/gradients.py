@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ class Saved:
     # Per part the states at the boundaries of its chunks; None where backward sums the keys again.
     states: tuple[list[np.ndarray] | None, ...]
     initial: Sketch | None
-    sources: tuple[Any, Any, Any]  # query, key, value as the caller passed them
+    sources: tuple[Any, ...]  # query, key, value as the caller passed them
 
     @property
     def had_batch(self) -> bool:
@@ -84,6 +84,20 @@ class Saved:
         arrays_held = [state for states in self.states if states is not None for state in states]
         held = {id(array): array.nbytes for array in arrays_held}
         return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
+
+    def without_inputs(self) -> Saved:
+        """Return the same without query, key, value and mask, for frameworks that keep their tensors themselves."""
+        return replace(self, problem=replace(self.problem, query=None, key=None, value=None, key_mask=None), sources=())
+
+    def with_inputs(self, query: Any, key: Any, value: Any, key_mask: Any, states: Any) -> Saved:
+        """Undo `without_inputs`, with the same arrays as before, NumPy's or CuPy's, and the same states."""
+        sources = (query, key, value)
+        batched = sources if query.ndim == 4 else tuple(x[None] for x in sources)
+        mask = key_mask if key_mask is None or key_mask.ndim == 2 else key_mask[None]
+        problem = replace(
+            self.problem, **dict(zip(("query", "key", "value"), batched, strict=True)), key_mask=mask
+        )
+        return replace(self, problem=problem, sources=sources, states=states)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))

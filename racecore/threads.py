@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["count", "default_count", "run", "threads"]
+__all__ = ["count", "default_count", "requested", "run", "threads"]
 
 _requested: ContextVar[int | None] = ContextVar("racecore_threads", default=None)
 _lock = threading.Lock()
@@ -62,6 +62,11 @@ def default_count() -> int:
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(int(limit), processors) if limit.isascii() and limit.isdigit() and int(limit) > 0 else processors
+
+
+def requested() -> int | None:
+    """Return the number of threads that `threads` asked for in this Python thread, None outside of it."""
+    return _requested.get()
 
 
 def count() -> int:

@@ -1,0 +1,124 @@
+"""RaceCache: what a stack of attention layers remembers while a model generates, of constant size."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from racecore.adapters.torch.tensors import as_hash, empty, same_place, to_array
+from racecore.attention import attention
+from racecore.state import RaceState
+
+__all__ = ["RaceCache"]
+
+
+class RaceCache:
+    """The decoding state of a stack of layers: one `racecore.RaceState` for each, in the order in which they first attended.
+
+    Pass the same cache to every layer, first with the prompt and then with token after token. However long the past is, a layer
+    keeps ``8 * B * G * L * R * (1 + V)`` bytes. States have no gradients: decode under ``torch.no_grad()``.
+
+    For models of Hugging Face transformers, `racecore.adapters.transformers.new_cache` makes one.
+
+    Examples
+    --------
+    >>> cache, layer = RaceCache(), RaceAttention(64, 4)
+    >>> prompt, token = torch.randn(1, 100, 64), torch.randn(1, 1, 64)
+    >>> with torch.no_grad():
+    ...     _ = layer(prompt, cache=cache)
+    ...     layer(token, cache=cache).shape
+    torch.Size([1, 1, 64])
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[Hashable, RaceState] = {}
+        self._seen: dict[Hashable, int] = {}
+
+    @property
+    def states(self) -> tuple[RaceState, ...]:
+        """The states, layer after layer."""
+        return tuple(self._states.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(state.sketch.flat.nbytes for state in self.states)
+
+    def __len__(self) -> int:
+        """Return the number of layers that have attended."""
+        return len(self._states)
+
+    def n_seen(self, layer: Hashable) -> int:
+        """Return the tokens that a layer has been given, padding among them: the position of the next one."""
+        return self._seen.get(layer, 0)
+
+    def attend(
+        self,
+        layer: Hashable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        planes: torch.Tensor,
+        beta: torch.Tensor | float,
+        *,
+        readout: str = "ratio",
+        key_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add tokens to a layer's past; each sees that past, the tokens before it, and itself.
+
+        Parameters
+        ----------
+        layer : hashable
+            Who asks: a module, or a number.
+        query, key, value : Tensor, shapes [B, T, H, D], [B, T, G, D] and [B, T, G, V]
+        planes, beta : Tensor
+            The layer's hash, which must not change while it decodes.
+        readout, key_mask
+            See `racecore.adapters.torch.race_attention`.
+
+        Returns
+        -------
+        Tensor, shape [B, T, H, V]
+
+        Raises
+        ------
+        RuntimeError
+            A gradient is wanted.
+        ValueError, TypeError
+            Shapes, dtypes or a hash that do not fit what came before; the past is then unchanged.
+        """
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            raise RuntimeError("a RaceCache keeps no gradients: decode under torch.no_grad() or torch.inference_mode()")
+        lsh = as_hash(planes, beta)
+        state = self._states.get(layer)
+        if state is not None:
+            state.check_same_hash(lsh)
+        q, k, v = (to_array(x.detach()) for x in (query, key, value))
+        out = empty((*query.shape[:-1], value.shape[-1]), query)
+        mask = None if key_mask is None else to_array(key_mask)
+        with same_place(query):
+            _, after = attention(
+                q, k, v, lsh, is_causal=True, readout=readout, key_mask=mask, initial_state=state, return_state=True,
+                out=to_array(out),
+            )  # fmt: skip
+        self._states[layer] = after
+        self._seen[layer] = self.n_seen(layer) + key.shape[1]
+        return out
+
+    def select(self, batch_indices: Any) -> None:
+        """Keep the sequences at `batch_indices`, in that order, in place; repeats are legal (beam search)."""
+        indices = batch_indices.tolist() if isinstance(batch_indices, torch.Tensor) else batch_indices
+        self._states = {layer: state.select(indices) for layer, state in self._states.items()}
+
+    def copy(self) -> RaceCache:
+        """Return an independent copy, to go back to."""
+        other = RaceCache()
+        other._states = {layer: state.copy() for layer, state in self._states.items()}
+        other._seen = dict(self._seen)
+        return other
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._states, self._seen = {}, {}

@@ -1,0 +1,262 @@
+"""race_attention and race_sdpa: attention on tensors, with gradients through autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from racecore.adapters.torch.operator import WANTED, attend
+from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, empty, same_place, to_array
+from racecore.attention import attention, attention_backward, attention_forward
+from racecore.gradients import Gradients
+from racecore.soft_lsh import SoftLSH
+
+__all__ = ["race_attention", "race_sdpa"]
+
+
+def race_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor,
+    beta: torch.Tensor | float,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute RACE attention of tensors; gradients flow to query, key, value, planes and beta.
+
+    Parameters
+    ----------
+    query : Tensor, shape [B, Tq, H, D]
+    key : Tensor, shape [B, Tk, G, D]
+    value : Tensor, shape [B, Tk, G, V]
+        Tokens come before heads. On the CPU or on one GPU, of one dtype: float16, bfloat16, float32 or float64; any strides.
+        Without a batch axis, [T, heads, dim]. Under autocast they are cast to its dtype, as for PyTorch's own attention.
+    planes : Tensor, shape [L, P, D] or [H, L, P, D]
+        Hyperplanes of the hash, such as ``torch.from_numpy(lsh.planes.copy())``.
+    beta : Tensor, shape [] or [H], or float
+        Sharpness of the hash.
+    is_causal, readout
+        See `racecore.attention`.
+    key_mask : bool Tensor, shape [B, Tk], optional
+        True = the key takes part.
+    cu_seqlens : integer Tensor, shape [n + 1], optional
+        Boundaries of sequences packed along the token axis.
+
+    Returns
+    -------
+    Tensor, shape [B, Tq, H, V]
+        Contiguous, in the dtype of the query.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `racecore.attention` raises them.
+    racecore.errors.BackendUnavailableError
+        The tensors are on a GPU, and CUDA kernels cannot run: the message says why.
+
+    Notes
+    -----
+    Between forward and backward the inputs are kept, and states of at most 32 MiB (1 GiB on a GPU). There is no second
+    derivative: asking for one raises. Planes and beta on a GPU are copied to the host in every call, which waits for the
+    GPU; they may stay on the CPU while query, key and value are on the GPU.
+
+    Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2.
+    """
+    query, key, value = _autocast(query, key, value)
+    if not isinstance(planes, torch.Tensor):
+        planes = torch.as_tensor(planes)
+    if _is_traced(query):
+        if not isinstance(beta, torch.Tensor):
+            beta = torch.tensor(float(beta), dtype=torch.float64)
+        return attend(query, key, value, planes, beta, key_mask, cu_seqlens, is_causal, readout)
+    options = (is_causal, readout, key_mask, cu_seqlens)
+    if torch.is_grad_enabled() and _need_gradient(query, key, value, planes, beta):
+        return _Attention.apply(query, key, value, planes, beta, *options)
+    return _without_gradient(query, key, value, as_hash(planes, beta), options)
+
+
+def race_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    lsh: Any,
+    readout: str = "ratio",
+) -> torch.Tensor:
+    """Compute RACE attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`.
+
+    Parameters
+    ----------
+    query : Tensor, shape [B, H, Tq, D]
+    key : Tensor, shape [B, G, Tk, D]
+    value : Tensor, shape [B, G, Tk, V]
+        Heads come before tokens, as in PyTorch; [H, T, D] without a batch axis.
+    attn_mask, dropout_p, scale
+        Have to be None, 0 and None: there are no scores that could be masked, dropped or scaled.
+    is_causal : bool
+        Query i sees keys 0 ... i only; needs Tq == Tk.
+    enable_gqa : bool
+        Allow fewer key/value heads than query heads.
+    lsh : SoftLSH, or a module
+        The hash. A module has tensors `planes` and `beta`, as `RaceAttention` does; gradients flow to them, and
+        ``torch.compile(fullgraph=True)`` can go through.
+    readout : {"ratio", "bucket_mean"}
+        See `racecore.attention`.
+
+    Returns
+    -------
+    Tensor, shape [B, H, Tq, V]
+        A view whose tokens come before heads in memory.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `racecore.attention` raises them, and for what a sketch cannot do.
+    """
+    _refuse_scores(attn_mask, dropout_p, scale)
+    if not isinstance(lsh, SoftLSH) and not (hasattr(lsh, "planes") and hasattr(lsh, "beta")):
+        raise TypeError(
+            f"lsh must be a racecore.SoftLSH, such as SoftLSH.random(head_dim=64), got {type(lsh).__qualname__}"
+        )
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if any(len(shape) not in (3, 4) for shape in shapes) or len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"query, key and value must all be [B, heads, T, dim] or all [heads, T, dim], got {shapes}")
+    if shapes[0][-3] != shapes[1][-3] and not enable_gqa:
+        raise ValueError(
+            f"the query has {shapes[0][-3]} heads and the key {shapes[1][-3]}: pass enable_gqa=True for grouped queries"
+        )
+    q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
+    planes, beta = _tensors_of(lsh) if isinstance(lsh, SoftLSH) else (lsh.planes, lsh.beta)
+    return race_attention(q, k, v, planes, beta, is_causal=is_causal, readout=readout).transpose(-3, -2)
+
+
+@torch.compiler.disable(
+    reason="a SoftLSH is not made of tensors: give race_sdpa a module with planes and beta to compile it"
+)
+def _tensors_of(lsh: SoftLSH) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(lsh.planes, dtype=torch.float64), torch.tensor(lsh.beta, dtype=torch.float64)
+
+
+def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> None:
+    if attn_mask is not None:
+        raise ValueError(
+            "attn_mask must be None: keys are summed before a query meets them, so no single pair can be masked; race_attention "
+            "takes key_mask (padding) and cu_seqlens (packed sequences), and is_causal=True is the causal mask"
+        )
+    if dropout_p:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}: there are no weights of single pairs to drop")
+    if scale is not None:
+        raise ValueError(
+            f"scale must be None, got {scale}: rows are hashed as they come; multiply the query and the key, or choose beta"
+        )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of autocast where that is on; float64 stays, as elsewhere in PyTorch."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in tensors)
+
+
+def _is_traced(query: torch.Tensor) -> bool:
+    """Tell whether a compiler or a transform looks on, who needs operators; see `operator`."""
+    return (
+        torch.compiler.is_compiling()
+        or type(query) not in (torch.Tensor, torch.nn.Parameter)
+        or query.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _need_gradient(*tensors: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+
+
+def _arrays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any, Any]:
+    return to_array(query.detach()), to_array(key.detach()), to_array(value.detach())
+
+
+def _without_gradient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lsh: SoftLSH, options: tuple[Any, ...]
+) -> torch.Tensor:
+    is_causal, readout, key_mask, cu_seqlens = options
+    out = empty((*query.shape[:-1], value.shape[-1]), query)
+    with same_place(query):
+        attention(
+            *_arrays(query, key, value), lsh, is_causal=is_causal, readout=readout, out=to_array(out),
+            key_mask=None if key_mask is None else to_array(key_mask),
+            cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens),
+        )  # fmt: skip
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Forward and backward of racecore. All tensors are kept by autograd, so that checkpointing can drop them."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
+        wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
+        out = empty((*query.shape[:-1], value.shape[-1]), query)
+        with same_place(query):
+            _, saved = attention_forward(
+                *_arrays(query, key, value), as_hash(planes, beta), is_causal=is_causal, readout=readout, out=to_array(out),
+                key_mask=None if key_mask is None else to_array(key_mask),
+                cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens), wrt=wrt,
+            )  # fmt: skip
+            states = [as_tensor(state) for states in saved.states if states is not None for state in states]
+        ctx.counts = [None if states is None else len(states) for states in saved.states]
+        ctx.saved = saved.without_inputs()
+        ctx.beta_like = beta if not isinstance(beta, torch.Tensor) else None
+        kept = (query, key, value, planes, beta if ctx.beta_like is None else None, key_mask)
+        ctx.save_for_backward(*kept, *states)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        query, key, value, planes, beta, key_mask, *flat = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _backward(ctx, d_out, (query, key, value), planes, beta, key_mask, iter(flat))
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NotTwice.apply(d_out, query, key, value, planes, *grads)
+        return (*grads, None, None, None, None)
+
+
+def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.Tensor | None, ...]:
+    """Bring what forward kept together again and compute the gradients that are wanted."""
+    wrt = ctx.saved.wrt
+    targets = [empty(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
+    with same_place(tensors[0]):
+        states = tuple(n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts)
+        mask = None if key_mask is None else to_array(key_mask)
+        saved = ctx.saved.with_inputs(*_arrays(*tensors), mask, states)
+        given = Gradients(*(x if x is None else to_array(x) for x in targets))
+        grads = attention_backward(to_array(d_out.detach()), saved, out=given)
+        d_planes = as_like(grads.planes, planes)
+        d_beta = None if beta is None else as_like(grads.beta, beta)
+    return (*targets, d_planes, d_beta)
+
+
+class _NotTwice(torch.autograd.Function):
+    """The identity on gradients; whoever differentiates them is told that this cannot be done."""
+
+    @staticmethod
+    def forward(ctx, d_out, query, key, value, planes, *grads):
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *d_grads):
+        raise NotImplementedError(
+            "racecore has first derivatives only: the gradients of race_attention cannot be differentiated again"
+        )

@@ -1,0 +1,103 @@
+"""What the compiler sees: two operators whose shapes it knows and whose insides it leaves alone.
+
+`torch.compile`, `torch.export` and the transforms of `torch.func` trace a model with tensors that have no memory, so they
+need operators. Backward takes nothing from forward but its inputs and sums the keys again, since what eager mode keeps
+(`function`) differs in shape from plan to plan. In eager mode operators would cost a hundred microseconds a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from racecore.adapters.torch.tensors import as_hash, as_like, empty, same_place, to_array
+from racecore.attention import attention, attention_backward, saved_without_forward
+from racecore.gradients import Gradients
+
+__all__ = ["attend"]
+
+WANTED = ("query", "key", "value", "planes", "beta")
+
+
+def _options(
+    is_causal: bool, readout: str, key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> dict[str, Any]:
+    return {
+        "is_causal": is_causal,
+        "readout": readout,
+        "key_mask": None if key_mask is None else to_array(key_mask),
+        "cu_seqlens": None if cu_seqlens is None else to_array(cu_seqlens),
+    }
+
+
+@torch.library.custom_op("racecore::attention", mutates_args=())
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, beta: torch.Tensor,
+    key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
+) -> torch.Tensor:  # fmt: skip
+    """Compute attention."""
+    out = empty((*query.shape[:-1], value.shape[-1]), query)
+    options = _options(is_causal, readout, key_mask, cu_seqlens)
+    with same_place(query):
+        attention(to_array(query), to_array(key), to_array(value), as_hash(planes, beta), out=to_array(out), **options)
+    return out
+
+
+@attend.register_fake
+def _(query, key, value, planes, beta, key_mask, cu_seqlens, is_causal, readout):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@torch.library.custom_op("racecore::attention_backward", mutates_args=())
+def attend_backward(
+    d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor,
+    beta: torch.Tensor, key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
+    wrt: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Compute the gradients of query, key, value, planes and beta; those that `wrt` does not name are empty."""
+    names = wrt.split()
+    options = _options(is_causal, readout, key_mask, cu_seqlens)
+    tensors = {"query": query, "key": key, "value": value}
+    targets = {name: empty(tuple(x.shape), x) for name, x in tensors.items() if name in names}
+    with same_place(query):
+        saved = saved_without_forward(
+            to_array(query), to_array(key), to_array(value), as_hash(planes, beta), wrt=names, **options
+        )
+        given = Gradients(**{name: to_array(x) for name, x in targets.items()})
+        grads = attention_backward(to_array(d_out), saved, out=given)
+        of_hash = {"planes": as_like(grads.planes, planes), "beta": as_like(grads.beta, beta)}
+    nothing = {name: x.new_empty(0) for name, x in zip(WANTED, (query, key, value, planes, beta), strict=True)}
+    found = nothing | targets | {name: x for name, x in of_hash.items() if x is not None}
+    return found["query"], found["key"], found["value"], found["planes"], found["beta"]
+
+
+@attend_backward.register_fake
+def _(d_out, query, key, value, planes, beta, key_mask, cu_seqlens, is_causal, readout, wrt):
+    names = wrt.split()
+    inputs = zip(WANTED, (query, key, value, planes, beta), strict=True)
+    return tuple(x.new_empty(x.shape) if name in names else x.new_empty(0) for name, x in inputs)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.is_causal, ctx.readout = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, d_out):
+    wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
+    grads = attend_backward(d_out, *ctx.saved_tensors, ctx.is_causal, ctx.readout, " ".join(wrt))
+    wanted = [grad if name in wrt else None for name, grad in zip(WANTED, grads, strict=True)]
+    return (*wanted, None, None, None, None)
+
+
+attend.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *d_grads):
+    raise NotImplementedError(
+        "racecore has first derivatives only: the gradients of race_attention cannot be differentiated again"
+    )
+
+
+attend_backward.register_autograd(_no_second_derivative)

@@ -1,0 +1,83 @@
+"""From tensors to arrays and back, without copies; the stream and the number of threads that PyTorch would use.
+
+The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), no array may share memory with a tensor that
+autograd still watches (tensors are detached knowingly, by the callers in `function`), and tensors on a GPU must be
+used on the stream that PyTorch works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from racecore import arrays, cuda
+from racecore.soft_lsh import SoftLSH
+from racecore.threads import requested, threads
+
+__all__ = ["as_hash", "as_like", "as_tensor", "empty", "same_place", "to_array"]
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def to_array(tensor: torch.Tensor) -> Any:
+    """View a detached tensor as a NumPy array, or as a CuPy array where it is on a GPU."""
+    if tensor.device.type == "cpu":
+        tensor = tensor.resolve_neg()  # a lazy minus sign, as torch.view_as_imag(x.conj()) has
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(arrays.dtype_of("bfloat16"))
+        return tensor.numpy()
+    return arrays.as_array(tensor, f"a tensor on {tensor.device}")
+
+
+def as_tensor(array: Any) -> torch.Tensor:
+    """View a fresh array as a tensor."""
+    if cuda.is_array(array):
+        if arrays.is_bfloat16(array.dtype):
+            return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_dlpack(array)
+    if arrays.is_bfloat16(array.dtype):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_like(gradient: Any, tensor: Any) -> torch.Tensor | None:
+    """Return a gradient of planes or beta, float64 or a float, in the dtype and on the device of what it belongs to."""
+    if gradient is None:
+        return None
+    found = as_tensor(gradient) if hasattr(gradient, "dtype") else torch.tensor(gradient, dtype=torch.float64)
+    return found.to(device=tensor.device, dtype=tensor.dtype)
+
+
+def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised tensor from PyTorch's own allocator, which reuses memory where it can."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
+    """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are waited for."""
+    on_host = beta.detach().cpu() if isinstance(beta, torch.Tensor) else beta
+    if isinstance(on_host, torch.Tensor):
+        on_host = on_host.item() if on_host.ndim == 0 else to_array(on_host)
+    return SoftLSH(to_array(planes.detach().cpu()), on_host)
+
+
+@contextmanager
+def same_place(tensor: torch.Tensor) -> Iterator[None]:
+    """Compute where PyTorch does: with its number of threads, or on the current stream of the tensor's GPU.
+
+    `racecore.threads` has precedence. A data loader's worker has one thread for PyTorch, and so for racecore.
+    """
+    if tensor.device.type != "cpu":
+        cupy = cuda.cupy()
+        stream = torch.cuda.current_stream(tensor.device)
+        with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+            yield
+    elif requested() is None:
+        with threads(torch.get_num_threads()):
+            yield
+    else:
+        yield
