@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore import arrays, cuda, inputs
-from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.problem import GradientBuffers, Problem, Sketch, changed
 from racecore.soft_lsh import SoftLSH
 
 __all__ = [
@@ -86,18 +86,16 @@ class Saved:
         return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
 
     def without_inputs(self) -> Saved:
-        """Return the same without query, key, value and mask, for frameworks that keep their tensors themselves."""
-        return replace(self, problem=replace(self.problem, query=None, key=None, value=None, key_mask=None), sources=())
+        """Return the same without query, key, value, mask and states, for frameworks that keep their tensors themselves."""
+        problem = changed(self.problem, query=None, key=None, value=None, key_mask=None)
+        return changed(self, problem=problem, states=(), sources=())
 
     def with_inputs(self, query: Any, key: Any, value: Any, key_mask: Any, states: Any) -> Saved:
         """Undo `without_inputs`, with the same arrays as before, NumPy's or CuPy's, and the same states."""
-        sources = (query, key, value)
-        batched = sources if query.ndim == 4 else tuple(x[None] for x in sources)
+        q, k, v = (query, key, value) if query.ndim == 4 else (query[None], key[None], value[None])
         mask = key_mask if key_mask is None or key_mask.ndim == 2 else key_mask[None]
-        problem = replace(
-            self.problem, **dict(zip(("query", "key", "value"), batched, strict=True)), key_mask=mask
-        )
-        return replace(self, problem=problem, sources=sources, states=states)
+        problem = changed(self.problem, query=q, key=k, value=v, key_mask=mask)
+        return changed(self, problem=problem, states=states, sources=(query, key, value))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))

@@ -8,16 +8,24 @@ per query head. State head m reads key/value head m // (M/G) and serves query he
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from racecore import arrays, cuda
 
-__all__ = ["BUCKET_MEAN_EPS", "DEVICE_WORKSPACE_BYTES", "WORKSPACE_BYTES", "GradientBuffers", "Problem", "Sketch"]
+__all__ = ["BUCKET_MEAN_EPS", "DEVICE_WORKSPACE_BYTES", "WORKSPACE_BYTES", "GradientBuffers", "Problem", "Sketch", "changed"]
 
 WORKSPACE_BYTES = 64 << 20
 DEVICE_WORKSPACE_BYTES = 1 << 30  # a GPU wants many segments at once
 BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors' released kernels
+
+
+def changed(instance: Any, **fields: Any) -> Any:
+    """Return a copy of a frozen dataclass with other fields: `dataclasses.replace` in a tenth of its time, unchecked."""
+    copy = object.__new__(type(instance))
+    copy.__dict__.update(instance.__dict__, **fields)
+    return copy
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from racecore.adapters.torch.tensors import as_hash, empty, same_place, to_array
+from racecore.adapters.torch.tensors import as_hash, as_tensor, same_place, target, to_array
 from racecore.attention import attention
 from racecore.state import RaceState
 
@@ -96,16 +96,16 @@ class RaceCache:
         if state is not None:
             state.check_same_hash(lsh)
         q, k, v = (to_array(x.detach()) for x in (query, key, value))
-        out = empty((*query.shape[:-1], value.shape[-1]), query)
+        out = target((*query.shape[:-1], value.shape[-1]), query)
         mask = None if key_mask is None else to_array(key_mask)
         with same_place(query):
-            _, after = attention(
+            result, after = attention(
                 q, k, v, lsh, is_causal=True, readout=readout, key_mask=mask, initial_state=state, return_state=True,
-                out=to_array(out),
+                out=out,
             )  # fmt: skip
         self._states[layer] = after
         self._seen[layer] = self.n_seen(layer) + key.shape[1]
-        return out
+        return as_tensor(result)
 
     def select(self, batch_indices: Any) -> None:
         """Keep the sequences at `batch_indices`, in that order, in place; repeats are legal (beam search)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from racecore.adapters.torch.operator import WANTED, attend
-from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, empty, same_place, to_array
+from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, same_place, target, to_array
 from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients
 from racecore.soft_lsh import SoftLSH
@@ -164,7 +164,7 @@ def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> Non
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to the dtype of autocast where that is on; float64 stays, as elsewhere in PyTorch."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in tensors)
@@ -192,14 +192,14 @@ def _without_gradient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lsh: SoftLSH, options: tuple[Any, ...]
 ) -> torch.Tensor:
     is_causal, readout, key_mask, cu_seqlens = options
-    out = empty((*query.shape[:-1], value.shape[-1]), query)
+    out = target((*query.shape[:-1], value.shape[-1]), query)
     with same_place(query):
-        attention(
-            *_arrays(query, key, value), lsh, is_causal=is_causal, readout=readout, out=to_array(out),
+        result = attention(
+            *_arrays(query, key, value), lsh, is_causal=is_causal, readout=readout, out=out,
             key_mask=None if key_mask is None else to_array(key_mask),
             cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens),
         )  # fmt: skip
-    return out
+    return as_tensor(result)
 
 
 class _Attention(torch.autograd.Function):
@@ -208,10 +208,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
         wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
-        out = empty((*query.shape[:-1], value.shape[-1]), query)
+        out = target((*query.shape[:-1], value.shape[-1]), query)
         with same_place(query):
-            _, saved = attention_forward(
-                *_arrays(query, key, value), as_hash(planes, beta), is_causal=is_causal, readout=readout, out=to_array(out),
+            result, saved = attention_forward(
+                *_arrays(query, key, value), as_hash(planes, beta), is_causal=is_causal, readout=readout, out=out,
                 key_mask=None if key_mask is None else to_array(key_mask),
                 cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens), wrt=wrt,
             )  # fmt: skip
@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
         ctx.beta_like = beta if not isinstance(beta, torch.Tensor) else None
         kept = (query, key, value, planes, beta if ctx.beta_like is None else None, key_mask)
         ctx.save_for_backward(*kept, *states)
-        return out
+        return as_tensor(result)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -236,16 +236,16 @@ class _Attention(torch.autograd.Function):
 def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.Tensor | None, ...]:
     """Bring what forward kept together again and compute the gradients that are wanted."""
     wrt = ctx.saved.wrt
-    targets = [empty(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
+    out = [target(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
     with same_place(tensors[0]):
         states = tuple(n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts)
         mask = None if key_mask is None else to_array(key_mask)
         saved = ctx.saved.with_inputs(*_arrays(*tensors), mask, states)
-        given = Gradients(*(x if x is None else to_array(x) for x in targets))
-        grads = attention_backward(to_array(d_out.detach()), saved, out=given)
+        grads = attention_backward(to_array(d_out.detach()), saved, out=Gradients(*out))
+        d_rows = [None if grad is None else as_tensor(grad) for grad in grads[:3]]
         d_planes = as_like(grads.planes, planes)
         d_beta = None if beta is None else as_like(grads.beta, beta)
-    return (*targets, d_planes, d_beta)
+    return (*d_rows, d_planes, d_beta)
 
 
 class _NotTwice(torch.autograd.Function):

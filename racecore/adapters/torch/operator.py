@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from racecore.adapters.torch.tensors import as_hash, as_like, empty, same_place, to_array
+from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, same_place, target, to_array
 from racecore.attention import attention, attention_backward, saved_without_forward
 from racecore.gradients import Gradients
 
@@ -37,11 +37,11 @@ def attend(
     key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
 ) -> torch.Tensor:  # fmt: skip
     """Compute attention."""
-    out = empty((*query.shape[:-1], value.shape[-1]), query)
+    out = target((*query.shape[:-1], value.shape[-1]), query)
     options = _options(is_causal, readout, key_mask, cu_seqlens)
     with same_place(query):
-        attention(to_array(query), to_array(key), to_array(value), as_hash(planes, beta), out=to_array(out), **options)
-    return out
+        q, k, v = to_array(query), to_array(key), to_array(value)
+        return as_tensor(attention(q, k, v, as_hash(planes, beta), out=out, **options))
 
 
 @attend.register_fake
@@ -59,17 +59,17 @@ def attend_backward(
     names = wrt.split()
     options = _options(is_causal, readout, key_mask, cu_seqlens)
     tensors = {"query": query, "key": key, "value": value}
-    targets = {name: empty(tuple(x.shape), x) for name, x in tensors.items() if name in names}
+    targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
     with same_place(query):
         saved = saved_without_forward(
             to_array(query), to_array(key), to_array(value), as_hash(planes, beta), wrt=names, **options
         )
-        given = Gradients(**{name: to_array(x) for name, x in targets.items()})
-        grads = attention_backward(to_array(d_out), saved, out=given)
-        of_hash = {"planes": as_like(grads.planes, planes), "beta": as_like(grads.beta, beta)}
-    nothing = {name: x.new_empty(0) for name, x in zip(WANTED, (query, key, value, planes, beta), strict=True)}
-    found = nothing | targets | {name: x for name, x in of_hash.items() if x is not None}
-    return found["query"], found["key"], found["value"], found["planes"], found["beta"]
+        grads = attention_backward(to_array(d_out), saved, out=Gradients(**targets))
+        found = [None if grad is None else as_tensor(grad) for grad in grads[:3]]
+        found += [as_like(grads.planes, planes), as_like(grads.beta, beta)]
+    empty = [x.new_empty(0) for x in (query, key, value, planes, beta)]
+    d_query, d_key, d_value, d_planes, d_beta = (y if x is None else x for x, y in zip(found, empty, strict=True))
+    return d_query, d_key, d_value, d_planes, d_beta
 
 
 @attend_backward.register_fake

@@ -18,9 +18,7 @@ from racecore import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 from racecore.threads import requested, threads
 
-__all__ = ["as_hash", "as_like", "as_tensor", "empty", "same_place", "to_array"]
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+__all__ = ["as_hash", "as_like", "as_tensor", "same_place", "target", "to_array"]
 
 
 def to_array(tensor: torch.Tensor) -> Any:
@@ -52,9 +50,11 @@ def as_like(gradient: Any, tensor: Any) -> torch.Tensor | None:
     return found.to(device=tensor.device, dtype=tensor.dtype)
 
 
-def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised tensor from PyTorch's own allocator, which reuses memory where it can."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
+    """Return an array on a GPU in memory from PyTorch's pool to write a result to; None on the host, where racecore allocates."""
+    if like.device.type == "cpu":
+        return None
+    return to_array(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
