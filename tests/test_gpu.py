@@ -161,3 +161,35 @@ def test_tensors_of_torch(cupy):
 def test_every_problem_in_16_bits_without_a_copy_of_the_inputs(cupy):
     for problem in PROBLEMS[::6]:
         assert run_library(problem, "bfloat16", GPU)["backend"] == "cuda"
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_tensors_of_torch_on_its_current_stream(cupy, name):
+    """The same bits as CuPy's arrays give, in memory of PyTorch's pool, behind work that the default stream would overtake."""
+    torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
+    if not torch.cuda.is_available():
+        pytest.skip("this build of torch has no CUDA")
+    from racecore.adapters.torch import race_attention
+
+    dtype = arrays.dtype_of(name)
+    host = [rows(20_000, dtype, seed) for seed in range(4)]
+    lsh = racecore.SoftLSH.random(64, rng=0)
+    expected = forward_backward(*(put(x, GPU) for x in host), lsh=lsh)
+    expected = [fetch(x).view(np.uint8) for x in expected[:4]]
+    sources = [torch.from_numpy(x.view(np.int16 if name == "bfloat16" else dtype)).cuda() for x in host]
+    sources = [x.view(getattr(torch, name)) for x in sources]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        busy = torch.ones(4096, 4096, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        tensors = [(x * 1).requires_grad_() for x in sources]
+        before = torch.cuda.memory_allocated()
+        out = race_attention(*tensors[:3], torch.from_numpy(lsh.planes.copy()), 1.0, is_causal=True)
+        assert torch.cuda.memory_allocated() >= before + out.nbytes
+        grads = torch.autograd.grad(out, tensors[:3], tensors[3].detach())
+    stream.synchronize()
+    for ours, theirs in zip((out.detach(), *grads), expected, strict=True):
+        assert ours.is_cuda
+        np.testing.assert_array_equal(ours.cpu().view(torch.uint8).numpy().ravel(), theirs.ravel())

@@ -55,10 +55,12 @@ def register(
     ----------
     name : str
         What configurations call it.
-    n_tables, n_planes, beta, rng
+    n_tables, n_planes, beta
         Of the fixed hash that layers use which were not given their own by `convert`; see `racecore.SoftLSH.random`.
     readout : {"ratio", "bucket_mean"}
         See `racecore.attention`.
+    rng : int or what else `numpy.random.default_rng` takes
+        Draws its planes.
     """
 
     @lru_cache

@@ -101,10 +101,13 @@ def race_sdpa(
     key : Tensor, shape [B, G, Tk, D]
     value : Tensor, shape [B, G, Tk, V]
         Heads come before tokens, as in PyTorch; [H, T, D] without a batch axis.
-    attn_mask, dropout_p, scale
-        Have to be None, 0 and None: there are no scores that could be masked, dropped or scaled.
+    attn_mask : None
+    dropout_p : 0
+        There are no scores that could be masked or dropped.
     is_causal : bool
         Query i sees keys 0 ... i only; needs Tq == Tk.
+    scale : None
+        Nor that could be scaled.
     enable_gqa : bool
         Allow fewer key/value heads than query heads.
     lsh : SoftLSH, or a module
