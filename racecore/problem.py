@@ -72,6 +72,12 @@ class Problem:
             return self
         return replace(self, sequences=self.sequences[first:last])
 
+    def with_rows(self, query: np.ndarray | None, key: np.ndarray | None, value: np.ndarray | None) -> Problem:
+        """Return the same problem with other queries, keys and values of the same shapes and dtype."""
+        other = object.__new__(Problem)  # dataclasses.replace takes as long as all else that a step does in Python
+        other.__dict__.update(self.__dict__, query=query, key=key, value=value)
+        return other
+
     def new_sketch(self) -> Sketch:
         """Return the empty state of every sequence."""
         shape = (len(self.sequences), self.n_state_heads, self.n_buckets * (1 + self.value_dim))

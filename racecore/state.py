@@ -33,7 +33,9 @@ class RaceState:
     ``8 * B * G * L * R * (1 + V)`` bytes, half of that in float32.
     """
 
-    __slots__ = ("__weakref__", "_lengths", "_lsh", "_n_kv_heads", "_sketch", "_snapshot", "_value_dim")
+    __slots__ = (
+        "__weakref__", "_lengths", "_lsh", "_n_kv_heads", "_sketch", "_snapshot", "_value_dim", "checked_step",
+    )  # fmt: skip
 
     def __init__(self, lsh: SoftLSH, sketch: Sketch, lengths: np.ndarray, n_kv_heads: int, value_dim: int) -> None:
         self._lsh = lsh
@@ -42,6 +44,7 @@ class RaceState:
         self._n_kv_heads = n_kv_heads
         self._value_dim = value_dim
         self._snapshot: ref[Snapshot] | None = None  # the one that shares `_sketch`, if it still lives
+        self.checked_step: tuple[Any, Any] = None, None  # of state_inputs.check_step: the last arrays, as a problem
 
     @classmethod
     def zeros(

@@ -33,7 +33,7 @@ from racecore.threads import run
 
 __all__ = ["step"]
 
-_BYTES_PER_LAUNCH = 1 << 20  # of states: waking another thread takes some ten microseconds
+_BYTES_AT_ONCE = 1 << 22  # of states: smaller pieces are done before another thread has woken up
 _NO_RUNS = np.zeros((0, 2), np.int64)
 
 
@@ -44,12 +44,12 @@ def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) ->
     Sequences without a token keep their bits; their rows of `out` are left alone.
     """
     progress.advance(len(part.sequences))  # before: should the listener raise, nothing has happened yet
-    hashed_at_once, call = _make_call(part, out)
-    n_tasks = len(part.sequences) * -(-part.n_kv_heads // call.kv_heads_per_task)
-    if n_tasks == 0:
+    if len(part.sequences) == 0:
         return
+    hashed_at_once, call = _make_call(part, sketch, out)
+    n_tasks = len(part.sequences) * -(-part.n_kv_heads // call.kv_heads_per_task)
     done = np.zeros(n_tasks, np.uint8)
-    per_launch = max(1, _BYTES_PER_LAUNCH * n_tasks // sketch.flat.nbytes)
+    per_launch = max(1, _BYTES_AT_ONCE * n_tasks // sketch.flat.nbytes)
 
     def work(first: int, last: int) -> None:
         _step(call, first, last, hashed_at_once, sketch.flat, lengths, done)
@@ -66,12 +66,14 @@ def _run_to_the_end(work: Callable[[int, int], object], n_tasks: int, per_launch
         raise
 
 
-def _make_call(part: Problem, out: np.ndarray) -> tuple[int, Call]:
+def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Call]:
     """Return how many state heads are hashed together, and the arguments, with heads where other calls have tokens."""
     if part.query is None or part.key is None or part.value is None:
         raise TypeError("a step needs a query, a key and a value")
     shared = part.planes.strides[0] == 0 and part.beta.strides[0] == 0
-    heads = max(1, min(part.n_kv_heads, BLOCK * part.n_kv_heads // part.n_heads, BLOCK)) if shared else 1
+    head_bytes = sketch.flat.nbytes // (len(part.sequences) * part.n_kv_heads)
+    fit = min(BLOCK * part.n_kv_heads // part.n_heads, _BYTES_AT_ONCE // head_bytes, part.n_kv_heads)
+    heads = max(1, fit) if shared else 1
     planes, planes_t, beta = padded_planes(part)
     by_head = (x.swapaxes(1, 2) for x in (part.query, part.key, part.value, out))
     return heads, Call(
@@ -134,7 +136,7 @@ def _step(
 ) -> None:
     """Take tasks first ... last - 1, each some heads of a sequence, that are not `done` [tasks] yet; states [N, M, S*(1+V)]."""
     w = _new_room(call)
-    tail = cleared_matrices(1, 1, TOKENS, states.dtype)[0]
+    tail = cleared_matrices(1, 2, TOKENS, states.dtype)[0]
     for task in range(first, last):
         if done[task] != 0:
             continue
@@ -198,24 +200,27 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
     for j in range(i * per_state, (i + 1) * per_state):
         for d in range(wide):
             w.o[j, d] = 0
-    for s in range(n_buckets):  # outside, for memory is read once and in its order
-        first = n_buckets + s * width
+    for s in range(0, n_buckets, 2):  # outside, for memory is read once and in its order; there is an even number of them
+        first, second = n_buckets + s * width, n_buckets + (s + 1) * width
+        start, step = state.ctypes.data, state.itemsize
         for d in range(0, whole, lanes(w.o)):
-            _step_vector(state.ctypes.data + state.itemsize * (first + d), state.dtype.type(0), i, per_state, s, d, w)
+            _step_vector(start + step * (first + d), start + step * (second + d), state.dtype.type(0), i, per_state, s, d, w)
         if whole < width:
             for d in range(whole, width):
-                tail[0, d - whole] = state[first + d]
-            _step_vector(tail.ctypes.data, state.dtype.type(0), i, per_state, s, whole, w)
+                tail[0, d - whole], tail[1, d - whole] = state[first + d], state[second + d]
+            addresses = tail.ctypes.data, tail.ctypes.data + step * tail.shape[1]
+            _step_vector(addresses[0], addresses[1], state.dtype.type(0), i, per_state, s, whole, w)
             for d in range(whole, width):
-                state[first + d] = tail[0, d - whole]
+                state[first + d], state[second + d] = tail[0, d - whole], tail[1, d - whole]
 
 
 @helper
-def _step_vector(address: int, like: Any, i: int, per_state: int, s: int, d: int, w: Room) -> None:
-    """Add to and ask the columns from d on of bucket s, at an address."""
-    c = spread(w.phi_k[s, i])
-    zero = spread(w.o.dtype.type(0))
-    product = fma(c, load_lanes(w.v, i, d), zero)  # not c * v: that might fuse with the sum, and `append` rounds it first
-    sums = add_at(product, address, like)
+def _step_vector(address: int, next_address: int, like: Any, i: int, per_state: int, s: int, d: int, w: Room) -> None:
+    """Add to and ask the columns from d on of buckets s and s + 1, at two addresses: two answer for one read of the output."""
+    v, zero = load_lanes(w.v, i, d), spread(w.o.dtype.type(0))
+    # c * v + 0 and not c * v: a product might fuse with the sum, and `append` rounds it first
+    sums = add_at(fma(spread(w.phi_k[s, i]), v, zero), address, like)
+    next_sums = add_at(fma(spread(w.phi_k[s + 1, i]), v, zero), next_address, like)
     for j in range(i * per_state, (i + 1) * per_state):
-        store_lanes(w.o, j, d, fma(spread(w.rho[s, j]), sums, load_lanes(w.o, j, d)))
+        o = fma(spread(w.rho[s, j]), sums, load_lanes(w.o, j, d))
+        store_lanes(w.o, j, d, fma(spread(w.rho[s + 1, j]), next_sums, o))
