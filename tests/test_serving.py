@@ -30,10 +30,12 @@ def rows(sizes, n_tokens, dtype=np.float32, seed=0):
     return [rng.standard_normal((batch, n_tokens, *shape)).astype(np.float32).astype(dtype) for shape in shapes]
 
 
-def make(sizes=(BATCH, H, G, D, V, 3, 2), n_tokens=20, per_head=False, dtype=np.float64, seed=7):
-    """Return a state that has seen some tokens."""
+def make(sizes=(BATCH, H, G, D, V, 3, 2), n_tokens=20, per_head="", dtype=np.float64, seed=7):
+    """Return a state that has seen some tokens; planes, beta, both or nothing `per_head`."""
     batch, n_heads, n_kv_heads, head_dim, value_dim, n_tables, n_planes = sizes
-    lsh = racecore.SoftLSH.random(head_dim, n_tables, n_planes, beta=1.2, rng=0, n_heads=n_heads if per_head else None)
+    beta = np.linspace(0.5, 2, n_heads) if "beta" in per_head else 1.2
+    own_planes = n_heads if "planes" in per_head else None
+    lsh = racecore.SoftLSH.random(head_dim, n_tables, n_planes, beta=beta, rng=0, n_heads=own_planes)
     state = racecore.RaceState.zeros(lsh, batch, n_kv_heads, value_dim, dtype=dtype)
     _, key, value = rows(sizes, n_tokens, seed=seed)
     state.append(key, value)
@@ -52,7 +54,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_head", ["", "beta", "planes and beta"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_step_is_append_and_attend_to_the_bit(sizes, per_head, dtype, readout):
     fused = make(sizes, per_head=per_head)
@@ -80,7 +82,7 @@ def test_a_step_of_a_float32_state_rounds_what_it_stores_and_asks_that(sizes, dt
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_head", ["", "beta", "planes and beta"])
 def test_every_backend_agrees_with_the_oracle(per_head, readout, backend):
     sizes = (2, 4, 2, 6, 5, 3, 2)
     history = rows(sizes, 4, np.float64)
@@ -105,6 +107,8 @@ def test_backends_take_idle_members_masks_and_float32_states(dtype, backend):
     placed = [put(x, backend) for x in (query, key, value)]
     out = state.step(*placed, counts=[1, 0, 1], backend=backend)
     want = expected.step(query, key, value, counts=[1, 0, 1])
+    again = fetch(state.attend(placed[0], backend=backend))  # from what is stored: rounded, where that is float32
+    np.testing.assert_allclose(fetch(out)[[0, 2]], again[[0, 2]], rtol=1e-12)
     tolerance = {"rtol": 1e-11, "atol": 1e-13} if dtype == np.float64 else {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(fetch(out), want, **tolerance)
     np.testing.assert_allclose(fetch(state.sketch.flat), expected.sketch.flat, **tolerance)
@@ -136,7 +140,10 @@ def test_any_layout_the_callers_array_and_one_sequence_without_its_batch():
     assert_same(state, plain)
     for x, copy in zip(strided, kept, strict=True):
         np.testing.assert_array_equal(x, copy)
-    np.testing.assert_array_equal(three.step(query[0], key[0], value[0]), expected[0])
+    snapshot = three.snapshot()
+    for _ in range(2):  # the second call knows the shapes of the first
+        three.restore(snapshot)
+        np.testing.assert_array_equal(three.step(query[0], key[0], value[0]), expected[0])
 
 
 def test_the_same_bits_for_any_number_of_threads(monkeypatch):
