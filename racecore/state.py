@@ -231,7 +231,9 @@ class RaceState:
         problem = state_inputs.check_step(self, query, key, value, key_mask, counts, readout, place)
         stored: Any = problem.query
         had_batch, shape = len(query.shape) == 4, (*stored.shape[:3], self._value_dim)
-        sources = [] if out is None else [("query", query), ("key", key), ("value", value), ("state", self._sketch.flat)]
+        sources = (
+            [] if out is None else [("query", query), ("key", key), ("value", value), ("state", self._sketch.flat)]
+        )
         result = inputs.check_out(
             out, "out", shape if had_batch else shape[1:], stored.dtype, sources, problem.on_device
         )  # fmt: skip

@@ -14,7 +14,7 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md"]
+PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md", "docs/serving.md"]
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
     "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import pathlib
 import pickle
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,7 @@ import racecore
 from racecore import files, progress
 from racecore.ops import cpu_call
 from racecore.ops.decoding import cpu as decoding
+from racecore.ops.soft_hash.cpu import soft_hash
 
 # B, H, G, D, V, L, P: whole vectors and tails of both dtypes, groups of all sizes, one of more heads than a block has rows
 SIZES = [
@@ -276,7 +279,7 @@ def test_a_prompt_in_any_pieces_equals_the_whole_to_rounding():
     whole, state = make(sizes, n_tokens=0), make(sizes, n_tokens=0)
     expected = whole.step(*tokens)
     cuts = [0, 0, 1, 2, 33, 33, 65, 66, 67, 68, 70]
-    outs = [state.step(*(x[:, a:b] for x in tokens)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    outs = [state.step(*(x[:, a:b] for x in tokens)) for a, b in pairwise(cuts)]
     np.testing.assert_allclose(np.concatenate(outs, axis=1), expected, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(state.sketch.flat, whole.sketch.flat, rtol=1e-12, atol=1e-13)
     assert state.n_tokens == 70
@@ -486,3 +489,25 @@ def test_files_of_the_first_version_still_load(tmp_path):
         flat=state.sketch.flat, lengths=state.lengths, sizes=np.array([G, V]),
     )  # fmt: skip
     assert_same(racecore.RaceState.load(tmp_path / "old.npz"), state)
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_behind_the_table_of_errors_adds_as_a_step_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).resolve().parents[1] / "asv_benchmarks"))
+    import decoding as benchmark
+
+    lsh = racecore.SoftLSH.random(8, 2, 2, rng=0)
+    state = racecore.RaceState.zeros(lsh, 1, 1, 16, dtype=np.float32)
+    looped = state.copy()
+    query, key, value = rows((1, 1, 1, 8, 16), 50)
+    for i in range(50):
+        state.step(*(x[:, i : i + 1] for x in (query, key, value)))
+    phi = soft_hash(key[0], *lsh.per_head(1))[:, 0]
+    benchmark._add_one_by_one(phi, value[0, :, 0], looped.mass.reshape(-1), looped.value_sum.reshape(8, 16))
+    np.testing.assert_array_equal(looped.sketch.flat, state.sketch.flat)
+    monkeypatch.setattr(benchmark, "CHUNK", 64)
+    lines = list(benchmark.errors(1.0, (64, 256), head_dim=8))
+    assert [line.split(" | ")[1] for line in lines] == ["64", "256"]
+    assert all(0 < float(lines[1].split(" | ")[column]) < 1e-4 for column in (2, 3))

@@ -200,11 +200,15 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
     for j in range(i * per_state, (i + 1) * per_state):
         for d in range(wide):
             w.o[j, d] = 0
-    for s in range(0, n_buckets, 2):  # outside, for memory is read once and in its order; there is an even number of them
+    for s in range(
+        0, n_buckets, 2
+    ):  # outside, for memory is read once and in its order; there is an even number of them
         first, second = n_buckets + s * width, n_buckets + (s + 1) * width
         start, step = state.ctypes.data, state.itemsize
         for d in range(0, whole, lanes(w.o)):
-            _step_vector(start + step * (first + d), start + step * (second + d), state.dtype.type(0), i, per_state, s, d, w)
+            _step_vector(
+                start + step * (first + d), start + step * (second + d), state.dtype.type(0), i, per_state, s, d, w
+            )
         if whole < width:
             for d in range(whole, width):
                 tail[0, d - whole], tail[1, d - whole] = state[first + d], state[second + d]
