@@ -25,6 +25,7 @@ class Backend:
     soft_hash: ModuleType
     bidirectional: ModuleType
     causal: ModuleType
+    decoding: ModuleType
 
 
 def available() -> dict[str, str | None]:
@@ -94,5 +95,5 @@ def _default() -> str:
 def _load(name: str) -> Backend:
     if _REASONS[name]() is not None:
         raise BackendUnavailableError(name, available())
-    operations = ("soft_hash", "bidirectional", "causal")
+    operations = ("soft_hash", "bidirectional", "causal", "decoding")
     return Backend(name, *(importlib.import_module(f"racecore.ops.{operation}.{name}") for operation in operations))

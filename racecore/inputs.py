@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,21 +13,21 @@ from racecore import arrays, cuda, plan
 from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem, Sketch
 from racecore.soft_lsh import SoftLSH
 
-if TYPE_CHECKING:
-    from racecore.state import RaceState
-
 __all__ = [
     "READOUTS",
-    "check_append",
-    "check_attend",
     "check_attention",
     "check_d_out",
     "check_d_state",
+    "check_dtypes",
     "check_gradient_targets",
     "check_out",
     "check_overwritten",
+    "check_readout",
     "check_wrt",
+    "checked_mask",
+    "common_place",
     "parse_bytes",
+    "whole_sequences",
 ]
 
 READOUTS = ("ratio", "bucket_mean")
@@ -64,12 +64,12 @@ def check_attention(
     """
     q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     if on_device is None:
-        on_device = _place(query=q, key=k, value=v)
+        on_device = common_place(query=q, key=k, value=v)
     q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
     q, k, v, had_batch = _checked_shapes(q, k, v)
-    _check_dtypes(query=q, key=k, value=v)
+    check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
-    _check_readout(readout)
+    check_readout(readout)
     if not isinstance(is_causal, (bool, np.bool_)):
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if is_causal and q.shape[1] != k.shape[1]:
@@ -77,7 +77,7 @@ def check_attention(
             f"is_causal needs as many queries as keys, got Tq = {q.shape[1]} and Tk = {k.shape[1]}; to continue a "
             "sequence, pass the new tokens alone and the past as initial_state"
         )
-    mask = _checked_mask(key_mask, k)
+    mask = checked_mask(key_mask, k)
     if mask is not None and cu_seqlens is not None:
         raise ValueError(
             "key_mask and cu_seqlens were both given; use one: drop the masked tokens and adapt cu_seqlens"
@@ -99,7 +99,7 @@ def check_attention(
     return problem, lsh, had_batch
 
 
-def _place(**named: Any) -> bool:
+def common_place(**named: Any) -> bool:
     """Return whether the arrays are on a GPU; all of them must be, or none."""
     places = {name: cuda.is_array(array) for name, array in named.items()}
     if len(set(places.values())) > 1:
@@ -136,12 +136,14 @@ def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.nda
     return q, k, v, had_batch
 
 
-def _check_readout(readout: str) -> None:
+def check_readout(readout: str) -> None:
+    """Check the name of a readout."""
     if not isinstance(readout, str) or readout not in READOUTS:
         raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
 
 
-def _check_dtypes(**named: np.ndarray) -> None:
+def check_dtypes(**named: np.ndarray) -> None:
+    """Check that arrays have one dtype, and one that kernels read."""
     for name, array in named.items():
         if not arrays.is_supported(array.dtype):
             raise TypeError(
@@ -174,7 +176,8 @@ def _default_lsh(head_dim: int) -> SoftLSH:
     return SoftLSH.random(head_dim=head_dim, n_tables=4, n_planes=4, beta=1.0, rng=0)
 
 
-def _checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
+def checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
+    """Return the mask of keys k [B, Tk, G, D], bool [B, Tk], where they are; None stays None."""
     if key_mask is None:
         return None
     mask = arrays.brought(arrays.as_array(key_mask, "key_mask"), cuda.is_array(k))
@@ -192,7 +195,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
     """Return int64 [N, 5]: batch index, query begin and end, key begin and end."""
     batch, n_queries, n_keys = q.shape[0], q.shape[1], k.shape[1]
     if cu_seqlens is None:
-        return _whole_sequences(batch, n_queries, n_keys)
+        return whole_sequences(batch, n_queries, n_keys)
     if isinstance(cu_seqlens, (list, tuple, range)):
         cu_seqlens = np.asarray(cu_seqlens, None if len(cu_seqlens) else np.int64)
     bounds = arrays.brought(arrays.as_array(cu_seqlens, "cu_seqlens"), False)
@@ -215,7 +218,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
     return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
 
 
-def _whole_sequences(batch: int, n_queries: int, n_keys: int) -> np.ndarray:
+def whole_sequences(batch: int, n_queries: int, n_keys: int) -> np.ndarray:
     """Return the table of sequences that are the rows of a batch."""
     table = np.empty((batch, 5), np.int64)
     table[:] = (0, 0, n_queries, 0, n_keys)
@@ -382,62 +385,3 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
             raise ValueError(f"d_state.{name} must have shape {wanted}, got {array.shape}")
         target[...] = array.reshape(target.shape)
     return sketch
-
-
-def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
-    """Check the arguments of `RaceState.append`."""
-    k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    _place(key=k, value=v)
-    wanted_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
-    wanted_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
-    k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
-    if not (_fits(k.shape, wanted_k) and _fits(v.shape, wanted_v) and k.shape[1] == v.shape[1]):
-        raise ValueError(
-            f"key and value must have shapes {_text(wanted_k)} and {_text(wanted_v)} for this state, got {k.shape} and {v.shape}"
-        )
-    _check_dtypes(key=k, value=v)
-    return _state_problem(state, None, k, v, key_mask=_checked_mask(key_mask, k))
-
-
-def check_attend(state: RaceState, query: Any, readout: str, on_device: bool | None) -> Problem:
-    """Check the arguments of `RaceState.attend`; `on_device` is where the query shall be, None means where it is."""
-    q = _with_batch(arrays.as_array(query, "query"), state.batch)
-    q = q if on_device is None else arrays.brought(q, on_device)
-    wanted = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
-    if not _fits(q.shape, wanted):
-        raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")
-    if q.shape[2] % state.n_kv_heads or q.shape[2] == 0:
-        raise ValueError(f"the query's heads must be a multiple of the state's {state.n_kv_heads}, got {q.shape[2]}")
-    _check_dtypes(query=q)
-    _check_readout(readout)
-    return _state_problem(state, q, None, None, readout=readout)
-
-
-def _state_problem(
-    state: RaceState, q: np.ndarray | None, k: np.ndarray | None, v: np.ndarray | None, *,
-    key_mask: np.ndarray | None = None, readout: str = "ratio",
-) -> Problem:  # fmt: skip
-    """Bundle a one-sided problem: only keys to sum, or only queries to answer."""
-    side = q if q is not None else k
-    if side is None:
-        raise TypeError("a problem needs a query or a key")
-    batch, n_state_heads, _ = state.sketch.flat.shape
-    planes, beta = state.lsh.per_head(n_state_heads)
-    sequences = _whole_sequences(batch, 0 if q is None else q.shape[1], 0 if k is None else k.shape[1])
-    return Problem(
-        query=q, key=k, value=v, planes=planes, beta=beta, key_mask=key_mask, sequences=sequences,
-        n_heads=n_state_heads if q is None else q.shape[2], n_kv_heads=state.n_kv_heads,
-        value_dim=state.value_dim, is_causal=False, readout=readout, dtype=arrays.compute_dtype(side.dtype),
-    )  # fmt: skip
-
-
-def _with_batch(array: np.ndarray, batch: int) -> np.ndarray:
-    return array[None] if array.ndim == 3 and batch == 1 else array
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True))
-
-
-def _text(wanted: tuple[int | str, ...]) -> str:
-    return f"[{', '.join(map(str, wanted))}]"

@@ -67,6 +67,13 @@ class Problem:
         """Whether tokens, and so states and results, are on a GPU."""
         return cuda.is_array(self.key if self.query is None else self.query)
 
+    def count_keys(self) -> np.ndarray:
+        """Count the keys of every sequence that take part, int64 [N]."""
+        batch, begin, end = self.sequences[:, 0], self.sequences[:, 3], self.sequences[:, 4]
+        if self.key_mask is None:
+            return end - begin
+        return np.count_nonzero(arrays.brought(self.key_mask, False), axis=1)[batch]
+
     def part(self, first: int, last: int) -> Problem:
         """Return the same problem with only the sequences first ... last - 1."""
         if (first, last) == (0, len(self.sequences)):
@@ -80,9 +87,10 @@ class Problem:
 
 
 class Sketch:
-    """States in one float64 array [N, M, S*(1+V)], so that one scan serves masses and value sums.
+    """States in one array [N, M, S*(1+V)], so that one scan serves masses and value sums.
 
-    The first S numbers of a row are `mass`, the others `value_sum`; both properties are views.
+    The first S numbers of a row are `mass`, the others `value_sum`; both properties are views. Operations take float64; a
+    state that a caller keeps may be float32.
     """
 
     __slots__ = ("flat", "n_buckets")
@@ -115,6 +123,10 @@ class Sketch:
     def copy(self) -> Sketch:
         """Return an independent copy."""
         return Sketch(self.flat.copy(), self.n_buckets)
+
+    def rounded(self, dtype: np.dtype) -> Sketch:
+        """Return the same states as float32 or float64: itself where it is that already."""
+        return self if self.flat.dtype == dtype else Sketch(self.flat.astype(dtype), self.n_buckets)
 
 
 @dataclass(eq=False)

@@ -52,12 +52,13 @@ class SoftLSH:
     ((4, 4, 64), 16)
     """
 
-    __slots__ = ("_beta", "_fingerprint", "_planes")
+    __slots__ = ("_beta", "_fingerprint", "_per_head", "_planes")
 
     def __init__(self, planes: ArrayLike, beta: ArrayLike) -> None:
         self._planes = _locked(_checked_planes(planes))
         self._beta = _locked(_checked_beta(beta, self._planes))
         self._fingerprint: str | None = None
+        self._per_head: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def random(
@@ -157,8 +158,14 @@ class SoftLSH:
         return self._fingerprint
 
     def per_head(self, n_state_heads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without a copy."""
-        return _repeated(self._planes, 3, n_state_heads), _repeated(self._beta, 0, n_state_heads)
+        """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without a copy.
+
+        They are the same arrays every time: what is made of them for kernels is kept by them.
+        """
+        if n_state_heads not in self._per_head:
+            arrays = _repeated(self._planes, 3, n_state_heads), _repeated(self._beta, 0, n_state_heads)
+            self._per_head.setdefault(n_state_heads, arrays)
+        return self._per_head[n_state_heads]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write planes, beta and a checksum to an .npz file, which appears whole or not at all."""

@@ -256,12 +256,13 @@ def test_attend_names_what_is_wrong():
         state.attend(np.ones((B, 3, 2, D)), readout="mean")
 
 
-@pytest.mark.parametrize(("n_heads", "value_dim"), [(2, 32), (4, 48), (2, 20)])
-def test_one_query_gets_the_same_bits_as_among_many(n_heads, value_dim):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n_heads", "value_dim"), [(2, 32), (4, 48), (2, 20), (2, 24)])
+def test_one_query_gets_the_same_bits_as_among_many(n_heads, value_dim, dtype):
     """One or two queries read the state where it lies, many a rounded copy of it."""
     rng = np.random.default_rng(0)
     shapes = ((300, 2, 16), (300, 2, value_dim), (40, n_heads, 16))
-    k, v, q = (rng.standard_normal((1, *shape), dtype=np.float32) for shape in shapes)
+    k, v, q = (rng.standard_normal((1, *shape), dtype=dtype) for shape in shapes)
     state = racecore.RaceState.zeros(
         racecore.SoftLSH.random(head_dim=16, n_tables=3, n_planes=3, beta=1.0, rng=0),
         batch=1, n_kv_heads=2, value_dim=value_dim,

@@ -565,7 +565,7 @@ def test_cache_refuses():
         layer.beta.add_(1.0)
         with pytest.raises(ValueError, match="another hash"):
             layer(x, cache=cache)
-        with pytest.raises(ValueError, match="initial_state does not fit"):
+        with pytest.raises(ValueError, match="for this state"):
             layer.beta.sub_(1.0)
             layer(made((2, 5, 32)), cache=cache)
         assert cache.states[0].n_tokens == 5

@@ -24,6 +24,7 @@ class OneToken:
         self.state = racecore.RaceState.zeros(lsh, batch, self.n_kv_heads, self.head_dim)
         self.state.append(self.key, self.value)
         self.state.attend(self.query)
+        self.state.step(self.query, self.key, self.value)
 
     def time_append(self, batch):
         self.state.append(self.key, self.value)
@@ -35,12 +36,24 @@ class OneToken:
         self.state.append(self.key, self.value)
         self.state.attend(self.query)
 
+    def time_step(self, batch):
+        self.state.step(self.query, self.key, self.value)
+
 
 class OneTokenOfManyHeads(OneToken):
     """32 heads of 128 without groups and S = 64: a state of 2 MB per sequence to read for every token."""
 
     n_kv_heads, group, head_dim = 32, 1, 128
     hash_size = (4, 4)
+
+
+class OneTokenOfAFloat32State(OneTokenOfManyHeads):
+    """The same with half the bytes."""
+
+    def setup(self, batch):
+        super().setup(batch)
+        self.state = self.state.astype("float32")
+        self.state.step(self.query, self.key, self.value)
 
 
 class States:
@@ -57,3 +70,8 @@ class States:
 
     def time_select(self):
         self.state.select([3, 3, 0, 15])
+
+    def time_snapshot_write_restore(self):
+        snapshot = self.state.snapshot()
+        self.state.merge(self.other)
+        self.state.restore(snapshot)

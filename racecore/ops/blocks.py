@@ -59,6 +59,7 @@ __all__ = [
 # Lines of the table. Not literals: Numba would compile every function once for each.
 QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = (np.int64(i) for i in range(8))
 _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
+_CODES = {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}
 # Whether a product may read rows of an input where they are: if they need no conversion, if they are bfloat16, or both.
 COPIED, AS_IT_IS, WIDENED, EITHER = (np.int64(i) for i in range(4))
 _LINE = 64  # bytes of a cache line, and of a vector
@@ -72,9 +73,9 @@ def describe(*tensors: np.ndarray | None) -> np.ndarray:
         if tensor is None:
             lines.append((0, 0, 0, 0, 0, -1))
             continue
-        size = tensor.dtype.itemsize
+        size = tensor.itemsize
         b, t, h, d = tensor.strides
-        code = _BFLOAT16 if arrays.is_bfloat16(tensor.dtype) else {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}[size]
+        code = _CODES[size] if size != 2 or not arrays.is_bfloat16(tensor.dtype) else _BFLOAT16
         lines.append((tensor.ctypes.data, b // size, t // size, h // size, d // size, code))
     return np.array(lines, np.int64)
 

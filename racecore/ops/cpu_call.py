@@ -8,6 +8,7 @@ task that has them all. That, and not luck, is why results do not depend on the 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 from numba.extending import register_jitable
@@ -20,7 +21,10 @@ from racecore.plan import SEGMENT
 from racecore.problem import Problem
 from racecore.threads import count, run
 
-__all__ = ["Call", "empty_hash_parts", "in_series", "launch", "make_call", "n_buckets_of", "pad_planes", "scan"]
+__all__ = [
+    "NO_MASK", "Call", "empty_hash_parts", "in_series", "launch", "make_call", "n_buckets_of", "pad_planes", "padded_planes",
+    "scan",
+]  # fmt: skip
 
 _LAUNCHES = 64  # at most as many where they are long enough: a launch costs some ten microseconds
 _MIN_ROWS, _MAX_ROWS = (
@@ -32,7 +36,7 @@ _RUN_BYTES = 2048
 _STATE_BYTES = 1 << 18
 _TASKS_PER_THREAD = 4
 _COLUMNS_PER_LAUNCH = 1 << 15
-_NO_MASK = np.zeros((0, 0), np.uint8)
+NO_MASK = np.zeros((0, 0), np.uint8)
 
 
 class Call(NamedTuple):
@@ -71,16 +75,15 @@ def make_call(
     d_value: np.ndarray | None = None,
 ) -> Call:
     """Bundle the arguments for the segments of one chunk."""
-    mask = _NO_MASK if part.key_mask is None else np.ascontiguousarray(part.key_mask).view(np.uint8)
-    shared = part.planes.strides[0] == 0
-    planes, planes_t = pad_planes(part.planes[:1] if shared else part.planes, part.dtype)
+    mask = NO_MASK if part.key_mask is None else np.ascontiguousarray(part.key_mask).view(np.uint8)
+    planes, planes_t, beta = padded_planes(part)
     return Call(
         table=describe(part.query, part.key, part.value, out, d_out, d_query, d_key, d_value),
         segments=chunk,
         runs=_runs_of_one(len(chunk)),
         planes=planes,
         planes_t=planes_t,
-        beta=np.ascontiguousarray(part.beta, part.dtype),
+        beta=beta,
         mask=mask,
         n_tables=part.planes.shape[1],
         head_dim=part.planes.shape[3],
@@ -129,6 +132,27 @@ def _fill(lengths: np.ndarray, n_groups: int, n_threads: int) -> bool:
     alike = longest * n_tasks == total
     time = -(-n_tasks // n_threads) * longest if alike else (total + (n_threads - 1) * longest) / n_threads  # at most
     return time * n_threads * 0.9 <= total
+
+
+_padded: dict[tuple[int, int, str], tuple[Any, Any, tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+
+
+def padded_planes(part: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the planes of a problem as `pad_planes` does, one for all heads where they share them, and beta [M].
+
+    A hash gives the same arrays every time (`SoftLSH.per_head`), and making these takes longer than decoding a token may:
+    they are kept for as long as the hash lives.
+    """
+    key = id(part.planes), id(part.beta), part.dtype.char
+    kept = _padded.get(key)
+    if kept is not None and kept[0]() is part.planes and kept[1]() is part.beta:
+        return kept[2]
+    planes = part.planes[:1] if part.planes.strides[0] == 0 else part.planes
+    result = *pad_planes(planes, part.dtype), np.ascontiguousarray(part.beta, part.dtype)
+    if not (part.planes.flags.writeable or part.beta.flags.writeable):
+        forget = ref(part.planes, lambda _: _padded.pop(key, None))
+        _padded[key] = forget, ref(part.beta), result
+    return result
 
 
 def pad_planes(planes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from numba.extending import intrinsic, overload, register_model
 from racecore.jit import helper, inlined
 
 __all__ = [
-    "VECTOR_BYTES", "Vector", "absolute", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes",
+    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes",
     "load", "load_rounded", "load_vector", "maximum", "power_of_two",   "select", "spread",
     "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
@@ -288,3 +288,29 @@ def widen_add(typing_context, a, address):
         return context.get_dummy_value()
 
     return types.void(a, types.int64), code
+
+
+@intrinsic
+def add_at(typing_context, a, address, like):
+    """Add the lanes to the numbers of the type of `like` from an address on; return the sums as stored, as `a` has them.
+
+    Sums are float64, and rounded once where the numbers are float32.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = ir.VectorType(ir.DoubleType(), a.lanes)
+        stored = ir.VectorType(ir.DoubleType() if like == types.float64 else ir.FloatType(), a.lanes)
+        pointer, align = builder.inttoptr(arguments[1], stored.as_pointer()), like.bitwidth // 8
+
+        def widened(value: Any) -> Any:
+            return value if value.type == wide else builder.fpext(value, wide)
+
+        value = builder.fadd(widened(builder.load(pointer, align=align)), widened(arguments[0]))
+        value = value if stored == wide else builder.fptrunc(value, stored)
+        builder.store(value, pointer, align=align)
+        target = context.get_value_type(a)
+        if value.type == target:
+            return value
+        return builder.fptrunc(value, target) if a.element == types.float32 else builder.fpext(value, target)
+
+    return a(a, types.int64, like), code

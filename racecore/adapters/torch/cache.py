@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from racecore.adapters.torch.tensors import as_hash, as_tensor, same_place, target, to_array
-from racecore.attention import attention
 from racecore.state import RaceState
 
 __all__ = ["RaceCache"]
@@ -93,17 +92,15 @@ class RaceCache:
             raise RuntimeError("a RaceCache keeps no gradients: decode under torch.no_grad() or torch.inference_mode()")
         lsh = as_hash(planes, beta)
         state = self._states.get(layer)
-        if state is not None:
-            state.check_same_hash(lsh)
+        if state is None:
+            state = RaceState.zeros(lsh, len(key), key.shape[2], value.shape[3])
+        state.check_same_hash(lsh)
         q, k, v = (to_array(x.detach()) for x in (query, key, value))
         out = target((*query.shape[:-1], value.shape[-1]), query)
         mask = None if key_mask is None else to_array(key_mask)
         with same_place(query):
-            result, after = attention(
-                q, k, v, lsh, is_causal=True, readout=readout, key_mask=mask, initial_state=state, return_state=True,
-                out=out,
-            )  # fmt: skip
-        self._states[layer] = after
+            result = state.step(q, k, v, readout=readout, key_mask=mask, out=out)
+        self._states[layer] = state
         self._seen[layer] = self.n_seen(layer) + key.shape[1]
         return as_tensor(result)
 

@@ -216,7 +216,7 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
         # for one or two queries, rounding a state would take longer than asking it
-        at_once = (end - begin) * repeats <= 2 and call.value_dim % lanes(w.o) == 0
+        at_once = (end - begin) * repeats <= 2 and call.value_dim == w.o.shape[1]
         if not at_once:
             start(states[owner], m0, m1, False, state)
         for t in range(begin, end, BLOCK):
