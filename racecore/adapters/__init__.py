@@ -1,0 +1,1 @@
+"""Adapters to other frameworks: convert, call, convert back; no mathematics."""

@@ -1,0 +1,317 @@
+"""RACE attention for JAX: `race_attention`, with gradients, under jit, vmap, scan, checkpoint and shard_map.
+
+How it works. The kernels run on the host, inside `jax.pure_callback`, on NumPy views of XLA's buffers: nothing is copied on the
+way in, results once on the way out. `jax.custom_vjp` joins forward and backward. While a function is traced, shapes and dtypes
+are checked with stand-ins that take no memory, so that mistakes are reported by the call that makes them.
+
+What is kept between forward and backward: the inputs, nothing else. racecore's own `Saved` also holds states at chunk
+boundaries; how many there are depends on how the call is cut into chunks, they are float64, which JAX without x64 does not
+have, and under vmap the cut is known only when the batch is. Backward sums the keys again instead (`racecore.restart`).
+
+No function of JAX is called inside a callback: on a machine with few cores it could wait for a thread that waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+import racecore
+from racecore import arrays, inputs
+from racecore.restart import saved_from_inputs
+
+__all__ = ["race_attention"]
+
+_ROWS = ("query", "key", "value")
+_HASH = ("planes", "beta")
+_DIFFERENTIABLE = (*_ROWS, *_HASH)
+
+
+def race_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    planes: Any,
+    beta: Any,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+) -> jax.Array:
+    """Compute RACE attention of JAX arrays; differentiable in query, key, value, planes and beta.
+
+    Parameters
+    ----------
+    query : array, shape [B, T, H, D]
+    key : array, shape [B, Tk, G, D]
+    value : array, shape [B, Tk, G, V]
+        As for `racecore.attention`: tokens before heads, 3-D without a batch axis, H a multiple of G; all of one dtype:
+        float16, bfloat16, float32, or float64 where x64 is on.
+    planes : array, shape [L, P, D] or [H, L, P, D]
+        Hyperplanes, such as ``SoftLSH.random(...).planes``. Of any supported dtype, which need not be that of the query.
+    beta : float or array, shape [] or [H]
+        Sharpness. A Python number counts as float32 unless x64 is on, as everywhere in JAX.
+    is_causal : bool
+        Query i sees keys 0 ... i only.
+    readout : {"ratio", "bucket_mean"}
+        As for `racecore.attention`.
+    key_mask : bool array, shape [B, Tk], optional
+        True = the key takes part. May be traced; has no gradient.
+    cu_seqlens : integer array, shape [n + 1], optional
+        Boundaries of packed sequences. May be traced; has no gradient.
+
+    Returns
+    -------
+    jax.Array, shape [B, T, H, V]
+        In the query's dtype. Gradients are in the dtype of what they belong to.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What was expected, what came and what to do, while tracing. Also for a float64 array where x64 is off: JAX would
+        narrow it without a word.
+    NotImplementedError
+        A second derivative was asked for.
+
+    Notes
+    -----
+    Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2. The bits are those of `racecore.attention` on NumPy arrays.
+
+    Under `jax.vmap` mapped axes become one batch. Where planes, beta or cu_seqlens are mapped, or a mapped function's gradient
+    of planes or beta is wanted, the examples are computed one after the other, as JAX asks for the gradient of each: a batch
+    axis of the arrays themselves is then faster.
+
+    Values that only become known when the compiled program runs cannot raise while tracing: planes or beta that are not finite
+    make the result NaN, and so all gradients; a traced cu_seqlens that decreases or does not end at T stops the program with
+    racecore's message inside JAX's error.
+
+    Computation is in host memory, whatever device the arrays are on. An array sharded over devices is gathered for the call,
+    unless it is made inside `jax.shard_map`: then every shard is computed where it is.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (jnp.asarray(rng.standard_normal((100, 2, 16), dtype=np.float32)) for _ in range(3))
+    >>> planes = jnp.asarray(rng.standard_normal((4, 2, 16), dtype=np.float32))
+    >>> loss = lambda q: race_attention(q, k, v, planes, 1.0, is_causal=True).sum()
+    >>> jax.grad(loss)(q).shape
+    (100, 2, 16)
+    """
+    given = {"query": query, "key": key, "value": value, "planes": planes, "beta": beta}
+    given |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
+    _check(given, is_causal, readout)
+    traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
+    task = _Task(bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items()))
+    return _attention(task, traced)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is known while tracing, hashable: equal tasks share their compiled programs."""
+
+    is_causal: bool
+    readout: str
+    ndims: tuple[tuple[str, int], ...]  # of every argument that was given, as one example has it
+    wrt: tuple[str, ...] = ()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(task: _Task, given: dict[str, jax.Array]) -> jax.Array:
+    """Call `_forward_on_host` on arrays that have been checked."""
+    query, value = given["query"], given["value"]
+    shape = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
+    return jax.pure_callback(_OnHost(_forward_on_host, task), shape, given, vmap_method="expand_dims")
+
+
+def _forward(task: _Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
+    """Keep the inputs, and the names of those whose gradients will be wanted."""
+    values = {name: jnp.asarray(argument.value) for name, argument in given.items()}  # JAX also passes Python numbers
+    wrt = {name: None for name in _DIFFERENTIABLE if given[name].perturbed}  # keys are part of a pytree's type
+    return _attention(task, values), (values, wrt)
+
+
+def _backward(task: _Task, residuals: tuple[dict[str, jax.Array], dict[str, None]], d_out: Any) -> tuple[Any]:
+    values, wrt = residuals
+    gradients: dict[str, Any] = dict.fromkeys(values)
+    if not isinstance(d_out, jax.custom_derivatives.SymbolicZero):
+        gradients |= _gradients(replace(task, wrt=tuple(wrt)), values, d_out)
+    return (gradients,)
+
+
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
+    """Call `_backward_on_host`; gradients by name."""
+    shapes = {name: jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in task.wrt}
+    task = replace(task, ndims=(*task.ndims, ("d_out", d_out.ndim)))
+    return jax.pure_callback(_OnHost(_backward_on_host, task), shapes, given | {"d_out": d_out}, vmap_method="expand_dims")
+
+
+@_gradients.defjvp
+def _no_second_derivative(task: _Task, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "race_attention has first derivatives only: the gradient of a gradient (as in jax.hessian, or grad of grad) is not "
+        "implemented; wrap the inner gradient in jax.lax.stop_gradient if it is meant as a constant"
+    )
+
+
+def _as_jax(array: Any, name: str) -> jax.Array:
+    """Make a JAX array, and nothing narrower than what came."""
+    if isinstance(array, jax.Array):  # tracers too
+        narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+        if array.dtype.kind == "f" and narrow != array.dtype:
+            raise TypeError(_narrowing(array.dtype, narrow, name))
+        return array
+    if isinstance(array, (int, float)):
+        return jnp.asarray(array)
+    numbers = _as_numpy(array, name)
+    narrow = jax.dtypes.canonicalize_dtype(numbers.dtype)
+    if narrow != numbers.dtype and (name in _ROWS or not np.array_equal(numbers.astype(narrow), numbers)):
+        raise TypeError(_narrowing(numbers.dtype, narrow, name))
+    return jnp.asarray(numbers, narrow)
+
+
+def _narrowing(dtype: Any, narrow: Any, name: str) -> str:
+    return (
+        f"{name} is {dtype}, and JAX would silently make it {narrow}: turn x64 on with "
+        f'jax.config.update("jax_enable_x64", True), or convert it with .astype({narrow})'
+    )
+
+
+def _as_numpy(array: Any, name: str) -> np.ndarray:
+    if name in (*_HASH, "cu_seqlens") and not hasattr(array, "__dlpack__"):
+        array = np.asarray(array)
+    return arrays.as_numpy(array, name)
+
+
+def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
+    """Let racecore check the arguments, with stand-ins of the same shapes and dtypes in place of their values."""
+    standing = {name: None if array is None else _stand_in(array, name) for name, array in given.items()}
+    bounds = standing["cu_seqlens"]
+    if isinstance(given["cu_seqlens"], jax.core.Tracer):
+        n_tokens = given["key"].shape[-3] if np.ndim(given["key"]) in (3, 4) else 0
+        if bounds.ndim == 1 and len(bounds) > 1 and bounds.dtype.kind in "iu":
+            bounds = np.array([0] * (len(bounds) - 1) + [n_tokens])  # values come when the program runs
+    elif bounds is not None:
+        bounds = np.asarray(given["cu_seqlens"])
+    lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
+    inputs.check_attention(
+        *(standing[name] for name in _ROWS), lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
+        cu_seqlens=bounds, chunk_size=None, memory_limit=None,
+    )  # fmt: skip
+
+
+def _stand_in(array: Any, name: str) -> np.ndarray:
+    """Return zeros of an array's shape and dtype that take no memory."""
+    if not isinstance(array, jax.Array):
+        array = _as_numpy(array, name)
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A callback that equals another one for the same task, so that JAX compiles the call once."""
+
+    function: Any
+    task: _Task
+
+    def __call__(self, given: dict[str, Any]) -> Any:
+        return self.function(self.task, {name: np.asarray(array) for name, array in given.items()})
+
+
+def _forward_on_host(task: _Task, given: dict[str, np.ndarray]) -> np.ndarray:
+    """Compute the output of all examples; every argument has the axes that vmap added in front, of length 1 where shared."""
+    mapped = _mapped_axes(task, given)
+    shape = (*given["query"].shape[len(mapped) : -1], given["value"].shape[-1])
+    out = arrays.empty((*mapped, *shape), given["query"].dtype)
+    for example, place in _examples(task, given, mapped):
+        lsh = _hash(example)
+        if lsh is None:
+            place(out)[...] = np.nan
+        else:
+            racecore.attention(*_rows(example), lsh, **_options(task, example), out=place(out))
+    return out
+
+
+def _backward_on_host(task: _Task, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Compute the gradients in `task.wrt` of all examples."""
+    mapped = _mapped_axes(task, given)
+    results = {
+        name: arrays.empty((*mapped, *given[name].shape[len(mapped) :]), given[name].dtype) for name in task.wrt
+    }
+    for example, place in _examples(task, given, mapped):
+        lsh = _hash(example)
+        targets = {name: place(result) for name, result in results.items()}
+        if lsh is None:
+            for target in targets.values():
+                target[...] = np.nan
+            continue
+        saved = saved_from_inputs(*_rows(example), lsh, **_options(task, example), wrt=task.wrt)
+        rows = racecore.Gradients(**{name: targets[name] for name in _ROWS if name in targets})
+        gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
+        for name in _HASH:
+            if name in targets:
+                targets[name][...] = getattr(gradients, name)
+    return results
+
+
+def _mapped_axes(task: _Task, given: dict[str, np.ndarray]) -> tuple[int, ...]:
+    """Return the lengths of the axes that vmap has put in front."""
+    return np.broadcast_shapes(*(given[name].shape[: given[name].ndim - ndim] for name, ndim in task.ndims))
+
+
+def _examples(task: _Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+    """Yield arguments for racecore, and the function that finds their place in an array of results.
+
+    All at once as one batch, where examples share the hash, and the gradient of that is not wanted; else one by one.
+    """
+    one_by_one = {"planes", "beta", "cu_seqlens"}
+    shares = all(given[name].size == 0 or set(given[name].shape[: len(mapped)]) <= {1} for name in one_by_one & set(given))
+    if mapped and shares and "cu_seqlens" not in given and not set(task.wrt) & set(_HASH):
+        yield {name: _folded(array, name, task, mapped) for name, array in given.items()}, _fold_result
+        return
+    for index in np.ndindex(mapped):
+        example = {
+            name: array[tuple(0 if n == 1 else i for i, n in zip(index, array.shape, strict=False))]
+            for name, array in given.items()
+        }
+        yield example, lambda result, index=index: result[(*index, ...)]
+
+
+def _folded(array: np.ndarray, name: str, task: _Task, mapped: tuple[int, ...]) -> np.ndarray:
+    """Make one batch axis of the mapped axes and the batch axis, if there is one."""
+    if name in _HASH:
+        return array.reshape(array.shape[len(mapped) :])
+    own = array.shape[len(mapped) :]
+    n_kept = 1 if name == "key_mask" else 3  # [Tk], or [T, heads, dim]
+    return np.broadcast_to(array, (*mapped, *own)).reshape(-1, *own[len(own) - n_kept :])
+
+
+def _fold_result(result: np.ndarray) -> np.ndarray:
+    return result.reshape(-1, *result.shape[-3:])
+
+
+def _rows(example: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [example[name] for name in _ROWS]
+
+
+def _options(task: _Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
+    names = ("key_mask", "cu_seqlens")
+    return {"is_causal": task.is_causal, "readout": task.readout} | {name: example.get(name) for name in names}
+
+
+def _hash(example: dict[str, np.ndarray]) -> racecore.SoftLSH | None:
+    """Return the hash, or None for values that make none: their shapes have been checked, so they are not finite."""
+    try:
+        return racecore.SoftLSH(example["planes"], example["beta"])
+    except ValueError:
+        return None
