@@ -109,7 +109,7 @@ def race_attention(
     _check(given, is_causal, readout)
     traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
     task = _Task(bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items()))
-    return _attention(task, traced)
+    return _compiled(task, _varying_alike(traced))
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def _attention(task: _Task, given: dict[str, jax.Array]) -> jax.Array:
     """Call `_forward_on_host` on arrays that have been checked."""
     query, value = given["query"], given["value"]
     shape = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
-    return jax.pure_callback(_OnHost(_forward_on_host, task), shape, given, vmap_method="expand_dims")
+    return _call(_forward_on_host, task, shape, given)
 
 
 def _forward(task: _Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
     """Keep the inputs, and the names of those whose gradients will be wanted."""
-    values = {name: jnp.asarray(argument.value) for name, argument in given.items()}  # JAX also passes Python numbers
+    values = {name: argument.value for name, argument in given.items()}
     wrt = {name: None for name in _DIFFERENTIABLE if given[name].perturbed}  # keys are part of a pytree's type
     return _attention(task, values), (values, wrt)
 
@@ -146,6 +146,7 @@ def _backward(task: _Task, residuals: tuple[dict[str, jax.Array], dict[str, None
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
+_compiled = jax.jit(_attention, static_argnums=0, inline=True)  # outside a jit shard_map could not tell what is differentiated
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -153,7 +154,7 @@ def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> di
     """Call `_backward_on_host`; gradients by name."""
     shapes = {name: jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in task.wrt}
     task = replace(task, ndims=(*task.ndims, ("d_out", d_out.ndim)))
-    return jax.pure_callback(_OnHost(_backward_on_host, task), shapes, given | {"d_out": d_out}, vmap_method="expand_dims")
+    return _call(_backward_on_host, task, shapes, given | {"d_out": d_out})
 
 
 @_gradients.defjvp
@@ -164,13 +165,34 @@ def _no_second_derivative(task: _Task, primals: Any, tangents: Any) -> Any:
     )
 
 
+def _call(function: Any, task: _Task, shapes: Any, given: dict[str, jax.Array]) -> Any:
+    """Call a function on the host, once for all shards of sharded arrays or, inside shard_map, for every shard."""
+    results = jax.pure_callback(_OnHost(function, task), shapes, given, vmap_method="expand_dims")
+    # Else the result of a call for all shards, if a jit returns nothing else, has a sharding that the next operation refuses.
+    results = jax.lax.optimization_barrier(results)
+    return jax.lax.pcast(results, tuple(_varying_axes(given["query"])), to="varying")
+
+
+def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Inside shard_map, let all arguments differ from shard to shard where one does: a gradient of what they share is a sum."""
+    varying = {name: _varying_axes(array) for name, array in given.items()}
+    axes = frozenset().union(*varying.values())
+    return {name: jax.lax.pcast(array, tuple(axes - varying[name]), to="varying") for name, array in given.items()}
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    """Return the mesh axes along which an array differs from shard to shard; none outside shard_map(check_vma=True)."""
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # the name before JAX 0.10, and the one since
+
+
 def _as_jax(array: Any, name: str) -> jax.Array:
     """Make a JAX array, and nothing narrower than what came."""
     if isinstance(array, jax.Array):  # tracers too
         narrow = jax.dtypes.canonicalize_dtype(array.dtype)
         if array.dtype.kind == "f" and narrow != array.dtype:
             raise TypeError(_narrowing(array.dtype, narrow, name))
-        return array
+        return jnp.asarray(array)  # under jax.grad a Python number is a tracer with that number inside
     if isinstance(array, (int, float)):
         return jnp.asarray(array)
     numbers = _as_numpy(array, name)
