@@ -1,21 +1,24 @@
 """RACE attention for JAX: `race_attention`, with gradients, under jit, vmap, scan, checkpoint and shard_map.
 
-How it works. The kernels run on the host, inside `jax.pure_callback`, on NumPy views of XLA's buffers: nothing is copied on the
-way in, results once on the way out. `jax.custom_vjp` joins forward and backward. While a function is traced, shapes and dtypes
-are checked with stand-ins that take no memory, so that mistakes are reported by the call that makes them.
+How it works. The kernels run on the host, on NumPy views of XLA's own buffers: nothing is copied (`adapters.xla_call`). Where
+XLA computes elsewhere, or no longer takes such calls, `jax.pure_callback` does the same with copies. `jax.custom_vjp` joins
+forward and backward. While a function is traced, shapes and dtypes are checked with stand-ins that take no memory, so that
+mistakes are reported by the call that makes them.
 
 What is kept between forward and backward: the inputs, nothing else. racecore's own `Saved` also holds states at chunk
 boundaries; how many there are depends on how the call is cut into chunks, they are float64, which JAX without x64 does not
 have, and under vmap the cut is known only when the batch is. Backward sums the keys again instead (`racecore.restart`).
 
-No function of JAX is called inside a callback: on a machine with few cores it could wait for a thread that waits for it.
+No function of JAX is called inside a call from XLA: on a machine with few cores it could wait for a thread that waits for it.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ from jax import numpy as jnp
 
 import racecore
 from racecore import arrays, inputs
+from racecore.adapters import xla_call
 from racecore.restart import saved_from_inputs
 
 __all__ = ["race_attention"]
@@ -31,6 +35,7 @@ __all__ = ["race_attention"]
 _ROWS = ("query", "key", "value")
 _HASH = ("planes", "beta")
 _DIFFERENTIABLE = (*_ROWS, *_HASH)
+_TARGET = "racecore_race_attention"  # what compiled programs call
 
 
 def race_attention(
@@ -114,20 +119,19 @@ def race_attention(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is known while tracing, hashable: equal tasks share their compiled programs."""
+    """What is known while tracing. It is part of the compiled program, as text."""
 
     is_causal: bool
     readout: str
-    ndims: tuple[tuple[str, int], ...]  # of every argument that was given, as one example has it
-    wrt: tuple[str, ...] = ()
+    ndims: tuple[tuple[str, int], ...]  # of every argument, in their order, as one example has it
+    wrt: tuple[str, ...] | None = None  # None: forward
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(task: _Task, given: dict[str, jax.Array]) -> jax.Array:
     """Call `_forward_on_host` on arrays that have been checked."""
     query, value = given["query"], given["value"]
-    shape = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
-    return _call(_forward_on_host, task, shape, given)
+    return _call(task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given)[0]
 
 
 def _forward(task: _Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
@@ -152,9 +156,10 @@ _compiled = jax.jit(_attention, static_argnums=0, inline=True)  # outside a jit 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
     """Call `_backward_on_host`; gradients by name."""
-    shapes = {name: jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in task.wrt}
+    names = task.wrt or ()
+    shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in names]
     task = replace(task, ndims=(*task.ndims, ("d_out", d_out.ndim)))
-    return _call(_backward_on_host, task, shapes, given | {"d_out": d_out})
+    return dict(zip(names, _call(task, shapes, given | {"d_out": d_out}), strict=True))
 
 
 @_gradients.defjvp
@@ -165,12 +170,35 @@ def _no_second_derivative(task: _Task, primals: Any, tangents: Any) -> Any:
     )
 
 
-def _call(function: Any, task: _Task, shapes: Any, given: dict[str, jax.Array]) -> Any:
-    """Call a function on the host, once for all shards of sharded arrays or, inside shard_map, for every shard."""
-    results = jax.pure_callback(_OnHost(function, task), shapes, given, vmap_method="expand_dims")
-    # Else the result of a call for all shards, if a jit returns nothing else, has a sharding that the next operation refuses.
-    results = jax.lax.optimization_barrier(results)
-    return jax.lax.pcast(results, tuple(_varying_axes(given["query"])), to="varying")
+def _call(task: _Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]) -> list[jax.Array]:
+    """Call `_on_host`. Inside shard_map every shard has a call of its own."""
+    text = json.dumps(asdict(task))
+
+    def in_place(*arguments: jax.Array) -> list[jax.Array]:
+        return jax.ffi.ffi_call(_TARGET, shapes, vmap_method="expand_dims")(*arguments, task=text)
+
+    def with_copies(*arguments: jax.Array) -> list[jax.Array]:
+        results = jax.pure_callback(_WithCopies(text, tuple(shapes)), shapes, *arguments, vmap_method="expand_dims")
+        # Else the result of a call for all shards, if a jit returns nothing else, has a sharding that no operation takes.
+        return jax.lax.optimization_barrier(results)
+
+    cpu = in_place if _is_registered() else with_copies
+    arguments = [given[name] for name, _ in task.ndims]
+    results = jax.lax.platform_dependent(*arguments, cpu=cpu, default=with_copies)
+    axes = _varying_axes(given["query"])
+    return [jax.lax.pcast(result, tuple(axes - _varying_axes(result)), to="varying") for result in results]
+
+
+@cache
+def _is_registered() -> bool:
+    """Register `_on_host` with XLA; tell whether it has taken it."""
+    try:
+        jax.local_devices(backend="cpu")  # a backend that begins later would fail with the registration
+        xla_call.register(_TARGET, _on_host)
+    except Exception as error:
+        warnings.warn(f"arrays are copied on their way between JAX and racecore, which takes time: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -240,50 +268,57 @@ def _stand_in(array: Any, name: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _OnHost:
+class _WithCopies:
     """A callback that equals another one for the same task, so that JAX compiles the call once."""
 
-    function: Any
-    task: _Task
+    text: str
+    types: tuple[jax.ShapeDtypeStruct, ...]  # of the results of one example
 
-    def __call__(self, given: dict[str, Any]) -> Any:
-        return self.function(self.task, {name: np.asarray(array) for name, array in given.items()})
+    def __call__(self, *arguments: Any) -> list[np.ndarray]:
+        given = [np.asarray(array) for array in arguments]
+        task = _task_of(self.text)
+        mapped = _mapped_axes(task, _named(task, given))
+        results = [arrays.empty((*mapped, *kind.shape), kind.dtype) for kind in self.types]
+        _on_host(self.text, given, results)
+        return results
 
 
-def _forward_on_host(task: _Task, given: dict[str, np.ndarray]) -> np.ndarray:
-    """Compute the output of all examples; every argument has the axes that vmap added in front, of length 1 where shared."""
-    mapped = _mapped_axes(task, given)
-    shape = (*given["query"].shape[len(mapped) : -1], given["value"].shape[-1])
-    out = arrays.empty((*mapped, *shape), given["query"].dtype)
-    for example, place in _examples(task, given, mapped):
+@cache
+def _task_of(text: str) -> _Task:
+    fields = json.loads(text)
+    fields["ndims"] = tuple((name, ndim) for name, ndim in fields["ndims"])
+    return _Task(**fields)
+
+
+def _named(task: _Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for (name, _), array in zip(task.ndims, arguments, strict=True)}
+
+
+def _on_host(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
+    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples share it."""
+    task = _task_of(text)
+    given = _named(task, arguments)
+    for example, place in _examples(task, given, _mapped_axes(task, given)):
         lsh = _hash(example)
+        targets = [place(result) for result in results]
         if lsh is None:
-            place(out)[...] = np.nan
-        else:
-            racecore.attention(*_rows(example), lsh, **_options(task, example), out=place(out))
-    return out
-
-
-def _backward_on_host(task: _Task, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Compute the gradients in `task.wrt` of all examples."""
-    mapped = _mapped_axes(task, given)
-    results = {
-        name: arrays.empty((*mapped, *given[name].shape[len(mapped) :]), given[name].dtype) for name in task.wrt
-    }
-    for example, place in _examples(task, given, mapped):
-        lsh = _hash(example)
-        targets = {name: place(result) for name, result in results.items()}
-        if lsh is None:
-            for target in targets.values():
+            for target in targets:
                 target[...] = np.nan
-            continue
-        saved = saved_from_inputs(*_rows(example), lsh, **_options(task, example), wrt=task.wrt)
-        rows = racecore.Gradients(**{name: targets[name] for name in _ROWS if name in targets})
-        gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
-        for name in _HASH:
-            if name in targets:
-                targets[name][...] = getattr(gradients, name)
-    return results
+        elif task.wrt is None:
+            racecore.attention(*_rows(example), lsh, **_options(task, example), out=targets[0])
+        else:
+            _write_gradients(task, example, lsh, dict(zip(task.wrt, targets, strict=True)))
+
+
+def _write_gradients(
+    task: _Task, example: dict[str, np.ndarray], lsh: racecore.SoftLSH, targets: dict[str, np.ndarray]
+) -> None:
+    saved = saved_from_inputs(*_rows(example), lsh, **_options(task, example), wrt=tuple(targets))
+    rows = racecore.Gradients(**{name: targets[name] for name in _ROWS if name in targets})
+    gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
+    for name in _HASH:
+        if name in targets:
+            targets[name][...] = getattr(gradients, name)
 
 
 def _mapped_axes(task: _Task, given: dict[str, np.ndarray]) -> tuple[int, ...]:
@@ -298,7 +333,7 @@ def _examples(task: _Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
     """
     one_by_one = {"planes", "beta", "cu_seqlens"}
     shares = all(given[name].size == 0 or set(given[name].shape[: len(mapped)]) <= {1} for name in one_by_one & set(given))
-    if mapped and shares and "cu_seqlens" not in given and not set(task.wrt) & set(_HASH):
+    if mapped and shares and "cu_seqlens" not in given and not set(task.wrt or ()) & set(_HASH):
         yield {name: _folded(array, name, task, mapped) for name, array in given.items()}, _fold_result
         return
     for index in np.ndindex(mapped):
@@ -306,7 +341,7 @@ def _examples(task: _Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
             name: array[tuple(0 if n == 1 else i for i, n in zip(index, array.shape, strict=False))]
             for name, array in given.items()
         }
-        yield example, lambda result, index=index: result[(*index, ...)]
+        yield example, partial(_result_of_one, index)
 
 
 def _folded(array: np.ndarray, name: str, task: _Task, mapped: tuple[int, ...]) -> np.ndarray:
@@ -316,6 +351,10 @@ def _folded(array: np.ndarray, name: str, task: _Task, mapped: tuple[int, ...]) 
     own = array.shape[len(mapped) :]
     n_kept = 1 if name == "key_mask" else 3  # [Tk], or [T, heads, dim]
     return np.broadcast_to(array, (*mapped, *own)).reshape(-1, *own[len(own) - n_kept :])
+
+
+def _result_of_one(index: tuple[int, ...], result: np.ndarray) -> np.ndarray:
+    return result[(*index, ...)]
 
 
 def _fold_result(result: np.ndarray) -> np.ndarray:
