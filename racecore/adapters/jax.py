@@ -131,7 +131,8 @@ class _Task:
 def _attention(task: _Task, given: dict[str, jax.Array]) -> jax.Array:
     """Call `_forward_on_host` on arrays that have been checked."""
     query, value = given["query"], given["value"]
-    return _call(task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given)[0]
+    (out,) = _call(task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given)
+    return _placed_like(out, query)
 
 
 def _forward(task: _Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
@@ -159,7 +160,8 @@ def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> di
     names = task.wrt or ()
     shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in names]
     task = replace(task, ndims=(*task.ndims, ("d_out", d_out.ndim)))
-    return dict(zip(names, _call(task, shapes, given | {"d_out": d_out}), strict=True))
+    results = zip(names, _call(task, shapes, given | {"d_out": d_out}), strict=True)
+    return {name: _placed_like(result, given[name]) for name, result in results}
 
 
 @_gradients.defjvp
@@ -212,6 +214,18 @@ def _varying_axes(array: jax.Array) -> frozenset[str]:
     """Return the mesh axes along which an array differs from shard to shard; none outside shard_map(check_vma=True)."""
     kind = jax.typeof(array)
     return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # the name before JAX 0.10, and the one since
+
+
+def _placed_like(result: jax.Array, like: jax.Array) -> jax.Array:
+    """Under a mesh with explicit axes, where the sharding is part of the type, give a result that of an argument.
+
+    The last axis is never sharded in an output, whose last axis may be another one.
+    """
+    sharding = jax.typeof(like).sharding
+    if not any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return result
+    spec = sharding.spec if result.shape == like.shape else (*sharding.spec[:-1], None)
+    return jax.sharding.reshard(result, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
 
 def _as_jax(array: Any, name: str) -> jax.Array:
