@@ -14,10 +14,8 @@ No function of JAX is called inside a call from XLA: on a machine with few cores
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -27,14 +25,13 @@ from jax import numpy as jnp
 
 import racecore
 from racecore import arrays, inputs
+from racecore.adapters import task as host
 from racecore.adapters import xla_call
-from racecore.restart import saved_from_inputs
+from racecore.adapters.task import HASH, ROWS, Task
 
 __all__ = ["race_attention"]
 
-_ROWS = ("query", "key", "value")
-_HASH = ("planes", "beta")
-_DIFFERENTIABLE = (*_ROWS, *_HASH)
+_DIFFERENTIABLE = (*ROWS, *HASH)
 _TARGET = "racecore_race_attention"  # what compiled programs call
 
 
@@ -113,36 +110,26 @@ def race_attention(
     given |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
     _check(given, is_causal, readout)
     traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
-    task = _Task(bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items()))
+    task = Task(bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items()))
     return _compiled(task, _varying_alike(traced))
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is known while tracing. It is part of the compiled program, as text."""
-
-    is_causal: bool
-    readout: str
-    ndims: tuple[tuple[str, int], ...]  # of every argument, in their order, as one example has it
-    wrt: tuple[str, ...] | None = None  # None: forward
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(task: _Task, given: dict[str, jax.Array]) -> jax.Array:
-    """Call `_forward_on_host` on arrays that have been checked."""
+def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
+    """Call racecore's forward on arrays that have been checked."""
     query, value = given["query"], given["value"]
     (out,) = _call(task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given)
     return _placed_like(out, query)
 
 
-def _forward(task: _Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
+def _forward(task: Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
     """Keep the inputs, and the names of those whose gradients will be wanted."""
     values = {name: argument.value for name, argument in given.items()}
     wrt = {name: None for name in _DIFFERENTIABLE if given[name].perturbed}  # keys are part of a pytree's type
     return _attention(task, values), (values, wrt)
 
 
-def _backward(task: _Task, residuals: tuple[dict[str, jax.Array], dict[str, None]], d_out: Any) -> tuple[Any]:
+def _backward(task: Task, residuals: tuple[dict[str, jax.Array], dict[str, None]], d_out: Any) -> tuple[Any]:
     values, wrt = residuals
     gradients: dict[str, Any] = dict.fromkeys(values)
     if not isinstance(d_out, jax.custom_derivatives.SymbolicZero):
@@ -151,12 +138,13 @@ def _backward(task: _Task, residuals: tuple[dict[str, jax.Array], dict[str, None
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
-_compiled = jax.jit(_attention, static_argnums=0, inline=True)  # outside a jit shard_map could not tell what is differentiated
+# Compiled, because shard_map outside a jit cannot tell what is differentiated.
+_compiled = jax.jit(_attention, static_argnums=0, inline=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
-    """Call `_backward_on_host`; gradients by name."""
+def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
+    """Call racecore's backward; gradients by name."""
     names = task.wrt or ()
     shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in names]
     task = replace(task, ndims=(*task.ndims, ("d_out", d_out.ndim)))
@@ -165,16 +153,16 @@ def _gradients(task: _Task, given: dict[str, jax.Array], d_out: jax.Array) -> di
 
 
 @_gradients.defjvp
-def _no_second_derivative(task: _Task, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "race_attention has first derivatives only: the gradient of a gradient (as in jax.hessian, or grad of grad) is not "
         "implemented; wrap the inner gradient in jax.lax.stop_gradient if it is meant as a constant"
     )
 
 
-def _call(task: _Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]) -> list[jax.Array]:
-    """Call `_on_host`. Inside shard_map every shard has a call of its own."""
-    text = json.dumps(asdict(task))
+def _call(task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]) -> list[jax.Array]:
+    """Have a task done on the host. Inside shard_map every shard has a call of its own."""
+    text = task.text
 
     def in_place(*arguments: jax.Array) -> list[jax.Array]:
         return jax.ffi.ffi_call(_TARGET, shapes, vmap_method="expand_dims")(*arguments, task=text)
@@ -193,14 +181,29 @@ def _call(task: _Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.
 
 @cache
 def _is_registered() -> bool:
-    """Register `_on_host` with XLA; tell whether it has taken it."""
+    """Register `racecore.adapters.task.run` with XLA; tell whether it has taken it."""
     try:
         jax.local_devices(backend="cpu")  # a backend that begins later would fail with the registration
-        xla_call.register(_TARGET, _on_host)
+        xla_call.register(_TARGET, host.run)
     except Exception as error:
-        warnings.warn(f"arrays are copied on their way between JAX and racecore, which takes time: {error}", stacklevel=2)
+        warnings.warn(f"arrays are copied between JAX and racecore, which takes time: {error}", stacklevel=2)
         return False
     return True
+
+
+@dataclass(frozen=True)
+class _WithCopies:
+    """A callback that equals another one for the same task, so that JAX compiles the call once."""
+
+    text: str
+    types: tuple[jax.ShapeDtypeStruct, ...]  # of the results of one example
+
+    def __call__(self, *arguments: Any) -> list[np.ndarray]:
+        given = [np.asarray(array) for array in arguments]
+        mapped = host.mapped_axes(self.text, given)
+        results = [arrays.empty((*mapped, *kind.shape), kind.dtype) for kind in self.types]
+        host.run(self.text, given, results)
+        return results
 
 
 def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -239,7 +242,7 @@ def _as_jax(array: Any, name: str) -> jax.Array:
         return jnp.asarray(array)
     numbers = _as_numpy(array, name)
     narrow = jax.dtypes.canonicalize_dtype(numbers.dtype)
-    if narrow != numbers.dtype and (name in _ROWS or not np.array_equal(numbers.astype(narrow), numbers)):
+    if narrow != numbers.dtype and (name in ROWS or not np.array_equal(numbers.astype(narrow), numbers)):
         raise TypeError(_narrowing(numbers.dtype, narrow, name))
     return jnp.asarray(numbers, narrow)
 
@@ -252,7 +255,7 @@ def _narrowing(dtype: Any, narrow: Any, name: str) -> str:
 
 
 def _as_numpy(array: Any, name: str) -> np.ndarray:
-    if name in (*_HASH, "cu_seqlens") and not hasattr(array, "__dlpack__"):
+    if name in (*HASH, "cu_seqlens") and not hasattr(array, "__dlpack__"):
         array = np.asarray(array)
     return arrays.as_numpy(array, name)
 
@@ -269,7 +272,7 @@ def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
         bounds = np.asarray(given["cu_seqlens"])
     lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
     inputs.check_attention(
-        *(standing[name] for name in _ROWS), lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
+        *(standing[name] for name in ROWS), lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
         cu_seqlens=bounds, chunk_size=None, memory_limit=None,
     )  # fmt: skip
 
@@ -279,114 +282,3 @@ def _stand_in(array: Any, name: str) -> np.ndarray:
     if not isinstance(array, jax.Array):
         array = _as_numpy(array, name)
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
-
-
-@dataclass(frozen=True)
-class _WithCopies:
-    """A callback that equals another one for the same task, so that JAX compiles the call once."""
-
-    text: str
-    types: tuple[jax.ShapeDtypeStruct, ...]  # of the results of one example
-
-    def __call__(self, *arguments: Any) -> list[np.ndarray]:
-        given = [np.asarray(array) for array in arguments]
-        task = _task_of(self.text)
-        mapped = _mapped_axes(task, _named(task, given))
-        results = [arrays.empty((*mapped, *kind.shape), kind.dtype) for kind in self.types]
-        _on_host(self.text, given, results)
-        return results
-
-
-@cache
-def _task_of(text: str) -> _Task:
-    fields = json.loads(text)
-    fields["ndims"] = tuple((name, ndim) for name, ndim in fields["ndims"])
-    return _Task(**fields)
-
-
-def _named(task: _Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array for (name, _), array in zip(task.ndims, arguments, strict=True)}
-
-
-def _on_host(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
-    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples share it."""
-    task = _task_of(text)
-    given = _named(task, arguments)
-    for example, place in _examples(task, given, _mapped_axes(task, given)):
-        lsh = _hash(example)
-        targets = [place(result) for result in results]
-        if lsh is None:
-            for target in targets:
-                target[...] = np.nan
-        elif task.wrt is None:
-            racecore.attention(*_rows(example), lsh, **_options(task, example), out=targets[0])
-        else:
-            _write_gradients(task, example, lsh, dict(zip(task.wrt, targets, strict=True)))
-
-
-def _write_gradients(
-    task: _Task, example: dict[str, np.ndarray], lsh: racecore.SoftLSH, targets: dict[str, np.ndarray]
-) -> None:
-    saved = saved_from_inputs(*_rows(example), lsh, **_options(task, example), wrt=tuple(targets))
-    rows = racecore.Gradients(**{name: targets[name] for name in _ROWS if name in targets})
-    gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
-    for name in _HASH:
-        if name in targets:
-            targets[name][...] = getattr(gradients, name)
-
-
-def _mapped_axes(task: _Task, given: dict[str, np.ndarray]) -> tuple[int, ...]:
-    """Return the lengths of the axes that vmap has put in front."""
-    return np.broadcast_shapes(*(given[name].shape[: given[name].ndim - ndim] for name, ndim in task.ndims))
-
-
-def _examples(task: _Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
-    """Yield arguments for racecore, and the function that finds their place in an array of results.
-
-    All at once as one batch, where examples share the hash, and the gradient of that is not wanted; else one by one.
-    """
-    one_by_one = {"planes", "beta", "cu_seqlens"}
-    shares = all(given[name].size == 0 or set(given[name].shape[: len(mapped)]) <= {1} for name in one_by_one & set(given))
-    if mapped and shares and "cu_seqlens" not in given and not set(task.wrt or ()) & set(_HASH):
-        yield {name: _folded(array, name, task, mapped) for name, array in given.items()}, _fold_result
-        return
-    for index in np.ndindex(mapped):
-        example = {
-            name: array[tuple(0 if n == 1 else i for i, n in zip(index, array.shape, strict=False))]
-            for name, array in given.items()
-        }
-        yield example, partial(_result_of_one, index)
-
-
-def _folded(array: np.ndarray, name: str, task: _Task, mapped: tuple[int, ...]) -> np.ndarray:
-    """Make one batch axis of the mapped axes and the batch axis, if there is one."""
-    if name in _HASH:
-        return array.reshape(array.shape[len(mapped) :])
-    own = array.shape[len(mapped) :]
-    n_kept = 1 if name == "key_mask" else 3  # [Tk], or [T, heads, dim]
-    return np.broadcast_to(array, (*mapped, *own)).reshape(-1, *own[len(own) - n_kept :])
-
-
-def _result_of_one(index: tuple[int, ...], result: np.ndarray) -> np.ndarray:
-    return result[(*index, ...)]
-
-
-def _fold_result(result: np.ndarray) -> np.ndarray:
-    return result.reshape(-1, *result.shape[-3:])
-
-
-def _rows(example: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [example[name] for name in _ROWS]
-
-
-def _options(task: _Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
-    names = ("key_mask", "cu_seqlens")
-    return {"is_causal": task.is_causal, "readout": task.readout} | {name: example.get(name) for name in names}
-
-
-def _hash(example: dict[str, np.ndarray]) -> racecore.SoftLSH | None:
-    """Return the hash, or None for values that make none: their shapes have been checked, so they are not finite."""
-    try:
-        return racecore.SoftLSH(example["planes"], example["beta"])
-    except ValueError:
-        return None

@@ -125,7 +125,8 @@ def register(name: str, function: Function) -> None:
                 task = call.attrs.values[0].contents
                 text = ctypes.string_at(task.data, task.length).decode()
                 function(text, _views(call.args, False), _views(call.rets, True))
-        except KeyboardInterrupt:  # the computation was on the main thread: it shall hear of it when it is back in Python
+        except KeyboardInterrupt:
+            # The computation was on the main thread, which shall hear of it when it is back in Python.
             _thread.interrupt_main()
             return _error(call, "KeyboardInterrupt")
         except BaseException as error:
