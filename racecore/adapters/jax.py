@@ -122,18 +122,21 @@ def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
     return _placed_like(out, query)
 
 
-def _forward(task: Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, None]]]:
-    """Keep the inputs, and the names of those whose gradients will be wanted."""
+def _forward(task: Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+    """Keep the inputs, and which gradients will be wanted."""
     values = {name: argument.value for name, argument in given.items()}
-    wrt = {name: None for name in _DIFFERENTIABLE if given[name].perturbed}  # keys are part of a pytree's type
-    return _attention(task, values), (values, wrt)
+    code = sum(1 << bit for bit, name in enumerate(_DIFFERENTIABLE) if given[name].perturbed)
+    # As a length: known while tracing, and part of the array. The structure of what is kept is not safe, since JAX traces this
+    # function once for every set of wanted gradients and may then take one's structure for another's.
+    return _attention(task, values), (values, jnp.zeros((code, 0), bool))
 
 
-def _backward(task: Task, residuals: tuple[dict[str, jax.Array], dict[str, None]], d_out: Any) -> tuple[Any]:
-    values, wrt = residuals
+def _backward(task: Task, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any) -> tuple[dict[str, Any]]:
+    values, wanted = kept
+    wrt = tuple(name for bit, name in enumerate(_DIFFERENTIABLE) if wanted.shape[0] >> bit & 1)
     gradients: dict[str, Any] = dict.fromkeys(values)
     if not isinstance(d_out, jax.custom_derivatives.SymbolicZero):
-        gradients |= _gradients(replace(task, wrt=tuple(wrt)), values, d_out)
+        gradients |= _gradients(replace(task, wrt=wrt), values, d_out)
     return (gradients,)
 
 
@@ -238,7 +241,7 @@ def _as_jax(array: Any, name: str) -> jax.Array:
         if array.dtype.kind == "f" and narrow != array.dtype:
             raise TypeError(_narrowing(array.dtype, narrow, name))
         return jnp.asarray(array)  # under jax.grad a Python number is a tracer with that number inside
-    if isinstance(array, (int, float)):
+    if isinstance(array, (int, float)) and not isinstance(array, np.generic):
         return jnp.asarray(array)
     numbers = _as_numpy(array, name)
     narrow = jax.dtypes.canonicalize_dtype(numbers.dtype)
