@@ -161,7 +161,8 @@ def test_one_set_of_gradients_is_not_taken_for_another() -> None:
 
 
 @pytest.mark.parametrize(
-    "axes", [(0, 0, 0, None, None), (0, None, None, None, None), (1, 0, 0, 0, None), (None, 2, 0, None, 0), (0, 0, 0, 0, 0)]
+    "axes",
+    [(0, 0, 0, None, None), (0, None, None, None, None), (1, 0, 0, 0, None), (None, 2, 0, None, 0), (0, 0, 0, 0, 0)],
 )
 @pytest.mark.parametrize("kind", ["bidirectional", "masked"])
 def test_vmap_equals_a_loop(kind: str, axes: tuple[int | None, ...]) -> None:
@@ -206,7 +207,9 @@ def test_several_mapped_axes_masks_and_bounds() -> None:
         for index in np.ndindex(2, 3):
             for a, b in zip(found, each(q[index], k[index], v[0, index[1]], extra[index[1]]), strict=True):
                 np.testing.assert_array_equal(a[index], b)
-    summed = jax.grad(lambda p: jax.vmap(lambda q, k, v: race_attention(q, k, v, p, 1.0))(q[0], k[0], v[0]).sum())(planes)
+    summed = jax.grad(lambda p: jax.vmap(lambda q, k, v: race_attention(q, k, v, p, 1.0))(q[0], k[0], v[0]).sum())(
+        planes
+    )
     batch = jax.grad(lambda p: race_attention(q[0], k[0], v[0], p, 1.0).sum())(planes)
     assert relative_error(summed, batch) < 1e-5
 
@@ -273,7 +276,9 @@ def test_nothing_is_narrowed_without_a_word() -> None:
         with pytest.raises(TypeError, match="is float64, and JAX would silently make it float32.*jax_enable_x64"):
             race_attention(*bad)
     with jax.enable_x64(True):
-        assert race_attention(*(jnp.asarray(x) for x in arrays[:3]), lsh.planes / 3, np.float64(0.1)).dtype == jnp.float64
+        assert (
+            race_attention(*(jnp.asarray(x) for x in arrays[:3]), lsh.planes / 3, np.float64(0.1)).dtype == jnp.float64
+        )
         assert race_attention(*single, lsh.planes / 3, 0.1).dtype == jnp.float32
         wide = [jnp.asarray(x) for x in arrays[:3]]
     with pytest.raises(TypeError, match="query is float64"):
@@ -294,7 +299,9 @@ def test_mistakes_are_reported_while_tracing() -> None:
     x = jnp.ones((2, 6, 4, 8))
     planes = jnp.ones((3, 2, 8))
 
-    def call(query: Any = x, key: Any = x, value: Any = x, planes: Any = planes, beta: Any = 1.0, **options: Any) -> Any:
+    def call(
+        query: Any = x, key: Any = x, value: Any = x, planes: Any = planes, beta: Any = 1.0, **options: Any
+    ) -> Any:
         return jax.eval_shape(lambda q: race_attention(q, key, value, planes, beta, **options), query)
 
     assert call().shape == x.shape
@@ -494,7 +501,7 @@ LARGE = """
     attend = lambda q: race_attention(q, constant, q * 2, planes, 1.0, is_causal=True)
     step = jax.jit(lambda q: q - 0.1 * jax.grad(lambda q: (attend(attend(q)) ** 2).mean())(q))
     q = jnp.asarray(constant)
-    for _ in range(25):
+    for _ in range(12):
         q = step(q)  # not waited for: as many as JAX likes are under way
     pieces = jax.jit(jax.vmap(attend_few := lambda q: race_attention(q, q, q, planes, 1.0)))(q.reshape(64, 512, 2, 64))
     print(json.dumps(bool(jnp.isfinite(q).all() & jnp.isfinite(pieces).all())))
@@ -508,4 +515,5 @@ def test_large_arrays_under_jit_do_not_dead_lock(n_processors: int) -> None:
 
 
 def test_importing_racecore_loads_no_jax() -> None:
-    assert run_program("import json, sys, racecore, racecore.adapters, racecore.restart\nprint(json.dumps('jax' in sys.modules))") is False
+    program = "import json, sys, racecore, racecore.adapters.task, racecore.restart"
+    assert run_program(program + "\nprint(json.dumps('jax' in sys.modules))") is False

@@ -265,7 +265,7 @@ def _as_numpy(array: Any, name: str) -> np.ndarray:
 
 def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
     """Let racecore check the arguments, with stand-ins of the same shapes and dtypes in place of their values."""
-    standing = {name: None if array is None else _stand_in(array, name) for name, array in given.items()}
+    standing: dict[str, Any] = {n: None if array is None else _stand_in(array, n) for n, array in given.items()}
     bounds = standing["cu_seqlens"]
     if isinstance(given["cu_seqlens"], jax.core.Tracer):
         n_tokens = given["key"].shape[-3] if np.ndim(given["key"]) in (3, 4) else 0
@@ -274,8 +274,9 @@ def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
     elif bounds is not None:
         bounds = np.asarray(given["cu_seqlens"])
     lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
+    query, key, value = (standing[name] for name in ROWS)
     inputs.check_attention(
-        *(standing[name] for name in ROWS), lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
+        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
         cu_seqlens=bounds, chunk_size=None, memory_limit=None,
     )  # fmt: skip
 

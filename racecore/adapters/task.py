@@ -50,7 +50,8 @@ def run(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> No
             for target in targets:
                 target[...] = np.nan
         elif task.wrt is None:
-            racecore.attention(*_rows(example), lsh, **_options(task, example), out=targets[0])
+            query, key, value = _rows(example)
+            racecore.attention(query, key, value, lsh, **_options(task, example), out=targets[0])
         else:
             _write_gradients(task, example, lsh, dict(zip(task.wrt, targets, strict=True)))
 
@@ -75,8 +76,9 @@ def _named(task: Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
 def _write_gradients(
     task: Task, example: dict[str, np.ndarray], lsh: racecore.SoftLSH, targets: dict[str, np.ndarray]
 ) -> None:
-    saved = saved_from_inputs(*_rows(example), lsh, **_options(task, example), wrt=tuple(targets))
-    rows = racecore.Gradients(**{name: targets[name] for name in ROWS if name in targets})
+    query, key, value = _rows(example)
+    saved = saved_from_inputs(query, key, value, lsh, **_options(task, example), wrt=tuple(targets))
+    rows = racecore.Gradients(targets.get("query"), targets.get("key"), targets.get("value"))
     gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
     for name in HASH:
         if name in targets:
@@ -114,12 +116,12 @@ def _folded_result(result: np.ndarray) -> np.ndarray:
     return result.reshape(math.prod(result.shape[:-3]), *result.shape[-3:])
 
 
-def _result_of_one(index: tuple[int, ...], result: np.ndarray) -> np.ndarray:
-    return result[(*index, ...)]
+def _result_of_one(index: tuple[Any, ...], result: np.ndarray) -> np.ndarray:
+    return result[(*index, Ellipsis)]  # a view even where no axis is left
 
 
-def _rows(example: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [example[name] for name in ROWS]
+def _rows(example: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return example["query"], example["key"], example["value"]
 
 
 def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _INTERNAL = 13  # error code
 _DTYPES = {1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
            10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}  # fmt: skip
 
-_HEAD = [("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p)]  # of most structures
+_HEAD: Any = (("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p))  # of most structures
 
 
 class _Version(ctypes.Structure):
@@ -162,7 +162,7 @@ def _view(buffer: _Buffer, is_writable: bool) -> np.ndarray:
         return np.empty(shape, dtype)
     if is_writable and n_bytes >= _MANY_BYTES:
         _ask_for_large_pages(buffer.data, n_bytes)
-    memory = (ctypes.c_char * n_bytes).from_address(buffer.data)
+    memory: Any = (ctypes.c_char * n_bytes).from_address(buffer.data)
     view = np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
     view.flags.writeable = is_writable
     return view
