@@ -95,6 +95,8 @@ def is_on_device(array: Any) -> bool:
     """Tell whether an array of any library is on a GPU."""
     if cuda.is_array(array):
         return True
+    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
+        return False
     return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (_DEVICE, _DEVICE_MANAGED)
 
 
@@ -111,6 +113,22 @@ def _import_from_device(array: Any, name: str) -> Any:
     if "bfloat16" in str(array.dtype) and _library(array) == "torch":
         return cupy.from_dlpack(array.view(sys.modules["torch"].int16)).view(dtype_of("bfloat16"))
     return cupy.from_dlpack(array)
+
+
+def _is_jax_array_in_pieces(array: Any) -> bool:
+    """Tell whether an array of JAX is spread over devices, which DLPack does not know; NumPy gets it gathered.
+
+    Raises
+    ------
+    TypeError
+        There is no array, as its function is being traced.
+    """
+    if isinstance(array, sys.modules["jax"].core.Tracer):
+        raise TypeError(
+            "an array is traced by JAX (under jit, grad or vmap), and racecore needs its values: use race_attention of "
+            "racecore.adapters.jax there, which has gradients too"
+        )
+    return len(array.devices()) > 1
 
 
 def _refuse_gradients(array: Any, name: str) -> None:
@@ -156,6 +174,8 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
 
 def _import(array: Any, name: str) -> np.ndarray:
     """Bring an array of another library in through DLPack."""
+    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
+        return np.asarray(array)
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
             f"{name} must be a NumPy array or an array that speaks DLPack, got {type(array).__module__}."
@@ -219,7 +239,7 @@ def _hand_over(array: Any) -> Callable[[Any], Any]:
     library = _library(array)
     module = sys.modules.get(library)
     if library == "jax":
-        return sys.modules["jax"].numpy.asarray
+        return _to_jax
     if library == "torch":
         return _to_torch
     from_dlpack = getattr(module, "from_dlpack", None)
@@ -235,3 +255,13 @@ def _to_torch(result: Any) -> Any:
     if is_bfloat16(result.dtype):
         return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(result)
+
+
+def _to_jax(result: Any) -> Any:
+    jax = sys.modules["jax"]
+    if cuda.is_array(result):
+        return jax.numpy.from_dlpack(result)
+    if result.dtype.itemsize < 8:
+        return jax.numpy.asarray(result)
+    with jax.enable_x64(True):  # it came as float64; outside, JAX would narrow it without a word
+        return jax.numpy.asarray(result)
