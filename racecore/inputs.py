@@ -23,9 +23,12 @@ __all__ = [
     "check_attention",
     "check_d_out",
     "check_d_state",
+    "check_dtypes",
     "check_gradient_targets",
     "check_out",
     "check_overwritten",
+    "check_same_place",
+    "check_shapes",
     "check_wrt",
     "parse_bytes",
 ]
@@ -64,10 +67,10 @@ def check_attention(
     """
     q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     if on_device is None:
-        on_device = _place(query=q, key=k, value=v)
+        on_device = check_same_place(query=q, key=k, value=v)
     q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
-    q, k, v, had_batch = _checked_shapes(q, k, v)
-    _check_dtypes(query=q, key=k, value=v)
+    q, k, v, had_batch = check_shapes(q, k, v)
+    check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
     _check_readout(readout)
     if not isinstance(is_causal, (bool, np.bool_)):
@@ -99,7 +102,7 @@ def check_attention(
     return problem, lsh, had_batch
 
 
-def _place(**named: Any) -> bool:
+def check_same_place(**named: Any) -> bool:
     """Return whether the arrays are on a GPU; all of them must be, or none."""
     places = {name: cuda.is_array(array) for name, array in named.items()}
     if len(set(places.values())) > 1:
@@ -110,7 +113,8 @@ def _place(**named: Any) -> bool:
     return next(iter(places.values()))
 
 
-def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Check the shapes of query, key and value with each other; return them with a batch axis, and whether they had one."""
     shapes = f"query {q.shape}, key {k.shape}, value {v.shape}"
     if not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
         raise ValueError(
@@ -141,7 +145,8 @@ def _check_readout(readout: str) -> None:
         raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
 
 
-def _check_dtypes(**named: np.ndarray) -> None:
+def check_dtypes(**named: np.ndarray) -> None:
+    """Check that arrays have one dtype, one of those that kernels read."""
     for name, array in named.items():
         if not arrays.is_supported(array.dtype):
             raise TypeError(
@@ -387,7 +392,7 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
 def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
     """Check the arguments of `RaceState.append`."""
     k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    _place(key=k, value=v)
+    check_same_place(key=k, value=v)
     wanted_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
     wanted_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
     k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
@@ -395,7 +400,7 @@ def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Probl
         raise ValueError(
             f"key and value must have shapes {_text(wanted_k)} and {_text(wanted_v)} for this state, got {k.shape} and {v.shape}"
         )
-    _check_dtypes(key=k, value=v)
+    check_dtypes(key=k, value=v)
     return _state_problem(state, None, k, v, key_mask=_checked_mask(key_mask, k))
 
 
@@ -408,7 +413,7 @@ def check_attend(state: RaceState, query: Any, readout: str, on_device: bool | N
         raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")
     if q.shape[2] % state.n_kv_heads or q.shape[2] == 0:
         raise ValueError(f"the query's heads must be a multiple of the state's {state.n_kv_heads}, got {q.shape[2]}")
-    _check_dtypes(query=q)
+    check_dtypes(query=q)
     _check_readout(readout)
     return _state_problem(state, q, None, None, readout=readout)
 

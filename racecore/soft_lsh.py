@@ -160,6 +160,10 @@ class SoftLSH:
         """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without a copy."""
         return _repeated(self._planes, 3, n_state_heads), _repeated(self._beta, 0, n_state_heads)
 
+    def per_kv_head(self, n_kv_heads: int) -> np.ndarray:
+        """Return planes [G, L, P, D] for hashing keys, shared ones repeated without a copy."""
+        return _repeated(self._planes, 3, n_kv_heads)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write planes, beta and a checksum to an .npz file, which appears whole or not at all."""
         files.save(path, _FILE_KIND, _FILE_VERSION, planes=self._planes, beta=self._beta)
