@@ -14,12 +14,13 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md"]
+PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/socket.md", "docs/long_inputs.md"]
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
     "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),
     "merge_states.py": (["--tokens", "3000"], "merged in the other order"),
     "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
+    "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads: [40"),
 }
 
 
@@ -67,7 +68,7 @@ def test_every_formula_holds():
     assert len(printed) > 40
 
 
-@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact"])
+@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".socket_index", ".sparse"])
 def test_docstring_examples_run(name):
     module = importlib.import_module(f"racecore{name}")
     assert doctest.testmod(module, verbose=False).failed == 0

@@ -177,12 +177,14 @@ def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
-@pytest.mark.parametrize("scorer", ["soft", "signed_jl"])
-def test_sparse_attention_is_exact_over_the_selected(dtype, scorer, backend):
-    query, key, value = make(4, dtype=dtype)
-    index = make_index(key, value, scorer=scorer)
-    options = dict(budget=30, sink=5, window=6, backend=backend)
+@pytest.mark.parametrize("selection", ["head", "group"])
+@pytest.mark.parametrize(("d", "v", "h"), [(20, 12, 4), (64, 64, 8), (32, 176, 10), (16, 144, 2)])
+def test_sparse_attention_is_exact_over_the_selected(d, v, h, selection, dtype, backend):
+    query, key, value = make(4, dtype=dtype, d=d, v=v, h=h)
+    index = make_index(key, value, make_lsh(d=d))
+    options = dict(budget=30, sink=5, window=6, group_selection=selection, backend=backend)
     selected = index.select(query, **options)
+    selected = selected.repeat(h // selected.shape[1], axis=1)
     found = racecore.sparse_attention(query, key, value, index, **options)
     expected = oracle.attention(query, key, value, [[row[row >= 0] for row in heads] for heads in selected])
     limit = 1e-5 if dtype is np.float32 else 2.0**-8
@@ -517,3 +519,99 @@ def test_only_selected_rows_are_read():
     done = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout == "done\n"
+
+
+query, key, value = make()
+INDEX = make_index(key, value)
+DECODE: dict[str, Any] = dict(query=query, key=key, value=value, index=INDEX, budget=5)
+BAD_CALLS = [
+    (dict(query=query[0]), ValueError, r"must all be \[B, T, heads, dim\]"),
+    (dict(query=query[:, :, :3]), ValueError, "3 query heads must be a multiple of the 2"),
+    (dict(query=query.astype(np.float64)), TypeError, "must have one dtype"),
+    (dict(key=key[:, :100], value=value[:, :100]), ValueError, "have 100 tokens and the index 150: append every token"),
+    (dict(lengths=[150, 149]), ValueError, r"lengths\[1\] is 149, and the index has 150"),
+    (dict(lengths=[150]), ValueError, r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
+    (dict(lengths=[150, 151]), ValueError, "lengths must be from 0 to 150.*got 151 at index 1"),
+    (dict(lengths=[1.5, 2]), TypeError, "lengths must be integers, got float64"),
+    (dict(index=3), TypeError, "index must be a racecore.SocketIndex, or None for dense attention, got int"),
+    (dict(index=racecore.SocketIndex(make_lsh())), ValueError, "the index is empty"),
+    (dict(index=racecore.SocketIndex(make_lsh(d=7))), ValueError, "hashes rows of 7 values, query and key have 20"),
+    (dict(index=INDEX.select_batch([0])), ValueError, r"\(batch, key/value heads\) = \(1, 2\), key and value \(2, 2\)"),
+    (dict(budget=-1), ValueError, "budget must not be negative, got -1"),
+    (dict(budget=1.5), ValueError, "a float budget is a share of the tokens, from 0 to 1, got 1.5"),
+    (dict(budget=float("nan")), ValueError, "a share of the tokens"),
+    (dict(budget=True), TypeError, "budget must be a number of tokens"),
+    (dict(budget="all"), TypeError, "budget must be a number of tokens"),
+    (dict(sink=-1), ValueError, "sink must not be negative"),
+    (dict(window=1.0), TypeError, "window must be an integer number of tokens"),
+    (dict(group_selection="layer"), ValueError, "group_selection must be 'head'.*or 'group'.*got 'layer'"),
+    (dict(backend="gpu"), ValueError, "backend must be None or one of"),
+    (dict(out=np.empty((2, 1, 4, 5), np.float32)), ValueError, r"out must have shape \(2, 1, 4, 12\)"),
+    (dict(out=value[:, :1].repeat(2, axis=2).astype(np.float64)), ValueError, "dtype float32"),
+    (dict(query=key[:, :, [0, 0, 1, 1]][:, :60], lengths=[150, 40], index=None), ValueError, "sequence 1 has only 40"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(changed, error, message):
+    with pytest.raises(error, match=message):
+        racecore.sparse_attention(**(DECODE | changed))
+
+
+def test_bad_appends_change_nothing():
+    index = make_index(key, value)
+    before = index.scores(query)
+    bad = [
+        ((key[..., :7], value), {}, ValueError, r"must have shapes \[2, T, 2, 20\] and \[2, T, 2, V\] for this index"),
+        ((key[:1], value[:1]), {}, ValueError, "must have shapes"),
+        ((key[:, :, :1], value[:, :, :1]), {}, ValueError, "must have shapes"),
+        ((key, value[:, :9]), {}, ValueError, "must have shapes"),
+        ((key, value.astype(BF16)), {}, TypeError, "one dtype"),
+        ((key.astype(int), value), {}, TypeError, "key must be float16"),
+        ((key, value), dict(lengths=[1, 151]), ValueError, "from 0 to 150"),
+        ((key, value), dict(backend="gpu"), ValueError, "backend must be"),
+    ]
+    for arguments, options, error, message in bad:
+        with pytest.raises(error, match=message):
+            index.append(*arguments, **options)
+    assert index.n_tokens == T
+    np.testing.assert_array_equal(index.scores(query), before)
+
+
+def test_an_interrupted_append_changes_nothing(monkeypatch):
+    from racecore.ops.socket import cpu
+
+    index = make_index(key, value)
+    before = index.scores(query)
+
+    def interrupt(norms):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu, "to_norm16", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        index.append(key, value)
+    assert index.n_tokens == T
+    np.testing.assert_array_equal(index.scores(query), before)
+
+
+def test_an_index_says_what_is_wrong():
+    for options, error, message in (
+        (dict(scorer="cosine"), ValueError, "scorer must be one of 'soft', 'hamming', 'signed_jl', got 'cosine'"),
+        (dict(tau=0), ValueError, "tau must be a positive number"),
+        (dict(tau=float("nan")), ValueError, "tau must be a positive number"),
+        (dict(tau="warm"), TypeError, "tau must be a number"),
+        (dict(weight_by_value_norm=1), TypeError, "weight_by_value_norm must be True or False"),
+    ):
+        with pytest.raises(error, match=message):
+            racecore.SocketIndex(make_lsh(), **options)
+    with pytest.raises(TypeError, match=r"lsh must be a racecore.SoftLSH, got str"):
+        racecore.SocketIndex("lsh")
+    with pytest.raises(ValueError, match="this index is empty: append"):
+        racecore.SocketIndex(make_lsh()).scores(query)
+    for wrong, message in (
+        (key[:, :2], "one token, got"),
+        (query[..., :7], r"\[2, 1, H, 20\]"),
+        (query[:, :, :3], "multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            INDEX.scores(wrong)

@@ -48,7 +48,10 @@ __all__ = [
     "QUERY",
     "VALUE",
     "WIDENED",
+    "can_list",
     "describe",
+    "is_narrow",
+    "list_rows",
     "load",
     "load_scattered",
     "read",
@@ -211,6 +214,37 @@ def load_scattered(
             tiles.widen_row(block.ctypes.data + i * block.strides[0], address, width // LANES)
         else:
             _load_row(address, step, code, block[i, :width])
+
+
+@helper
+def list_rows(table: np.ndarray, line: int, b: int, g: int, tokens: np.ndarray, first: int, n: int, width: int,
+              rows: np.ndarray) -> None:  # fmt: skip
+    """Write the addresses of rows (b, tokens[first + i], g) to rows[:n], the last one on to a multiple of four.
+
+    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: it is told the next block's.
+    """
+    lines = -(-width * _size(table[line, _CODE]) // _LINE)
+    for i in range(n):
+        rows[i] = _address(table, line, (b, tokens[first + i], g))
+        if first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
+            ahead = _address(table, line, (b, tokens[first + i + BLOCK], g))
+            for c in range(lines):
+                tiles.prefetch(ahead + c * _LINE)
+    for i in range(n, -(-n // 4) * 4):
+        rows[i] = rows[n - 1]
+
+
+@helper
+def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
+    """Tell whether a product can read rows where they are: whole vectors of float32, or of bfloat16, for float32 arithmetic."""
+    whole = table[line, 4] == 1 and width == block.shape[1] and block.itemsize == 4
+    return whole and (table[line, _CODE] == _FLOAT32 or table[line, _CODE] == _BFLOAT16)
+
+
+@helper
+def is_narrow(table: np.ndarray, line: int) -> bool:
+    """Tell whether an array is bfloat16."""
+    return table[line, _CODE] == _BFLOAT16
 
 
 @helper

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from racecore.ops.socket.layout import (
     n_digits,
     to_norm16,
 )
-from racecore.ops.socket.ranking import pick
+from racecore.ops.socket.ranking import add_groups, pick
 from racecore.ops.socket.scoring import (
     SCORE_KERNELS,
     HashCall,
@@ -42,6 +42,7 @@ _SCORED_AT_ONCE = 128  # blocks of a task: 8,192 tokens, whose scores stay in th
 _SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
 _PARTIAL_BYTES = 32 << 20  # of sums of shares
 _MOST_SHARES = 64  # of a tile
+_MOST_TILES = 16  # side by side: their sums stay in the second-level cache
 _NOTHING_SELECTED = np.zeros((0, 0, 0), np.int64)
 
 
@@ -134,13 +135,16 @@ def select(
     pairs = [(b, g) for b in range(batch) for g in range(n_kv_heads)]
     at_once = max(1, _SCORE_BYTES // max(1, longest * group * tables.dtype.itemsize))
     room = arrays.empty((min(at_once, len(pairs)) * group, longest), tables.dtype)
+    sums = arrays.empty((len(room) // group if is_shared else 0, longest), tables.dtype)
     bits = np.dtype(f"i{tables.dtype.itemsize}")
     for start in range(0, len(pairs), at_once):
         some = pairs[start : start + at_once]
         score = room[: len(some) * group]
         _score(tables, keys, multiplies, some, score)
         if is_shared:
-            score = np.add.accumulate(score.reshape(len(some), group, longest), axis=1)[:, -1].copy()
+            by_group = score.reshape(len(some), group, longest)
+            score = sums[: len(some)]
+            run(partial(add_groups, by_group, score), len(some), 1)
         sequence = np.repeat([b for b, _ in some], rows_per_pair)
         rows = slice(start * rows_per_pair, (start + len(some)) * rows_per_pair)
         arguments = (score.view(bits), keys.lengths[sequence], budgets[sequence], sink, window)
@@ -159,10 +163,12 @@ def attend_selected(
     counts = np.count_nonzero(selected >= 0, axis=2)
     sharing = query.shape[2] // selected.shape[1]
     heads = _heads_per_tile(sharing)
-    tiles = [
-        (b, h, 0, 1, int(counts[b, h // sharing])) for b in range(len(query)) for h in range(0, query.shape[2], heads)
+    runs = [
+        _Run([(b, h, 0, 1)], int(counts[b, h // sharing]))
+        for b in range(len(query))
+        for h in range(0, query.shape[2], heads)
     ]
-    _attend(query, key, value, (np.zeros(len(query), np.int64), selected), tiles, heads, out)
+    _attend((query, key, value, out), np.zeros(len(query), np.int64), selected, heads, runs)
 
 
 def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
@@ -170,42 +176,53 @@ def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths:
     batch, n_queries, n_heads, _ = query.shape
     heads = _heads_per_tile(n_heads // key.shape[2])
     step = max(1, ROWS // heads)
-    tiles = [
-        (b, h, i, min(step, n_queries - i), max(0, int(lengths[b]) - n_queries + min(i + step, n_queries)))
-        for b in range(batch)
-        for h in range(0, n_heads, heads)
-        for i in range(0, n_queries, step)
-    ]
-    _attend(query, key, value, (lengths, _NOTHING_SELECTED), tiles, heads, out)
+    runs = []
+    for b in range(batch):
+        tiles = [
+            (b, h, i, min(step, n_queries - i)) for i in range(0, n_queries, step) for h in range(0, n_heads, heads)
+        ]
+        side_by_side = min(n_heads // heads, _MOST_TILES) if n_queries == 1 else 1
+        for first in range(0, len(tiles), side_by_side):
+            some = tiles[first : first + side_by_side]
+            seen = int(lengths[b]) - n_queries + some[0][2] + some[0][3]
+            runs.append(_Run(some, max(0, seen)))
+    _attend((query, key, value, out), lengths, _NOTHING_SELECTED, heads, runs)
+
+
+class _Run(NamedTuple):
+    """Tiles that go through the same tokens together."""
+
+    tiles: list[tuple[int, int, int, int]]  # sequence, first head, first query, number of queries
+    n_tokens: int
 
 
 def _attend(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: tuple[np.ndarray, np.ndarray],
-    tiles: list[tuple[int, int, int, int, int]], heads: int, out: np.ndarray,
-) -> None:  # fmt: skip
-    """Attend tile after tile: (sequence, first head, first query, number of queries, number of tokens)."""
-    lengths, selected = seen
-    dtype = arrays.compute_dtype(query.dtype)
-    table = describe(query, key, value, out)
-    width = 2 + value.shape[3]
-    at_once = max(1, _PARTIAL_BYTES // (_MOST_SHARES * ROWS * width * 8)) if query.shape[1] == 1 else 1024
-    for start in range(0, len(tiles), at_once):
-        some = tiles[start : start + at_once]
+    tensors: tuple[np.ndarray, ...], lengths: np.ndarray, selected: np.ndarray, heads: int, runs: list[_Run]
+) -> None:
+    """Attend run after run; some at once, as many as the memory for their sums allows."""
+    query, key, value, _ = tensors
+    n_queries, width = query.shape[1], 2 + value.shape[3]
+    n_tiles = max((len(run.tiles) for run in runs), default=1)
+    rows = heads * max((tile[3] for run in runs for tile in run.tiles), default=1)
+    sums_of_run = (_MOST_SHARES if n_queries == 1 else 1) * n_tiles * rows * width * 8
+    at_once = max(1, _PARTIAL_BYTES // sums_of_run)
+    for start in range(0, len(runs), at_once):
+        tiles: list[tuple[int, ...]] = []
         shares: list[tuple[int, ...]] = []
-        lines: list[tuple[int, ...]] = []
-        for b, h, i, n, n_tokens in some:
-            step = _share(n_tokens, query.shape[1])
-            mine: list[tuple[int, ...]] = [(len(lines), t, min(t + step, n_tokens)) for t in range(0, n_tokens, step)]
-            lines.append((b, h, i, n, len(shares), len(shares) + len(mine)))
-            shares += mine
+        for some, n_tokens in runs[start : start + at_once]:
+            step, first = _share(n_tokens, n_queries), len(shares)
+            shares += [
+                (len(tiles), len(tiles) + len(some), t, min(t + step, n_tokens)) for t in range(0, n_tokens, step)
+            ]
+            tiles += [(*tile, first, len(shares), j) for j, tile in enumerate(some)]
         call = AttendCall(
-            table=table, tiles=_table(lines, 6), shares=_table(shares, 3), lengths=lengths, selected=selected,
-            like=np.empty(0, dtype), n_heads=query.shape[2], n_kv_heads=key.shape[2], n_queries=query.shape[1],
-            heads_per_tile=heads, head_dim=query.shape[3], value_dim=value.shape[3],
+            table=describe(*tensors), tiles=_table(tiles, 7), shares=_table(shares, 4), lengths=lengths, selected=selected,
+            like=np.empty(0, arrays.compute_dtype(query.dtype)), n_heads=query.shape[2], n_kv_heads=key.shape[2],
+            n_queries=n_queries, heads_per_tile=heads, head_dim=query.shape[3], value_dim=value.shape[3],
         )  # fmt: skip
-        sums = np.empty((len(shares), heads * max(n for _, _, _, n, _ in some), width))
+        sums = np.empty((len(shares), n_tiles, rows, width))
         run(partial(attend_shares, call, sums), len(shares), 1)
-        run(partial(join_shares, call, sums), len(some), 256)
+        run(partial(join_shares, call, sums), len(tiles), 8)
 
 
 def _heads_per_tile(n_sharing: int) -> int:

@@ -13,10 +13,21 @@ import numpy as np
 
 from racecore.jit import helper, kernel
 
-__all__ = ["pick"]
+__all__ = ["add_groups", "pick"]
 
 _SAMPLE = 2048
 _RADIX_BITS = 8
+
+
+@kernel
+def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> None:
+    """Write the sums [groups, tokens] of the scores [groups, heads, tokens] of a group's heads, added one after the other."""
+    for group in range(first, last):
+        for t in range(scores.shape[2]):
+            total = scores[group, 0, t]
+            for h in range(1, scores.shape[1]):
+                total += scores[group, h, t]
+            sums[group, t] = total
 
 
 @kernel
@@ -69,19 +80,24 @@ def _key(bits: int, highest: int) -> Any:
 @helper
 def _candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Return tokens, ascending, with their keys and their number: at least the `budget` best."""
-    highest = np.int64(0x7FFFFFFF) if scores.itemsize == 4 else np.int64(0x7FFFFFFFFFFFFFFF)
+    wide = scores.itemsize == 8
+    highest = np.int64(0x7FFFFFFFFFFFFFFF) if wide else np.int64(0x7FFFFFFF)
+    infinity = np.int64(0x7FF0000000000000) if wide else np.int64(0x7F800000)
     bar = _bar(scores, n, budget, highest)
-    tokens, keys = np.empty(n, np.int64), np.empty(n, np.int64)
+    tokens = np.empty(n if budget > 0 else 0, np.int64)
     found = 0
-    if budget > 0:
+    if budget > 0 and bar > 0:
+        for t in range(n):  # no branches, and no keys: bits that are no sign order as the numbers do
+            bits = np.int64(scores[t])
+            tokens[found] = t
+            found += (bits >= bar) | (bits & highest > infinity)
+    if found < budget:
         for t in range(n):
-            key = _key(np.int64(scores[t]), highest)
-            tokens[found], keys[found] = t, key
-            found += 1 if key >= bar else 0
-        if found < budget:
-            for t in range(n):
-                tokens[t], keys[t] = t, _key(np.int64(scores[t]), highest)
-            found = n
+            tokens[t] = t
+        found = n
+    keys = np.empty(found, np.int64)
+    for c in range(found):
+        keys[c] = _key(np.int64(scores[tokens[c]]), highest)
     return tokens, keys, found
 
 
