@@ -20,7 +20,7 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),
     "merge_states.py": (["--tokens", "3000"], "merged in the other order"),
     "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
-    "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads: [40"),
+    "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
 
 
