@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -615,3 +616,37 @@ def test_an_index_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             INDEX.scores(wrong)
+
+
+OTHER_PROCESSOR = """
+import numpy as np, racecore
+
+rng = np.random.default_rng(0)
+key, value = (rng.standard_normal((1, 100, 1, 16), dtype=np.float32) for _ in range(2))
+query = rng.standard_normal((1, 1, 5, 16), dtype=np.float32)
+index = racecore.SocketIndex(racecore.SoftLSH.random(16, 4, 7, rng=0))
+index.append(key, value, backend="reference")
+found, expected = (index.scores(query, backend=name) for name in ("cpu", "reference"))
+np.testing.assert_allclose(found, expected, rtol=1e-5)
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma")])
+def test_scores_on_processors_without_the_widest_lookups(name, features, tmp_path):
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESSOR],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "done\n"

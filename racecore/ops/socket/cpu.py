@@ -42,6 +42,7 @@ _SCORED_AT_ONCE = 128  # blocks of a task: 8,192 tokens, whose scores stay in th
 _SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
 _PARTIAL_BYTES = 32 << 20  # of sums of shares
 _MOST_SHARES = 64  # of a tile
+_LONGEST_SHARE = 1 << 17  # tokens: a launch must not take long, for Ctrl-C
 _MOST_TILES = 16  # side by side: their sums stay in the second-level cache
 _NOTHING_SELECTED = np.zeros((0, 0, 0), np.int64)
 
@@ -204,7 +205,8 @@ def _attend(
     n_queries, width = query.shape[1], 2 + value.shape[3]
     n_tiles = max((len(run.tiles) for run in runs), default=1)
     rows = heads * max((tile[3] for run in runs for tile in run.tiles), default=1)
-    sums_of_run = (_MOST_SHARES if n_queries == 1 else 1) * n_tiles * rows * width * 8
+    longest = max((run.n_tokens for run in runs), default=1)
+    sums_of_run = max(1, -(-longest // _share(longest, n_queries))) * n_tiles * rows * width * 8
     at_once = max(1, _PARTIAL_BYTES // sums_of_run)
     for start in range(0, len(runs), at_once):
         tiles: list[tuple[int, ...]] = []
@@ -231,9 +233,9 @@ def _heads_per_tile(n_sharing: int) -> int:
 
 
 def _share(n_tokens: int, n_queries: int) -> int:
-    """Return the tokens of a share: whole segments; one share only where there are many tiles, those of a prefill."""
+    """Return the tokens of a share: whole segments; few shares where there are many tiles, those of a prefill."""
     n_shares = _MOST_SHARES if n_queries == 1 else 1
-    return max(SEGMENT, -(-n_tokens // (SEGMENT * n_shares)) * SEGMENT)
+    return min(max(SEGMENT, -(-n_tokens // (SEGMENT * n_shares)) * SEGMENT), _LONGEST_SHARE)
 
 
 def _padded(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
