@@ -109,6 +109,26 @@ def check_hash() -> None:
     claim("d_W_p = d_u x", np.outer(d_u, x[0]), complex_step(lambda t: loss(x, t, beta), planes)[0])
 
 
+def check_digits() -> None:
+    """Section 9: a bucket's probability, and a sum over its bits, from tables of 16 entries per digit of four bits."""
+    for n_planes in (4, 6, 8, 10):
+        planes, q, tau = rng.standard_normal((1, n_planes, 5)), rng.standard_normal((1, 5)), 0.4
+        u = planes[0] @ q[0]
+        y = np.tanh(u) / (tau * 5**0.5)
+        c, codes = corners(n_planes), np.arange(2**n_planes)
+        e = np.exp(c @ y)
+        product, total = np.ones(2**n_planes), np.zeros(2**n_planes)
+        for first in range(0, n_planes, 4):
+            bits = range(first, min(first + 4, n_planes))  # bit 0 is the last plane
+            signs = 2 * (np.arange(16)[:, None] >> np.arange(len(bits)) & 1) - 1
+            own = [n_planes - 1 - bit for bit in bits]
+            digit = codes >> first & 15
+            product *= sigmoid(2 * signs * y[own]).prod(1)[digit]
+            total += (signs * u[own]).sum(1)[digit]
+        claim(f"P = {n_planes}: phi_r = prod_n psi_n[digit n of r]", product, e / e.sum())
+        claim(f"P = {n_planes}: sum_p c_p u_p = sum over digits", total, c @ u)
+
+
 def check_kernel_form() -> None:
     """Section 4: the ratio readout is attention under the kernel, and out is a convex combination of values."""
     planes = rng.standard_normal((3, 2, 4))
@@ -231,6 +251,7 @@ def check_constant_values() -> None:
 
 if __name__ == "__main__":
     check_hash()
+    check_digits()
     check_kernel_form()
     for readout in ("ratio", "bucket_mean"):
         for causal in (False, True):

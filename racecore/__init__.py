@@ -13,13 +13,16 @@ from racecore import errors, exact, outofcore
 from racecore._version import __version__
 from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients, StateGradient
+from racecore.socket_index import SocketIndex
 from racecore.soft_lsh import SoftLSH
+from racecore.sparse import sparse_attention
 from racecore.state import RaceState
 from racecore.threads import threads
 
 __all__ = [
     "Gradients",
     "RaceState",
+    "SocketIndex",
     "SoftLSH",
     "StateGradient",
     "__version__",
@@ -29,5 +32,6 @@ __all__ = [
     "errors",
     "exact",
     "outofcore",
+    "sparse_attention",
     "threads",
 ]

@@ -23,9 +23,10 @@ __all__ = [
     "check_out",
     "check_overwritten",
     "check_readout",
+    "check_same_place",
+    "check_shapes",
     "check_wrt",
     "checked_mask",
-    "common_place",
     "parse_bytes",
     "whole_sequences",
 ]
@@ -64,9 +65,9 @@ def check_attention(
     """
     q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     if on_device is None:
-        on_device = common_place(query=q, key=k, value=v)
+        on_device = check_same_place(query=q, key=k, value=v)
     q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
-    q, k, v, had_batch = _checked_shapes(q, k, v)
+    q, k, v, had_batch = check_shapes(q, k, v)
     check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
     check_readout(readout)
@@ -99,7 +100,7 @@ def check_attention(
     return problem, lsh, had_batch
 
 
-def common_place(**named: Any) -> bool:
+def check_same_place(**named: Any) -> bool:
     """Return whether the arrays are on a GPU; all of them must be, or none."""
     places = {name: cuda.is_array(array) for name, array in named.items()}
     if len(set(places.values())) > 1:
@@ -110,7 +111,8 @@ def common_place(**named: Any) -> bool:
     return next(iter(places.values()))
 
 
-def _checked_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Check the shapes of query, key and value with each other; return them with a batch axis, and whether they had one."""
     shapes = f"query {q.shape}, key {k.shape}, value {v.shape}"
     if not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from racecore import arrays, cuda
-from racecore.inputs import check_dtypes, check_readout, checked_mask, common_place, whole_sequences
+from racecore.inputs import check_dtypes, check_readout, check_same_place, checked_mask, whole_sequences
 from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem, changed
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ __all__ = ["check_append", "check_attend", "check_members", "check_state_dtype",
 def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
     """Check the arguments of `RaceState.append`."""
     k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    common_place(key=k, value=v)
+    check_same_place(key=k, value=v)
     k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
     _check_keys(state, k, v)
     check_dtypes(key=k, value=v)
@@ -49,7 +49,7 @@ def check_step(
     if is_plain and signature == state.checked_step[0]:
         return changed(state.checked_step[1], query=q, key=k, value=v)
     if on_device is None:
-        common_place(query=q, key=k, value=v)
+        check_same_place(query=q, key=k, value=v)
     else:
         q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
     q, k, v = (_with_batch(x, state.batch) for x in (q, k, v))

@@ -55,6 +55,8 @@ def nan_filled_memory() -> Iterator[None]:
     from racecore.ops import rows
     from racecore.ops.bidirectional import reference as bidirectional
     from racecore.ops.causal import reference as causal
+    from racecore.ops.socket import cpu as socket_cpu
+    from racecore.ops.socket import reference as socket
     from racecore.ops.soft_hash import reference as soft_hash
 
     genuine = arrays.empty
@@ -66,7 +68,7 @@ def nan_filled_memory() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("racecore") and getattr(module, "empty", None) is genuine:
                 patch.setattr(module, "empty", empty)
-        for module in (rows, bidirectional, causal, soft_hash, sys.modules["racecore.plan"]):
+        for module in (rows, bidirectional, causal, socket, socket_cpu, soft_hash, sys.modules["racecore.plan"]):
             patch.setattr(module, "np", _NumPyWithFilledEmpty("numpy"))
         yield
 

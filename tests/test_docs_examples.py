@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md", "docs/serving.md",
-    "docs/torch.md",
+    "docs/socket.md", "docs/torch.md",
 ]  # fmt: skip
 PACKAGES = {"docs/torch.md": "torch"}  # that a page is about, where racecore does without
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
@@ -25,6 +25,7 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "merge_states.py": (["--tokens", "3000"], "merged in the other order"),
     "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
     "jax_training.py": (["--quick"], "right on fresh sequences"),
+    "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
 NEEDS = {"jax_training.py": "jax"}  # packages beyond those of the tests
 
@@ -78,7 +79,7 @@ def test_every_formula_holds():
     assert len(printed) > 40
 
 
-@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact"])
+@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".socket_index", ".sparse"])
 def test_docstring_examples_run(name):
     module = importlib.import_module(f"racecore{name}")
     assert doctest.testmod(module, verbose=False).failed == 0

@@ -48,8 +48,12 @@ __all__ = [
     "QUERY",
     "VALUE",
     "WIDENED",
+    "can_list",
     "describe",
+    "is_narrow",
+    "list_rows",
     "load",
+    "load_scattered",
     "read",
     "rows_ahead",
     "rows_to_write",
@@ -186,6 +190,62 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
         else:
             _load_row(address, step, code, block[i, :width])
         address += row_step
+
+
+@helper
+def load_scattered(
+    table: np.ndarray, line: int, b: int, g: int, tokens: np.ndarray, first: int, n: int, width: int, block: np.ndarray
+) -> None:
+    """Fill block[:n, :width] with rows (b, tokens[first + i], g) of an array, and ask for those of the next block.
+
+    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: so it is told, one row of the
+    next block for each that it loads.
+    """
+    code, step = table[line, _CODE], table[line, 4]
+    size = _size(code)
+    lines = -(-width * size // _LINE) if step == 1 else 0
+    widens = step == 1 and code == _BFLOAT16 and block.itemsize == 4 and width % LANES == 0
+    for i in range(n):
+        if first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
+            ahead = _address(table, line, (b, tokens[first + i + BLOCK], g))
+            for c in range(lines):
+                tiles.prefetch(ahead + c * _LINE)
+        address = _address(table, line, (b, tokens[first + i], g))
+        if widens:
+            tiles.widen_row(block.ctypes.data + i * block.strides[0], address, width // LANES)
+        else:
+            _load_row(address, step, code, block[i, :width])
+
+
+@helper
+def list_rows(table: np.ndarray, line: int, b: int, g: int, tokens: np.ndarray, first: int, n: int, width: int,
+              rows: np.ndarray) -> None:  # fmt: skip
+    """Write the addresses of rows (b, tokens[first + i], g) to rows[:n], the last one on to a multiple of four.
+
+    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: it is told the next block's.
+    """
+    lines = -(-width * _size(table[line, _CODE]) // _LINE)
+    for i in range(n):
+        rows[i] = _address(table, line, (b, tokens[first + i], g))
+        if first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
+            ahead = _address(table, line, (b, tokens[first + i + BLOCK], g))
+            for c in range(lines):
+                tiles.prefetch(ahead + c * _LINE)
+    for i in range(n, -(-n // 4) * 4):
+        rows[i] = rows[n - 1]
+
+
+@helper
+def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
+    """Tell whether a product can read rows where they are: whole vectors of float32, or of bfloat16, for float32 arithmetic."""
+    whole = table[line, 4] == 1 and width == block.shape[1] and block.itemsize == 4
+    return whole and (table[line, _CODE] == _FLOAT32 or table[line, _CODE] == _BFLOAT16)
+
+
+@helper
+def is_narrow(table: np.ndarray, line: int) -> bool:
+    """Tell whether an array is bfloat16."""
+    return table[line, _CODE] == _BFLOAT16
 
 
 @helper

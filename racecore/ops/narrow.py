@@ -6,16 +6,14 @@ and no rounding mode. The plain twin is `array.astype`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from racecore.ops import processor
 from racecore.ops.vectors import Vector
 
 __all__ = [
@@ -64,20 +62,9 @@ class _Words:
         return self.builder.bitcast(a, self.words)
 
 
-@cache
-def _has_instruction() -> bool:
-    """Tell whether the processor that Numba compiles for has AVX512-BF16."""
-    if numba.config.CPU_NAME not in (None, "", "host") and numba.config.CPU_FEATURES is None:
-        return False
-    if numba.config.CPU_FEATURES is not None:
-        return "+avx512bf16" in numba.config.CPU_FEATURES.split(",")
-    llvm.initialize_native_asmparser()
-    return bool(llvm.get_host_cpu_features().get("avx512bf16", False))
-
-
 def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
     """Return LLVM code for whether any float32 of some vectors is subnormal; None unless `narrow_pair` has its instruction."""
-    if not _has_instruction():
+    if not processor.has("avx512bf16"):
         return None
     kind = ir.FunctionType(ir.IntType(16), [vectors[0].type])
     masks = [builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False) for vector in vectors]

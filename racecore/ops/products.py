@@ -177,7 +177,7 @@ def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
 def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
     """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows.
 
-    Rows x may be bfloat16 if there are 8 or 16 rows k and a multiple of 32 columns.
+    Rows x may be bfloat16 if there are a multiple of 4 rows k and of 32 columns.
     """
     a, b, y = (c.ctypes.data, c.shape[1], 1), (x.address, x.row, x.size), (m.ctypes.data, m.shape[1], m.itemsize)
     _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, ahead)
@@ -208,7 +208,9 @@ def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
                 else:
                     tiles.outer_8x1(*tile)
             elif left >= 4:
-                if two:
+                if b[2] < size:
+                    tiles.outer_4x2_narrow(*tile)
+                elif two:
                     tiles.outer_4x2(*tile)
                 else:
                     tiles.outer_4x1(*tile)

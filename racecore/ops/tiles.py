@@ -40,12 +40,14 @@ __all__ = [
     "outer_1x2",
     "outer_4x1",
     "outer_4x2",
+    "outer_4x2_narrow",
     "outer_8x1",
     "outer_8x2",
     "outer_8x2_narrow",
     "outer_8xhalf",
     "prefetch",
     "stream_row",
+    "totals",
     "transpose",
     "widen_row",
 ]
@@ -259,8 +261,8 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
             steps = [ir.Constant(emit.word, size) for size in (_VECTOR_BYTES, _VECTOR_BYTES // (2 if narrow else 1))]
             sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], steps, step)
             for r in range(n_rows):
-                totals = _totals(emit, sums[r * n_columns : (r + 1) * n_columns])
-                emit.store(totals, emit.address(c, emit.times(c_row, r)))
+                values = totals(emit, sums[r * n_columns : (r + 1) * n_columns])
+                emit.store(values, emit.address(c, emit.times(c_row, r)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, like), code
@@ -268,7 +270,7 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
     return tile
 
 
-def _totals(emit: Emitter, vectors: list[Any]) -> Any:
+def totals(emit: Emitter, vectors: list[Any]) -> Any:
     """Add up the lanes of each of 1, 2, 4, ... vectors; return the totals as one vector.
 
     Every round adds even lanes to odd ones, of two vectors at a time while there are two. Neighbours are added first,
@@ -392,6 +394,6 @@ widen_row, narrow_row = _row_copy(OVERWRITE, widen=True), _row_copy(NARROW)
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
 outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 4) for rows in (8, 4, 1))
 outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
-outer_8xhalf, outer_8x2_narrow = _outer_tile(8, 1), _outer_tile(8, 4, narrow=True)
+outer_8xhalf, outer_8x2_narrow, outer_4x2_narrow = _outer_tile(8, 1), _outer_tile(8, 4, True), _outer_tile(4, 4, True)
 dot_4x4, dot_1x4, dot_4x1, dot_1x1 = _dot_tile(4, 4), _dot_tile(1, 4), _dot_tile(4, 1), _dot_tile(1, 1)
 dot_4x4_narrow = _dot_tile(4, 4, narrow=True)

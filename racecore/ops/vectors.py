@@ -25,8 +25,8 @@ from numba.extending import intrinsic, overload, register_model
 from racecore.jit import helper, inlined
 
 __all__ = [
-    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "lanes",
-    "load", "load_rounded", "load_vector", "maximum", "power_of_two",   "select", "spread",
+    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "highest",
+    "lanes", "load", "load_rounded", "load_vector", "maximum", "power_of_two", "select", "spread",
     "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
 
@@ -258,6 +258,21 @@ def total(typing_context, a):
             n //= 2
             low, high = (_picked(builder, value, value, list(range(first, first + n))) for first in (0, n))
             value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return a.element(a), code
+
+
+@intrinsic
+def highest(typing_context, a):
+    """Return the largest of all lanes; where lanes are NaN, that or any other of them."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, n = arguments[0], a.lanes
+        while n > 1:
+            n //= 2
+            low, high = (_picked(builder, value, value, list(range(first, first + n))) for first in (0, n))
+            value = builder.select(builder.fcmp_ordered(">", high, low), high, low)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return a.element(a), code

@@ -1,0 +1,254 @@
+"""SOCKET with Numba kernels; see `reference` for the plain form. The kernels are in `scoring`, `ranking` and `softmax`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore import arrays
+from racecore.ops.blocks import describe
+from racecore.ops.products import padded
+from racecore.ops.socket.layout import (
+    BLOCK_TOKENS,
+    DIGIT_VALUES,
+    HashedKeys,
+    Scorer,
+    high_bits,
+    n_digits,
+    to_norm16,
+)
+from racecore.ops.socket.ranking import add_groups, pick
+from racecore.ops.socket.scoring import (
+    SCORE_KERNELS,
+    HashCall,
+    ScoreCall,
+    TableCall,
+    fill_tables,
+    hash_blocks,
+    score_one_by_one,
+)
+from racecore.ops.socket.softmax import ROWS, AttendCall, attend_shares, join_shares
+from racecore.plan import SEGMENT
+from racecore.threads import run
+
+__all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
+
+_KINDS = {"soft": 0, "hamming": 1, "signed_jl": 2}
+_HASHED_AT_ONCE = 1 << 15  # tokens whose norms are in memory as float64
+_SCORED_AT_ONCE = 128  # blocks of a task: 8,192 tokens, whose scores stay in the second-level cache
+_SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
+_PARTIAL_BYTES = 32 << 20  # of sums of shares
+_MOST_SHARES = 64  # of a tile
+_LONGEST_SHARE = 1 << 17  # tokens: a launch must not take long, for Ctrl-C
+_MOST_TILES = 16  # side by side: their sums stay in the second-level cache
+_NOTHING_SELECTED = np.zeros((0, 0, 0), np.int64)
+
+
+def hash_keys(
+    key: np.ndarray, value: np.ndarray, planes: np.ndarray, scorer: Scorer, keys: HashedKeys, counts: np.ndarray
+) -> None:
+    """Write bits and norms of new tokens behind those that `keys` has; its lengths stay as they are."""
+    batch, n_tokens, n_kv_heads, head_dim = key.shape
+    padded_planes = _padded(planes, arrays.compute_dtype(key.dtype))
+    for start in range(0, n_tokens, _HASHED_AT_ONCE):
+        stop = min(start + _HASHED_AT_ONCE, n_tokens)
+        norms = np.empty((batch, n_kv_heads, stop - start))
+        tasks = [
+            (b, t - start, min(t + SEGMENT, stop, int(count)) - start, int(keys.lengths[b]) + t)
+            for b, count in enumerate(counts)
+            for t in range(start, min(stop, int(count)), SEGMENT)
+        ]
+        k, v = key[:, start:stop], value[:, start:stop]
+        call = HashCall(
+            table=describe(None, k, v), tasks=_table(tasks, 4), planes=padded_planes, codes=keys.codes,
+            n_tables=keys.n_tables, high_bits=high_bits(keys.n_planes), head_dim=head_dim, value_dim=value.shape[3],
+            weighs_keys=scorer.weighs_keys, weighs_values=scorer.weighs_values,
+        )  # fmt: skip
+        run(partial(hash_blocks, call, norms), len(tasks), 1)
+        for b, first, last, place in tasks:
+            with np.errstate(over="ignore", invalid="ignore"):
+                keys.norms[b, :, place : place + last - first] = to_norm16(np.sqrt(norms[b, :, first:last]))
+
+
+def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.ndarray:
+    """Return what every digit of a key's code is worth to a query, [B, H, L, N, 16] in the dtype of the arithmetic."""
+    dtype = arrays.compute_dtype(query.dtype)
+    batch, _, n_heads, head_dim = query.shape
+    n_kv_heads, n_tables, n_planes, _ = planes.shape
+    tables = arrays.empty((batch, n_heads, n_tables, n_digits(n_planes), DIGIT_VALUES), dtype)
+    call = TableCall(
+        table=describe(query), planes=_padded(planes, dtype), n_tables=n_tables, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        kind=_KINDS[scorer.kind], factor=2 / (head_dim**0.5 * scorer.tau),
+    )  # fmt: skip
+    run(partial(fill_tables, call, tables), batch * n_kv_heads, 1)
+    return tables
+
+
+def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray:
+    """Return what queries think of every key, [B, H, T]: (sum over tables) * norm, and -inf behind the end of a sequence."""
+    batch, n_heads = tables.shape[:2]
+    longest = int(keys.lengths.max(initial=0))
+    result = arrays.empty((batch, n_heads, _whole_blocks(longest) * BLOCK_TOKENS), tables.dtype)
+    pairs = [(b, g) for b in range(batch) for g in range(keys.codes.shape[1])]
+    _score(tables, keys, multiplies, pairs, result.reshape(batch * n_heads, -1))
+    for b, length in enumerate(keys.lengths):
+        result[b, :, length:] = -np.inf
+    return result[:, :, :longest]
+
+
+def _score(
+    tables: np.ndarray, keys: HashedKeys, multiplies: bool, pairs: list[tuple[int, int]], out: np.ndarray
+) -> None:
+    """Score all keys of some (sequence, key/value head) for the heads of their groups: rows of out [rows, tokens]."""
+    group = tables.shape[1] // keys.codes.shape[1]
+    tasks = [
+        (b, g, block, min(block + _SCORED_AT_ONCE, n_blocks), row * group)
+        for row, (b, g) in enumerate(pairs)
+        for n_blocks in (_whole_blocks(int(keys.lengths[b])),)
+        for block in range(0, n_blocks, _SCORED_AT_ONCE)
+    ]
+    call = ScoreCall(
+        tables=tables, codes=keys.codes, norms=keys.norms, tasks=_table(tasks, 5), n_tables=keys.n_tables,
+        high_bits=high_bits(keys.n_planes), multiplies=multiplies,
+    )  # fmt: skip
+    kernel: Any = score_one_by_one
+    if tables.dtype == np.float32:
+        kernel = SCORE_KERNELS[tables.shape[3], multiplies]
+    run(partial(kernel, call, out), len(tasks), 1)
+
+
+def select(
+    tables: np.ndarray, keys: HashedKeys, multiplies: bool, budgets: np.ndarray, ends: tuple[int, int], is_shared: bool
+) -> np.ndarray:
+    """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with -1 at the end."""
+    batch, n_heads = tables.shape[:2]
+    n_kv_heads = keys.codes.shape[1]
+    group = n_heads // n_kv_heads
+    rows_per_pair = 1 if is_shared else group
+    sink, window = ends
+    width = int(np.minimum(keys.lengths, np.minimum(budgets, keys.lengths) + sink + window).max(initial=0))
+    longest = _whole_blocks(int(keys.lengths.max(initial=0))) * BLOCK_TOKENS
+    selected = np.empty((batch * n_kv_heads * rows_per_pair, width), np.int64)
+    counts = np.zeros(len(selected), np.int64)
+    pairs = [(b, g) for b in range(batch) for g in range(n_kv_heads)]
+    at_once = max(1, _SCORE_BYTES // max(1, longest * group * tables.dtype.itemsize))
+    room = arrays.empty((min(at_once, len(pairs)) * group, longest), tables.dtype)
+    sums = arrays.empty((len(room) // group if is_shared else 0, longest), tables.dtype)
+    bits = np.dtype(f"i{tables.dtype.itemsize}")
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        score = room[: len(some) * group]
+        _score(tables, keys, multiplies, some, score)
+        if is_shared:
+            by_group = score.reshape(len(some), group, longest)
+            score = sums[: len(some)]
+            run(partial(add_groups, by_group, score), len(some), 1)
+        sequence = np.repeat([b for b, _ in some], rows_per_pair)
+        rows = slice(start * rows_per_pair, (start + len(some)) * rows_per_pair)
+        arguments = (score.view(bits), keys.lengths[sequence], budgets[sequence], sink, window)
+        results = (selected[rows], counts[rows])
+        run(partial(pick, *arguments, *results), len(score), 1)
+    return selected[:, : int(counts.max(initial=0))].reshape(batch, n_kv_heads * rows_per_pair, -1)
+
+
+def attend_selected(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, selected: np.ndarray, out: np.ndarray
+) -> None:
+    """Write exact softmax attention, scale 1/sqrt(D), of one query over selected tokens; zeros where there are none."""
+    if selected.shape[2] == 0:
+        out[...] = 0
+        return
+    counts = np.count_nonzero(selected >= 0, axis=2)
+    sharing = query.shape[2] // selected.shape[1]
+    heads = _heads_per_tile(sharing)
+    runs = [
+        _Run([(b, h, 0, 1)], int(counts[b, h // sharing]))
+        for b in range(len(query))
+        for h in range(0, query.shape[2], heads)
+    ]
+    _attend((query, key, value, out), np.zeros(len(query), np.int64), selected, heads, runs)
+
+
+def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+    """Write exact causal softmax attention, scale 1/sqrt(D), of the last Tq tokens of every sequence."""
+    batch, n_queries, n_heads, _ = query.shape
+    heads = _heads_per_tile(n_heads // key.shape[2])
+    step = max(1, ROWS // heads)
+    runs = []
+    for b in range(batch):
+        tiles = [
+            (b, h, i, min(step, n_queries - i)) for i in range(0, n_queries, step) for h in range(0, n_heads, heads)
+        ]
+        side_by_side = min(n_heads // heads, _MOST_TILES) if n_queries == 1 else 1
+        for first in range(0, len(tiles), side_by_side):
+            some = tiles[first : first + side_by_side]
+            seen = int(lengths[b]) - n_queries + some[0][2] + some[0][3]
+            runs.append(_Run(some, max(0, seen)))
+    _attend((query, key, value, out), lengths, _NOTHING_SELECTED, heads, runs)
+
+
+class _Run(NamedTuple):
+    """Tiles that go through the same tokens together."""
+
+    tiles: list[tuple[int, int, int, int]]  # sequence, first head, first query, number of queries
+    n_tokens: int
+
+
+def _attend(
+    tensors: tuple[np.ndarray, ...], lengths: np.ndarray, selected: np.ndarray, heads: int, runs: list[_Run]
+) -> None:
+    """Attend run after run; some at once, as many as the memory for their sums allows."""
+    query, key, value, _ = tensors
+    n_queries, width = query.shape[1], 2 + value.shape[3]
+    n_tiles = max((len(run.tiles) for run in runs), default=1)
+    rows = heads * max((tile[3] for run in runs for tile in run.tiles), default=1)
+    longest = max((run.n_tokens for run in runs), default=1)
+    sums_of_run = max(1, -(-longest // _share(longest, n_queries))) * n_tiles * rows * width * 8
+    at_once = max(1, _PARTIAL_BYTES // sums_of_run)
+    for start in range(0, len(runs), at_once):
+        tiles: list[tuple[int, ...]] = []
+        shares: list[tuple[int, ...]] = []
+        for some, n_tokens in runs[start : start + at_once]:
+            step, first = _share(n_tokens, n_queries), len(shares)
+            shares += [
+                (len(tiles), len(tiles) + len(some), t, min(t + step, n_tokens)) for t in range(0, n_tokens, step)
+            ]
+            tiles += [(*tile, first, len(shares), j) for j, tile in enumerate(some)]
+        call = AttendCall(
+            table=describe(*tensors), tiles=_table(tiles, 7), shares=_table(shares, 4), lengths=lengths, selected=selected,
+            like=np.empty(0, arrays.compute_dtype(query.dtype)), n_heads=query.shape[2], n_kv_heads=key.shape[2],
+            n_queries=n_queries, heads_per_tile=heads, head_dim=query.shape[3], value_dim=value.shape[3],
+        )  # fmt: skip
+        sums = np.empty((len(shares), n_tiles, rows, width))
+        run(partial(attend_shares, call, sums), len(shares), 1)
+        run(partial(join_shares, call, sums), len(tiles), 8)
+
+
+def _heads_per_tile(n_sharing: int) -> int:
+    """Return how many of the heads that share their rows a tile takes: as many as fit, in equal parts."""
+    return next(n for n in range(min(n_sharing, ROWS), 0, -1) if n_sharing % n == 0)
+
+
+def _share(n_tokens: int, n_queries: int) -> int:
+    """Return the tokens of a share: whole segments; few shares where there are many tiles, those of a prefill."""
+    n_shares = _MOST_SHARES if n_queries == 1 else 1
+    return min(max(SEGMENT, -(-n_tokens // (SEGMENT * n_shares)) * SEGMENT), _LONGEST_SHARE)
+
+
+def _padded(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return planes as kernels take them: [G or 1, L*P, D padded]."""
+    own = planes[:1] if planes.strides[0] == 0 else planes  # heads share them
+    wide = np.zeros((len(own), own.shape[1] * own.shape[2], padded(own.shape[3])), dtype)
+    wide[:, :, : own.shape[3]] = own.reshape(*wide.shape[:2], -1)
+    return wide
+
+
+def _whole_blocks(n_tokens: int) -> int:
+    return -(-n_tokens // BLOCK_TOKENS)
+
+
+def _table(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(len(rows), width)

@@ -1,0 +1,251 @@
+"""SOCKET in plain NumPy: hash keys to bits, look up scores, select, attend exactly. Source: arXiv 2602.06283; docs/math.md.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, D and V head and value dim, L tables, P planes, N digits of a
+code (`layout`). Query head h belongs to key/value head h // (H // G).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from racecore import arrays
+from racecore.ops.socket.layout import (
+    BLOCK_TOKENS,
+    DIGIT_BITS,
+    DIGIT_VALUES,
+    HashedKeys,
+    Scorer,
+    from_norm16,
+    high_bits,
+    n_digits,
+    to_norm16,
+)
+
+__all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
+
+
+def hash_keys(
+    key: np.ndarray, value: np.ndarray, planes: np.ndarray, scorer: Scorer, keys: HashedKeys, counts: np.ndarray
+) -> None:
+    """Write bits and norms of new tokens behind those that `keys` has; its lengths stay as they are.
+
+    Parameters
+    ----------
+    key : array, shape [B, T, G, D]
+    value : array, shape [B, T, G, V]
+        Any strides, any of the four dtypes.
+    planes : float64 array, shape [G, L, P, D]
+    scorer : Scorer
+        Which norms it multiplies scores with is what gets stored.
+    keys : HashedKeys
+        With room for the new tokens.
+    counts : int64 array, shape [B]
+        How many of the T tokens of each sequence are new; the rest is padding.
+    """
+    weights = 1 << np.arange(planes.shape[2])[::-1]
+    for b, count in enumerate(counts):
+        k, v = key[b, :count], value[b, :count]
+        # in float64, or the sign of a sum near 0 would depend on how NumPy adds up so many tokens
+        bits = np.einsum("tgd,glpd->tglp", k.astype(np.float64), planes) >= 0
+        place = keys.lengths[b] + np.arange(count)
+        block, lane = place // BLOCK_TOKENS, place % BLOCK_TOKENS
+        rows = _packed((bits * weights).sum(-1), planes.shape[2])  # [T, G, rows]
+        keys.codes[b, :, block, :, lane] = rows
+        norm = np.ones(k.shape[:2])
+        if scorer.weighs_values:
+            norm = norm * np.linalg.norm(v.astype(np.float64), axis=-1)
+        if scorer.weighs_keys:
+            norm = norm * np.linalg.norm(k.astype(np.float64), axis=-1)
+        keys.norms[b, :, place] = to_norm16(norm)
+
+
+def _packed(code: np.ndarray, n_planes: int) -> np.ndarray:
+    """Return the bytes [T, G, rows] of codes [T, G, L]: the low eight bits of each, then the bits above, table after table."""
+    low, high = (code & 0xFF).astype(np.uint8), code >> 8
+    width = high_bits(n_planes)
+    if width == 0:
+        return low
+    per_byte = 8 // width
+    n_bytes = -(-code.shape[2] // per_byte)
+    padded = np.zeros((*code.shape[:2], n_bytes * per_byte), np.int64)
+    padded[..., : code.shape[2]] = high
+    shifts = width * np.arange(per_byte)
+    bytes_above = (padded.reshape(*code.shape[:2], n_bytes, per_byte) << shifts).sum(-1)
+    return np.concatenate([low, bytes_above.astype(np.uint8)], axis=-1)
+
+
+def _digits(rows: np.ndarray, n_tables: int, n_planes: int) -> np.ndarray:
+    """Return the digits [..., L, N] of codes, lowest first, from their bytes [..., rows]; inverts `_packed`."""
+    code, width = rows[..., :n_tables].astype(np.int64), high_bits(n_planes)
+    if width:
+        table = np.arange(n_tables)
+        above = rows[..., n_tables + table * width // 8] >> (table * width % 8).astype(np.uint8)
+        code |= (above & ((1 << width) - 1)).astype(np.int64) << 8
+    return code[..., None] >> DIGIT_BITS * np.arange(n_digits(n_planes)) & (DIGIT_VALUES - 1)
+
+
+def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.ndarray:
+    """Return what every digit of a key's code is worth to a query, [B, H, L, N, 16] in the dtype of the arithmetic.
+
+    Of "soft" the probability of a bucket is the *product* of its digits' entries: a softmax over corners is a product of
+    sigmoids, sigma(2 y_p c_p) with y_p = tanh(u_p) / (sqrt(D) tau). Of "hamming" (agreeing signs) and "signed_jl"
+    (sum of u_p times the sign of the key's) the score is the *sum* of the digits' entries.
+
+    Parameters
+    ----------
+    query : array, shape [B, 1, H, D]
+    planes : float64 array, shape [G, L, P, D]
+    scorer : Scorer
+    """
+    dtype = arrays.compute_dtype(query.dtype)
+    batch, _, n_heads, dim = query.shape
+    n_kv_heads, n_tables, n_planes, _ = planes.shape
+    q = query.astype(dtype).reshape(batch, n_kv_heads, n_heads // n_kv_heads, dim)
+    u = np.einsum("bgid,glpd->bgilp", q, planes.astype(dtype)).reshape(batch, n_heads, n_tables, n_planes)
+    one, zero = _worth_of_bits(u, dim, scorer)
+    values = np.arange(DIGIT_VALUES)
+    shape = (batch, n_heads, n_tables, n_digits(n_planes), DIGIT_VALUES)
+    tables = np.ones(shape, dtype) if scorer.multiplies else np.zeros(shape, dtype)
+    for bit in range(n_planes):  # bit 0 is the last plane
+        plane, is_set = n_planes - 1 - bit, (values >> bit % DIGIT_BITS & 1).astype(bool)
+        worth = np.where(is_set, one[..., plane, None], zero[..., plane, None])
+        if scorer.multiplies:
+            tables[..., bit // DIGIT_BITS, :] *= worth
+        else:
+            tables[..., bit // DIGIT_BITS, :] += worth
+    return tables
+
+
+def _worth_of_bits(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a set and an unset bit of a key are worth, given the query's projections u [..., P]."""
+    if scorer.kind == "soft":
+        y2 = np.tanh(u) * u.dtype.type(2 / (dim**0.5 * scorer.tau))
+        return 1 / (1 + np.exp(-y2)), 1 / (1 + np.exp(y2))
+    if scorer.kind == "hamming":
+        return (u >= 0).astype(u.dtype), (u < 0).astype(u.dtype)
+    return u, -u
+
+
+def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray:
+    """Return what queries think of every key, [B, H, T]: (sum over tables) * norm, and -inf behind the end of a sequence.
+
+    Parameters
+    ----------
+    tables : array, shape [B, H, L, N, 16]
+        What `query_tables` returned.
+    keys : HashedKeys
+    multiplies : bool
+        Whether the digits of a table are multiplied, or added.
+    """
+    batch, n_heads, n_tables, n, _ = tables.shape
+    group = n_heads // keys.codes.shape[1]
+    result = np.full((batch, n_heads, int(keys.lengths.max(initial=0))), -np.inf, tables.dtype)
+    table, digit = np.arange(n_tables)[:, None], np.arange(n)
+    for b in range(batch):
+        length = int(keys.lengths[b])
+        for h in range(n_heads):
+            rows = keys.codes[b, h // group].swapaxes(1, 2).reshape(-1, keys.codes.shape[3])[:length]  # [T, rows]
+            entries = tables[b, h, table, digit, _digits(rows, keys.n_tables, keys.n_planes)]  # [T, L, N]
+            worth = entries.prod(axis=-1) if multiplies else entries.sum(axis=-1)
+            result[b, h, :length] = worth.sum(axis=-1) * from_norm16(keys.norms[b, h // group, :length])
+    return result
+
+
+def select(
+    tables: np.ndarray, keys: HashedKeys, multiplies: bool, budgets: np.ndarray, ends: tuple[int, int], is_shared: bool
+) -> np.ndarray:
+    """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with -1 at the end.
+
+    The `budgets` best by score (of equal ones the earlier; NaN counts as infinite), the first and the last tokens.
+
+    Parameters
+    ----------
+    tables, keys, multiplies
+        As for `scores`.
+    budgets : int64 array, shape [B]
+    ends : (int, int)
+        How many of the first and of the last tokens to take in any case.
+    is_shared : bool
+        The heads of a group select together, by the sum of their scores; H becomes G.
+    """
+    score = scores(tables, keys, multiplies)
+    if is_shared:
+        n_kv_heads = keys.codes.shape[1]
+        grouped = score.reshape(len(score), n_kv_heads, -1, score.shape[2])
+        score = np.add.accumulate(grouped, axis=2)[:, :, -1]  # one after the other
+    score = np.where(np.isnan(score), np.inf, score)
+    chosen = [[_chosen(row[:length], budget, ends) for row in heads]
+              for heads, length, budget in zip(score, keys.lengths, budgets, strict=True)]  # fmt: skip
+    width = max((len(tokens) for heads in chosen for tokens in heads), default=0)
+    selected = np.full((*score.shape[:2], width), -1, np.int64)
+    for b, heads in enumerate(chosen):
+        for h, tokens in enumerate(heads):
+            selected[b, h, : len(tokens)] = tokens
+    return selected
+
+
+def _chosen(score: np.ndarray, budget: int, ends: tuple[int, int]) -> np.ndarray:
+    """Return the tokens that one row of scores selects."""
+    best = np.argsort(-score, kind="stable")[:budget]
+    takes = np.zeros(len(score), bool)
+    takes[best] = True
+    takes[: ends[0]] = True
+    takes[max(0, len(score) - ends[1]) :] = True
+    return np.flatnonzero(takes)
+
+
+def attend_selected(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, selected: np.ndarray, out: np.ndarray
+) -> None:
+    """Write exact softmax attention, scale 1/sqrt(D), of one query over selected tokens; zeros where there are none.
+
+    Parameters
+    ----------
+    query : array, shape [B, 1, H, D]
+    key : array, shape [B, T, G, D]
+    value : array, shape [B, T, G, V]
+        Only the selected rows are read.
+    selected : int64 array, shape [B, H or G, W]
+        What `select` returned.
+    out : array, shape [B, 1, H, V]
+    """
+    dtype, n_heads = arrays.compute_dtype(query.dtype), query.shape[2]
+    group, sharing = n_heads // key.shape[2], n_heads // selected.shape[1]
+    for b in range(len(query)):
+        for h in range(n_heads):
+            tokens = selected[b, h // sharing]
+            tokens = tokens[tokens >= 0]
+            k, v = key[b, tokens, h // group].astype(dtype), value[b, tokens, h // group].astype(dtype)
+            out[b, 0, h] = _softmax_mean(query[b, 0, h].astype(dtype), k, v)
+
+
+def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+    """Write exact causal softmax attention, scale 1/sqrt(D), of the last Tq tokens of every sequence.
+
+    Parameters
+    ----------
+    query : array, shape [B, Tq, H, D]
+        Query i is token length - Tq + i, and sees that and all before it.
+    key : array, shape [B, T, G, D]
+    value : array, shape [B, T, G, V]
+    lengths : int64 array, shape [B]
+        How many of the T tokens there are; what is behind is not read.
+    out : array, shape [B, Tq, H, V]
+    """
+    dtype, n_queries = arrays.compute_dtype(query.dtype), query.shape[1]
+    group = query.shape[2] // key.shape[2]
+    for b, length in enumerate(lengths):
+        for h in range(query.shape[2]):
+            k, v = key[b, :length, h // group].astype(dtype), value[b, :length, h // group].astype(dtype)
+            for i in range(n_queries):
+                seen = max(0, length - n_queries + i + 1)
+                out[b, i, h] = _softmax_mean(query[b, i, h].astype(dtype), k[:seen], v[:seen])
+
+
+def _softmax_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the mean of the values v [W, V] under the softmax of <q, k> / sqrt(D); zeros if there are none."""
+    if len(k) == 0:
+        return np.zeros(v.shape[1], q.dtype)
+    logits = k @ (q * q.dtype.type(len(q) ** -0.5))
+    weights = np.exp(logits - logits.max())
+    return weights @ v / weights.sum(dtype=np.float64)

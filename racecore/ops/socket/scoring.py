@@ -1,0 +1,250 @@
+"""Kernels that hash keys, make a query's tables and score keys with them; see `reference` for what they compute."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore.jit import helper, kernel
+from racecore.ops.blocks import KEY, QUERY, VALUE, load
+from racecore.ops.elementary import sigmoids, tanh
+from racecore.ops.memory import clear_columns, matrices
+from racecore.ops.products import NOTHING, padded, project, source_of
+from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
+from racecore.ops.socket.lookup import score_tile
+from racecore.ops.vectors import at, lanes, spread, store
+from racecore.ops.vectors import load as load_vector
+from racecore.plan import BLOCK, TOKENS
+
+__all__ = [
+    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "fill_tables", "hash_blocks", "score_one_by_one",
+]  # fmt: skip
+
+_SOFT, _HAMMING = np.int64(0), np.int64(1)
+
+
+class HashCall(NamedTuple):
+    """What hashing needs; `table` holds addresses, see ops.blocks."""
+
+    table: np.ndarray  # int64 [3, 6]
+    tasks: np.ndarray  # int64 [n, 4]: sequence, first and last of the new tokens, place of the first in the index
+    planes: np.ndarray  # [G or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros
+    codes: np.ndarray  # see layout.HashedKeys
+    n_tables: int
+    high_bits: int
+    head_dim: int
+    value_dim: int
+    weighs_keys: bool
+    weighs_values: bool
+
+
+@kernel
+def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> None:
+    """Write the codes of tasks first ... last - 1, and squares of norms to norms [B, G, new tokens]."""
+    dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
+    x = matrices(1, TOKENS, width, dtype)[0]
+    v = matrices(1, TOKENS, padded(call.value_dim), dtype)[0]
+    u = matrices(1, n_rows, TOKENS, dtype)[0]
+    keep = np.ones(BLOCK, np.float64)
+    clear_columns(x, call.head_dim)
+    for task in range(first, last):
+        b, begin, end, place = call.tasks[task]
+        for g in range(call.codes.shape[1]):
+            own = g if call.planes.shape[0] > 1 else 0
+            for t in range(begin, end, BLOCK):
+                n = min(BLOCK, end - t)
+                load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
+                project(call.planes[own], source_of(x), n_rows, n, u, NOTHING)
+                _write_codes(u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g])
+                for i in range(n):
+                    norms[b, g, t + i] = 1
+                if call.weighs_keys:
+                    _times_square(x, n, call.head_dim, norms[b, g, t : t + n])
+                if call.weighs_values:
+                    load(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
+                    _times_square(v, n, call.value_dim, norms[b, g, t : t + n])
+
+
+@helper
+def _write_codes(u: np.ndarray, n: int, place: int, n_tables: int, width: int, codes: np.ndarray) -> None:
+    """Write the signs of u [L*P, n] as codes of tokens place ... place + n - 1; codes [blocks, rows, 64]."""
+    n_planes = u.shape[0] // n_tables
+    code = np.empty(BLOCK, np.uint16)
+    for table in range(n_tables):
+        for i in range(n):
+            code[i] = 0
+        for p in range(n_planes):
+            row = u[table * n_planes + p]
+            for i in range(n):
+                code[i] = np.uint16(2 * code[i] + (1 if row[i] >= 0 else 0))
+        bit = table * width
+        for i in range(n):
+            block, lane = (place + i) // BLOCK_TOKENS, (place + i) % BLOCK_TOKENS
+            codes[block, table, lane] = np.uint8(code[i] & 0xFF)
+            if width > 0:
+                row_above = n_tables + bit // 8
+                before = codes[block, row_above, lane] if bit % 8 > 0 else np.uint8(0)
+                codes[block, row_above, lane] = np.uint8(before | (code[i] >> 8) << (bit % 8))
+
+
+@helper
+def _times_square(x: np.ndarray, n: int, width: int, squares: np.ndarray) -> None:
+    """squares[i] *= |x[i, :width]|^2, in float64: the square of a float32 may be none."""
+    for i in range(n):
+        total = 0.0
+        for d in range(width):
+            total += np.float64(x[i, d]) * np.float64(x[i, d])
+        squares[i] *= total
+
+
+class TableCall(NamedTuple):
+    """What the tables of queries need."""
+
+    table: np.ndarray  # int64 [1, 6], see ops.blocks
+    planes: np.ndarray  # as in HashCall
+    n_tables: int
+    n_kv_heads: int
+    head_dim: int
+    kind: int  # 0 soft, 1 hamming, 2 signed_jl
+    factor: float  # 2 / (sqrt(D) * tau)
+
+
+@kernel
+def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> None:
+    """Write tables [B, H, L, N, 16]; tasks are a key/value head of a sequence each."""
+    dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
+    group = tables.shape[1] // call.n_kv_heads
+    x = matrices(1, TOKENS, width, dtype)[0]
+    u = matrices(3, n_rows, TOKENS, dtype)
+    keep = np.ones(BLOCK, np.float64)
+    clear_columns(x, call.head_dim)
+    for task in range(first, last):
+        b, g = task // call.n_kv_heads, task % call.n_kv_heads
+        own = g if call.planes.shape[0] > 1 else 0
+        for i0 in range(0, group, BLOCK):
+            n = min(BLOCK, group - i0)
+            for i in range(n):
+                load(call.table, QUERY, (b, 0, g * group + i0 + i), 1, call.head_dim, x[i : i + 1], keep)
+            project(call.planes[own], source_of(x), n_rows, n, u[0], NOTHING)
+            _worth_of_bits(u, n, call.kind, dtype.type(call.factor))
+            for i in range(n):
+                _fill_digits(u[1], u[2], i, call.kind, tables[b, g * group + i0 + i])
+
+
+@helper
+def _worth_of_bits(u: np.ndarray, n: int, kind: int, factor: Any) -> None:
+    """Given projections u[0], write what a set bit of a key is worth to u[1], an unset one to u[2]."""
+    one = spread(u.dtype.type(1))
+    for r in range(u.shape[1]):
+        if kind == _SOFT:
+            for c in range(0, n, lanes(u)):
+                high, low = sigmoids(tanh(load_vector(u[0], r, c)) * spread(factor), one)
+                store(u[1], r, c, high)
+                store(u[2], r, c, low)
+        else:
+            for i in range(n):
+                x = u[0, r, i]
+                if kind == _HAMMING:
+                    u[1, r, i] = 1 if x >= 0 else 0
+                    u[2, r, i] = 1 if x < 0 else 0
+                else:
+                    u[1, r, i], u[2, r, i] = x, -x
+
+
+@helper
+def _fill_digits(one: np.ndarray, zero: np.ndarray, i: int, kind: int, tables: np.ndarray) -> None:
+    """Fill tables [L, N, 16] of one query from column i of what bits are worth [L*P, .]; bits beyond P are worth nothing."""
+    n_tables, n_digits = tables.shape[0], tables.shape[1]
+    n_planes = one.shape[0] // n_tables
+    multiplies = kind == _SOFT
+    for table in range(n_tables):
+        for n in range(n_digits):
+            entries = tables[table, n]
+            entries[0] = 1 if multiplies else 0
+            size = 1
+            for bit in range(DIGIT_BITS * n, DIGIT_BITS * (n + 1)):
+                row = table * n_planes + n_planes - 1 - bit
+                for j in range(size):
+                    if bit >= n_planes:
+                        entries[j + size] = entries[j]
+                    elif multiplies:
+                        entries[j + size], entries[j] = entries[j] * one[row, i], entries[j] * zero[row, i]
+                    else:
+                        entries[j + size], entries[j] = entries[j] + one[row, i], entries[j] + zero[row, i]
+                size *= 2
+
+
+class ScoreCall(NamedTuple):
+    """What scoring needs."""
+
+    tables: np.ndarray  # [B, H, L, N, 16]
+    codes: np.ndarray  # these and the next: see layout.HashedKeys
+    norms: np.ndarray
+    tasks: np.ndarray  # int64 [n, 5]: sequence, key/value head, first and last block, row of the group's first head
+    n_tables: int
+    high_bits: int
+    multiplies: bool
+
+
+def _score_kernel(n_digits: int, multiplies: bool) -> Any:
+    """Return the kernel for codes of so many digits, which are multiplied or added."""
+    four, one = score_tile(4, n_digits, multiplies), score_tile(1, n_digits, multiplies)
+
+    def score(call: ScoreCall, out: np.ndarray, first: int, last: int) -> None:
+        """Write scores to rows of out [rows, tokens], whole blocks of 64."""
+        group = call.tables.shape[1] // call.codes.shape[1]
+        head = call.tables.strides[1] // 4
+        for task in range(first, last):
+            b, g, begin, end, row = call.tasks[task]
+            for block in range(begin, end):
+                codes = call.codes[b, g, block].ctypes.data
+                norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
+                for h in range(0, group - 3, 4):
+                    tables = call.tables[b, g * group + h].ctypes.data
+                    place = at(out, row + h, block * BLOCK_TOKENS)
+                    four(codes, norms, tables, head, call.n_tables, call.high_bits, place, out.shape[1])
+                for h in range(group // 4 * 4, group):
+                    tables = call.tables[b, g * group + h].ctypes.data
+                    place = at(out, row + h, block * BLOCK_TOKENS)
+                    one(codes, norms, tables, head, call.n_tables, call.high_bits, place, out.shape[1])
+
+    score.__qualname__ = (
+        f"score_{n_digits}_digits_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
+    )
+    return kernel(score)
+
+
+SCORE_KERNELS = {(n, multiplies): _score_kernel(n, multiplies) for n in (2, 3, 4) for multiplies in (False, True)}
+
+
+@kernel
+def score_one_by_one(call: ScoreCall, out: np.ndarray, first: int, last: int) -> None:
+    """Do the same without vectors, in the dtype of the tables."""
+    group, n_digits = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[3]
+    for task in range(first, last):
+        b, g, begin, end, row = call.tasks[task]
+        for h in range(group):
+            tables = call.tables[b, g * group + h]
+            for t in range(begin * BLOCK_TOKENS, end * BLOCK_TOKENS):
+                codes = call.codes[b, g, t // BLOCK_TOKENS, :, t % BLOCK_TOKENS]
+                total = out.dtype.type(0)
+                for table in range(call.n_tables):
+                    bit = table * call.high_bits
+                    code = np.int64(codes[table])
+                    if call.high_bits > 0:
+                        code |= (np.int64(codes[call.n_tables + bit // 8]) >> (bit % 8)) << 8
+                    worth = tables[table, 0, code & (DIGIT_VALUES - 1)]
+                    for n in range(1, n_digits):
+                        entry = tables[table, n, code >> (DIGIT_BITS * n) & (DIGIT_VALUES - 1)]
+                        worth = worth * entry if call.multiplies else worth + entry
+                    total += worth
+                out[row + h, t] = total * _norm(call.norms[b, g, t])
+
+
+@helper
+def _norm(norm: int) -> float:
+    """Return the number that 16 bits stand for; see layout.from_norm16."""
+    if norm == 0:
+        return 0.0
+    return (1.0 + (norm & 1023) / 1024.0) * 2.0 ** (np.float64(norm >> 10) - 32.0)

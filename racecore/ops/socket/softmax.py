@@ -1,0 +1,267 @@
+"""The kernel of exact softmax attention over a run of tokens or a list of them; `reference` says the same in a line.
+
+A task is a *tile* of up to 32 rows, that is query heads of one key/value head and some queries of theirs, and a share of the
+tokens that they see. It goes through these in blocks, keeps the largest logit, the sum of weights and the weighted sum of values
+of every row, float32 within a segment of 1,024 tokens and float64 beyond. Shares of one tile are put together in their
+order. Shares are cut by the length of a sequence alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from racecore.jit import helper, kernel
+from racecore.ops.blocks import (
+    AS_IT_IS,
+    EITHER,
+    KEY,
+    OUT,
+    QUERY,
+    VALUE,
+    can_list,
+    is_narrow,
+    list_rows,
+    load,
+    load_scattered,
+    read,
+    rows_ahead,
+    store,
+)
+from racecore.ops.elementary import exp_of_nonpositive
+from racecore.ops.memory import clear_columns, clear_rows, matrices
+from racecore.ops.products import NOTHING, accumulate, padded, project, rows_of, source_of
+from racecore.ops.socket.listed import accumulate_listed, project_listed
+from racecore.ops.vectors import highest, lanes, maximum, spread, total
+from racecore.ops.vectors import load as load_vector
+from racecore.ops.vectors import store as store_vector
+from racecore.plan import BLOCK, SEGMENT, TOKENS
+
+__all__ = ["ROWS", "AttendCall", "attend_shares", "join_shares"]
+
+ROWS = 32  # of a tile, at most
+
+
+class AttendCall(NamedTuple):
+    """What attention needs; `table` holds addresses, see ops.blocks."""
+
+    table: np.ndarray  # int64 [4, 6]
+    tiles: (
+        np.ndarray
+    )  # int64 [n, 7]: sequence, first head, first query, number of queries, first and last share, place in those
+    shares: np.ndarray  # int64 [n, 4]: first and last tile, first and last token or place in the list
+    lengths: np.ndarray  # int64 [B]
+    selected: np.ndarray  # int64 [B, H or G, W], W = 0: all tokens
+    like: np.ndarray  # [0] in the dtype of the arithmetic
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    n_queries: int  # Tq
+    heads_per_tile: int
+    head_dim: int
+    value_dim: int
+
+
+@kernel
+def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
+    """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak, weight and weighted values."""
+    dtype, n_most = call.like.dtype, partial.shape[1]
+    wide_d, wide_v = padded(call.head_dim), padded(call.value_dim)
+    q, sums = matrices(n_most, ROWS, wide_d, dtype), matrices(n_most, ROWS, wide_v, dtype)
+    k, v = matrices(1, TOKENS, wide_d, dtype)[0], matrices(1, TOKENS, wide_v, dtype)[0]
+    c = matrices(1, ROWS, TOKENS, dtype)[0]
+    for j in range(n_most):
+        clear_columns(q[j], call.head_dim)
+    clear_columns(k, call.head_dim)
+    clear_columns(v, call.value_dim)
+    rows = np.empty((2, BLOCK), np.int64)
+    keep, peak, weight = np.ones(BLOCK), np.empty((n_most, ROWS), dtype), np.empty((n_most, ROWS), dtype)
+    for share in range(first, last):
+        tile, tile_end, begin, end = call.shares[share]
+        for j in range(tile_end - tile):
+            _read_queries(call, tile + j, q[j])
+            _clear(partial[share, j])
+        for segment in range(begin, end, SEGMENT):
+            peak[:], weight[:] = -np.inf, 0
+            for j in range(tile_end - tile):
+                clear_rows(sums[j], 0, _n_rows(call, tile + j))
+            for t in range(segment, min(segment + SEGMENT, end), BLOCK):
+                n = min(BLOCK, end - t)
+                for j in range(tile_end - tile):  # neighbouring heads are neighbours in memory
+                    _add_block(call, tile + j, t, n, q[j], k, v, c, keep, rows, peak[j], weight[j], sums[j])
+            for j in range(tile_end - tile):
+                _flush(_n_rows(call, tile + j), call.value_dim, peak[j], weight[j], sums[j], partial[share, j])
+
+
+@helper
+def _add_block(call, tile, t, n, q, k, v, c, keep, rows, peak, weight, sums):
+    """Add tokens t ... t + n - 1 of a run, or these places of a list, to the sums of a tile."""
+    n_rows = _n_rows(call, tile)
+    if call.selected.shape[2] > 0 and q.itemsize == 4:
+        b, g, chosen = _place(call, tile)
+        if can_list(call.table, KEY, call.head_dim, k) and can_list(call.table, VALUE, call.value_dim, v):
+            keys, values, narrow = rows[0], rows[1], is_narrow(call.table, KEY)
+            list_rows(call.table, KEY, b, g, chosen, t, n, call.head_dim, keys)
+            list_rows(call.table, VALUE, b, g, chosen, t, n, call.value_dim, values)
+            project_listed(q, keys, narrow, n_rows, n, c)
+            _weigh(call, tile, t, n, n_rows, c, peak, weight, sums)
+            accumulate_listed(c, values, narrow, n_rows, n, sums)
+            return
+    keys, values, next_k, next_v = _rows(call, tile, t, n, n_rows, k, v, keep)
+    project(q, keys, n_rows, n, c, next_k)
+    if _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
+        accumulate(c, values, n_rows, n, sums, next_v)
+        return
+    for r in range(n_rows):  # a row must not touch the values of tokens that it does not see
+        seen = min(n, _seen(call, tile, r) - t)
+        if seen > 0:
+            accumulate(c[r : r + 1], values, 1, seen, sums[r : r + 1], NOTHING)
+
+
+@helper
+def _place(call, tile):
+    """Return the sequence and the key/value head of a tile, and its list of tokens; without lists, an empty one."""
+    b, h = call.tiles[tile, 0], call.tiles[tile, 1]
+    g = h // (call.n_heads // call.n_kv_heads)
+    if call.selected.shape[2] > 0:
+        return b, g, call.selected[b, h * call.selected.shape[1] // call.n_heads]
+    return b, g, call.lengths[:0]
+
+
+@helper
+def _n_rows(call: AttendCall, tile: int) -> int:
+    return call.tiles[tile, 3] * call.heads_per_tile
+
+
+@helper
+def _clear(out: np.ndarray) -> None:
+    """Let sums [R, 2 + V] be those of no token."""
+    for r in range(out.shape[0]):
+        out[r, 0] = -np.inf
+        for d in range(1, out.shape[1]):
+            out[r, d] = 0
+
+
+@helper
+def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
+    """Read the queries of a tile, times 1/sqrt(D): row r is query r // heads, head r % heads."""
+    b, h, first, n, _, _, _ = call.tiles[tile]
+    scale = q.dtype.type(1.0 / math.sqrt(call.head_dim))
+    keep = np.ones(1)
+    for r in range(n * call.heads_per_tile):
+        place = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
+        load(call.table, QUERY, place, 1, call.head_dim, q[r : r + 1], keep)
+        for d in range(call.head_dim):
+            q[r, d] *= scale
+
+
+@helper
+def _seen(call: AttendCall, tile: int, r: int) -> int:
+    """Return how many tokens a row sees: causal, the last query all of them; of a list, every entry."""
+    if call.selected.shape[2] > 0:
+        return call.selected.shape[2]
+    return call.lengths[call.tiles[tile, 0]] - call.n_queries + call.tiles[tile, 2] + r // call.heads_per_tile + 1
+
+
+@helper
+def _rows(call, tile, t, n, n_rows, k, v, keep):
+    """Return keys and values t ... t + n - 1 of a run or a list of tokens, and what to ask for meanwhile."""
+    b, g, chosen = _place(call, tile)
+    if call.selected.shape[2] > 0:
+        load_scattered(call.table, KEY, b, g, chosen, t, n, call.head_dim, k)
+        load_scattered(call.table, VALUE, b, g, chosen, t, n, call.value_dim, v)
+        return source_of(k), source_of(v), NOTHING, NOTHING
+    # a product takes bfloat16 as it is only if it has a whole number of register tiles
+    straight = EITHER if n_rows % 4 == 0 else AS_IT_IS
+    keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, keep, straight)
+    if _seen(call, tile, 0) - t < n:  # row by row, then
+        straight = AS_IT_IS
+    values = read(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep, straight)
+    next_k = rows_ahead(call.table, KEY, (b, t + BLOCK, g), call.head_dim)
+    return keys, values, next_k, rows_ahead(call.table, VALUE, (b, t + BLOCK, g), call.value_dim)
+
+
+@helper
+def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
+    """Turn logits c [R, n] into weights relative to the peak so far; tell whether every row sees every token of the block."""
+    is_whole = _seen(call, tile, 0) - t >= n  # the first row sees the fewest
+    for r in range(n_rows):
+        seen = n if is_whole else min(n, _seen(call, tile, r) - t)
+        if seen < BLOCK:
+            for i in range(max(seen, 0), BLOCK):
+                c[r, i] = -np.inf
+            if seen <= 0:
+                continue
+        best = load_vector(c, r, 0)
+        for i in range(lanes(c), BLOCK, lanes(c)):
+            best = maximum(best, load_vector(c, r, i))
+        top = highest(best)
+        if not top <= peak[r]:
+            _raise_peak(r, top, peak, weight, sums)
+        base = spread(peak[r])
+        added = base - base
+        for i in range(0, BLOCK, lanes(c)):
+            share = exp_of_nonpositive(load_vector(c, r, i) - base)
+            store_vector(c, r, i, share)
+            added = added + share
+        if seen < BLOCK:
+            added = base - base
+            for i in range(seen, BLOCK):
+                c[r, i] = 0
+            for i in range(0, BLOCK, lanes(c)):
+                added = added + load_vector(c, r, i)
+        weight[r] += total(added)
+    return is_whole
+
+
+@helper
+def _raise_peak(r: int, top: float, peak: np.ndarray, weight: np.ndarray, sums: np.ndarray) -> None:
+    """Let what row r has been summed to be relative to a new largest logit."""
+    if weight[r] > 0:
+        factor = sums.dtype.type(math.exp(peak[r] - top))
+        weight[r] *= factor
+        for d in range(sums.shape[1]):
+            sums[r, d] *= factor
+    peak[r] = top
+
+
+@helper
+def _flush(n_rows: int, width: int, peak: np.ndarray, weight: np.ndarray, sums: np.ndarray, out: np.ndarray) -> None:
+    """Add a segment to the float64 sums out [R, 2 + V]."""
+    for r in range(n_rows):
+        if weight[r] == 0:
+            continue
+        old, new = out[r, 0], np.float64(peak[r])
+        top = old if old >= new else new
+        past = math.exp(old - top) if out[r, 1] != 0 else 0.0
+        present = math.exp(new - top)
+        out[r, 0] = top
+        out[r, 1] = out[r, 1] * past + np.float64(weight[r]) * present
+        for d in range(width):
+            out[r, 2 + d] = out[r, 2 + d] * past + np.float64(sums[r, d]) * present
+
+
+@kernel
+def join_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
+    """Write the outputs of tiles first ... last - 1: their shares, put together in order."""
+    row = matrices(1, 1, padded(call.value_dim), call.like.dtype)[0]
+    sums = np.empty(2 + call.value_dim)
+    for tile in range(first, last):
+        b, h, i, n, begin, end, j = call.tiles[tile]
+        for r in range(n * call.heads_per_tile):
+            top, weight = -np.inf, 0.0
+            sums[:] = 0
+            for share in range(begin, end):
+                if partial[share, j, r, 1] != 0 and not partial[share, j, r, 0] <= top:
+                    top = partial[share, j, r, 0]
+            for share in range(begin, end):
+                if partial[share, j, r, 1] != 0:
+                    factor = math.exp(partial[share, j, r, 0] - top)
+                    weight += partial[share, j, r, 1] * factor
+                    for d in range(call.value_dim):
+                        sums[d] += partial[share, j, r, 2 + d] * factor
+            for d in range(call.value_dim):
+                row[0, d] = sums[d] / weight if weight != 0 else 0.0
+            place = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
+            store(call.table, OUT, place, 1, call.value_dim, row, rows_of(row, False))
