@@ -24,6 +24,15 @@ SIZES = {
 race.register()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of a few thousand numbers: PyTorch's threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def model_with(attention, seed=0, **options):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(**SIZES, attn_implementation=attention, **options)

@@ -95,10 +95,10 @@ class RaceCache:
         if state is None:
             state = RaceState.zeros(lsh, len(key), key.shape[2], value.shape[3])
         state.check_same_hash(lsh)
-        q, k, v = (to_array(x.detach()) for x in (query, key, value))
-        out = target((*query.shape[:-1], value.shape[-1]), query)
-        mask = None if key_mask is None else to_array(key_mask)
         with same_place(query):
+            q, k, v = (to_array(x.detach()) for x in (query, key, value))
+            out = target((*query.shape[:-1], value.shape[-1]), query)
+            mask = None if key_mask is None else to_array(key_mask)
             result = state.step(q, k, v, readout=readout, key_mask=mask, out=out)
         self._states[layer] = state
         self._seen[layer] = self.n_seen(layer) + key.shape[1]

@@ -195,8 +195,8 @@ def _without_gradient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lsh: SoftLSH, options: tuple[Any, ...]
 ) -> torch.Tensor:
     is_causal, readout, key_mask, cu_seqlens = options
-    out = target((*query.shape[:-1], value.shape[-1]), query)
     with same_place(query):
+        out = target((*query.shape[:-1], value.shape[-1]), query)
         result = attention(
             *_arrays(query, key, value), lsh, is_causal=is_causal, readout=readout, out=out,
             key_mask=None if key_mask is None else to_array(key_mask),
@@ -211,8 +211,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
         wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
-        out = target((*query.shape[:-1], value.shape[-1]), query)
         with same_place(query):
+            out = target((*query.shape[:-1], value.shape[-1]), query)
             result, saved = attention_forward(
                 *_arrays(query, key, value), as_hash(planes, beta), is_causal=is_causal, readout=readout, out=out,
                 key_mask=None if key_mask is None else to_array(key_mask),
@@ -221,9 +221,8 @@ class _Attention(torch.autograd.Function):
             states = [as_tensor(state) for states in saved.states if states is not None for state in states]
         ctx.counts = [None if states is None else len(states) for states in saved.states]
         ctx.saved = saved.without_inputs()
-        ctx.beta_like = beta if not isinstance(beta, torch.Tensor) else None
-        kept = (query, key, value, planes, beta if ctx.beta_like is None else None, key_mask)
-        ctx.save_for_backward(*kept, *states)
+        kept_beta = beta if isinstance(beta, torch.Tensor) else None  # a number needs no gradient
+        ctx.save_for_backward(query, key, value, planes, kept_beta, key_mask, *states)
         return as_tensor(result)
 
     @staticmethod
@@ -239,8 +238,8 @@ class _Attention(torch.autograd.Function):
 def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.Tensor | None, ...]:
     """Bring what forward kept together again and compute the gradients that are wanted."""
     wrt = ctx.saved.wrt
-    out = [target(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
     with same_place(tensors[0]):
+        out = [target(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
         states = tuple(n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts)
         mask = None if key_mask is None else to_array(key_mask)
         saved = ctx.saved.with_inputs(*_arrays(*tensors), mask, states)

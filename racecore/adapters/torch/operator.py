@@ -37,9 +37,9 @@ def attend(
     key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
 ) -> torch.Tensor:  # fmt: skip
     """Compute attention."""
-    out = target((*query.shape[:-1], value.shape[-1]), query)
-    options = _options(is_causal, readout, key_mask, cu_seqlens)
     with same_place(query):
+        options = _options(is_causal, readout, key_mask, cu_seqlens)
+        out = target((*query.shape[:-1], value.shape[-1]), query)
         q, k, v = to_array(query), to_array(key), to_array(value)
         return as_tensor(attention(q, k, v, as_hash(planes, beta), out=out, **options))
 
@@ -57,10 +57,10 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Compute the gradients of query, key, value, planes and beta; those that `wrt` does not name are empty."""
     names = wrt.split()
-    options = _options(is_causal, readout, key_mask, cu_seqlens)
     tensors = {"query": query, "key": key, "value": value}
-    targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
     with same_place(query):
+        options = _options(is_causal, readout, key_mask, cu_seqlens)
+        targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
         saved = saved_without_forward(
             to_array(query), to_array(key), to_array(value), as_hash(planes, beta), wrt=names, **options
         )
