@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,16 @@ def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
     """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are waited for."""
-    on_host = beta.detach().cpu() if isinstance(beta, torch.Tensor) else beta
-    if isinstance(on_host, torch.Tensor):
-        on_host = on_host.item() if on_host.ndim == 0 else to_array(on_host)
-    return SoftLSH(to_array(planes.detach().cpu()), on_host)
+    array, number = to_array(planes.detach().cpu()), beta
+    if isinstance(beta, torch.Tensor):
+        number = tuple(beta.tolist()) if beta.ndim else beta.item()
+    return _hash_of(array.shape, array.dtype, array.tobytes(), number)
+
+
+@lru_cache(maxsize=256)
+def _hash_of(shape: tuple[int, ...], dtype: np.dtype, planes: bytes, beta: Any) -> SoftLSH:
+    """Return the same hash for the same numbers: a `SoftLSH` keeps what kernels want of it, which takes time to make."""
+    return SoftLSH(np.frombuffer(planes, dtype).reshape(shape), beta)
 
 
 @contextmanager
