@@ -21,6 +21,8 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "merge_states.py": (["--tokens", "3000"], "merged in the other order"),
     "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
 }
+TRAIN = {"character_model.py", "pixel_digits.py", "convert_model.py"}  # in PyTorch: see test_examples_torch.py
+SHARED = {"data_sets.py", "layers.py", "pictures.py"}  # by those
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -56,9 +58,10 @@ def test_examples_run(name):
 
 def test_every_example_is_run_and_short():
     paths = sorted((ROOT / "examples").glob("*.py"))
-    assert {path.name for path in paths} == set(EXAMPLES)
+    assert {path.name for path in paths} == set(EXAMPLES) | TRAIN | SHARED
     for path in paths:
-        assert len(path.read_text().splitlines()) < 100, path.name
+        longest = 100 if path.name in EXAMPLES else 200
+        assert len(path.read_text().splitlines()) <= longest, path.name
 
 
 def test_every_formula_holds():
