@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -152,8 +151,7 @@ def main() -> None:
     plan = Plan()
     if arguments.quick:
         plan = dataclasses.replace(plan, before=30, after=15, context=32, dim=32, evaluations=3, validation_windows=8)
-    machine = pictures.machine()
-    print(machine)
+    print(pictures.machine())
     results = compare(data_sets.sentences(20_000) if arguments.quick else data_sets.wikipedia(), plan)
     shift = plan.before
     lines = {
@@ -162,9 +160,7 @@ def main() -> None:
         "softmax trained on": [(shift + step, loss) for step, loss in results["control"]],
     }
     pictures.draw(arguments.out, lines, "training steps", "validation loss, nats a character")
-    record = {"machine": machine, "plan": dataclasses.asdict(plan), "results": results}
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1))
-    print(f"wrote {arguments.out}.json")
+    pictures.record(arguments.out, plan, results)
 
 
 if __name__ == "__main__":

@@ -40,15 +40,17 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.head_dim, self.kind, self.is_causal = n_heads, dim // n_heads, kind, is_causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.norm_query, self.norm_key = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
         if kind != SOFTMAX:
             lsh = SoftLSH.random(self.head_dim, kind.n_tables, kind.n_planes, beta=1.0, rng=seed)
-            self.planes = nn.Parameter(torch.tensor(lsh.planes, dtype=torch.float32))  # [L, P, D]
+            scale = 1.7 / math.sqrt(self.head_dim)  # rows of norm sqrt(D) then start where tanh is not yet flat
+            self.planes = nn.Parameter(torch.tensor(scale * lsh.planes, dtype=torch.float32))  # [L, P, D]
             self.beta = nn.Parameter(torch.tensor(lsh.beta))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Project, rotate, mix, project."""
+        """Project, normalise, rotate, mix, project."""
         rows = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))  # [B, T, 3, H, D]
-        query, key = rotate(rows[:, :, 0]), rotate(rows[:, :, 1])
+        query, key = rotate(self.norm_query(rows[:, :, 0])), rotate(self.norm_key(rows[:, :, 1]))
         return self.out(self.mix(query, key, rows[:, :, 2]).flatten(-2))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
 import platform
+from typing import Any
 
 import torch
 
@@ -24,6 +27,13 @@ def machine() -> str:
         f"{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
         f"racecore {racecore.__version__}"
     )
+
+
+def record(path: pathlib.Path, plan: Any, results: Any) -> None:
+    """Write to `path`.json what ran where and what came out."""
+    found = {"machine": machine(), "plan": dataclasses.asdict(plan), "results": results}
+    path.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    print(f"wrote {path}.json")
 
 
 def draw(
