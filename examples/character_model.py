@@ -36,7 +36,7 @@ class Plan:
     dim: int = 128
     heads: int = 4
     layers: int = 2
-    width: int = 4
+    width: int = 4  # of the short convolution before attention; 0: none
     rate: float = 2e-3
     hash_rate: float = 20.0  # times the rate, for planes and beta
     evaluations: int = 10
@@ -170,14 +170,15 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="both readouts at (2, 2) and (4, 4)")
     parser.add_argument("--time", action="store_true", help="measure time per step against length, train nothing")
     parser.add_argument("--quick", action="store_true", help="a few seconds, on text made by rule")
-    parser.add_argument("--steps", type=int, default=Plan.steps)
-    parser.add_argument("--width", type=int, default=Plan.width, help="of the short convolution; 0: none")
+    for field in dataclasses.fields(Plan):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
     parser.add_argument("--threads", type=int, help="of PyTorch and racecore")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("character_model"), help="without an ending")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    plan = Plan(steps=arguments.steps, width=arguments.width)
+    plan = Plan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Plan)})
     kinds = ALL if arguments.all else ALL[:2]
     if arguments.quick:
         plan = dataclasses.replace(plan, steps=30, context=64, dim=32, layers=2, evaluations=3, validation_windows=4)

@@ -153,12 +153,8 @@ def main() -> None:
         plan = dataclasses.replace(plan, before=30, after=15, context=32, dim=32, evaluations=3, validation_windows=8)
     print(pictures.machine())
     results = compare(data_sets.sentences(20_000) if arguments.quick else data_sets.wikipedia(), plan)
-    shift = plan.before
-    lines = {
-        "softmax": results["pretraining"][1:],
-        "every second layer RACE": [(shift + step, loss) for step, loss in results["converted"]],
-        "softmax trained on": [(shift + step, loss) for step, loss in results["control"]],
-    }
+    on, control = ([(plan.before + step, loss) for step, loss in results[name]] for name in ("converted", "control"))
+    lines = {"softmax throughout": results["pretraining"][1:] + control[1:], "every second layer RACE": on}
     pictures.draw(arguments.out, lines, "training steps", "validation loss, nats a character")
     pictures.record(arguments.out, plan, results)
 
