@@ -85,6 +85,21 @@ def data_sets(monkeypatch):
     return data_sets
 
 
+def test_every_kind_of_attention_starts_from_the_same_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import layers
+
+    softmax, race = (
+        layers.blocks(8, 2, 2, kind, is_causal=True, width=3, seed=5).state_dict()
+        for kind in (layers.SOFTMAX, layers.Kind("ratio", 2, 3))
+    )
+    own = {f"{block}.attention.{name}" for block in (0, 1) for name in ("planes", "beta")}
+    assert set(race) - set(softmax) == own
+    assert not np.array_equal(race["0.attention.planes"], race["1.attention.planes"])
+    for name, weight in softmax.items():
+        assert np.array_equal(weight, race[name]), name
+
+
 def test_markup_is_taken_out(data_sets):
     wikitext = """{{Infobox|a={{b|c}}}}'''Ants''' are [[Insect|insects]]<ref name="x">Smith</ref> of the [[family|clan]]
 [[File:Ant.jpg|thumb|An [[ant]] at work]] Formicidae.<!-- sic -->
