@@ -184,7 +184,7 @@ def main() -> None:
         plan = dataclasses.replace(plan, steps=30, context=64, dim=32, layers=2, evaluations=3, validation_windows=4)
     print(pictures.machine())
     if arguments.time:
-        lengths = [2**i for i in range(6, 9)] if arguments.quick else [2**i for i in range(8, 15)]
+        lengths = [2**i for i in range(6, 8)] if arguments.quick else [2**i for i in range(8, 15)]
         results = time_steps([SOFTMAX, Kind("ratio", 2, 2), Kind("ratio", 4, 4)], plan, lengths)
         lines = {result["kind"]: result["ms"] for result in results}
         pictures.draw(arguments.out, lines, "characters of context", "time per training step, ms", logarithmic=True)

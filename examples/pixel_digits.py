@@ -131,7 +131,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     plan = Plan(steps=arguments.steps)
     if arguments.quick:
-        plan = dataclasses.replace(plan, steps=40, evaluations=2, test_images=40)
+        plan = dataclasses.replace(plan, steps=25, evaluations=2, test_images=40)
     images, labels = data_sets.bars(200, size=10) if arguments.quick else data_sets.digits()
     print(pictures.machine())
     results = compare([SOFTMAX, Kind("ratio", 4, 4), Kind("ratio", 2, 2)], images, labels, plan)
