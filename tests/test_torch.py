@@ -249,6 +249,13 @@ def test_second_derivatives_are_refused(compiled):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_transforms_of_functions_are_refused(transform):
+    query, *others = inputs(torch.float32, requires_grad=False)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        transform(lambda x: race_attention(x, *others).sum())(query)
+
+
 def test_gradient_accumulation():
     layer = RaceAttention(32, 4)
     x = made((4, 50, 32))

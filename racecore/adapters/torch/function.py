@@ -58,6 +58,8 @@ def race_attention(
         As `racecore.attention` raises them.
     racecore.errors.BackendUnavailableError
         The tensors are on a GPU, and CUDA kernels cannot run: the message says why.
+    NotImplementedError
+        Inside a transform of `torch.func`, or when a second derivative is taken.
 
     Notes
     -----
@@ -67,6 +69,11 @@ def race_attention(
 
     Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, ...): give the tensors a batch axis "
+            "in place of vmap, and take gradients with torch.autograd"
+        )
     query, key, value = _autocast(query, key, value)
     if not isinstance(planes, torch.Tensor):
         planes = torch.as_tensor(planes)
@@ -174,12 +181,11 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _is_traced(query: torch.Tensor) -> bool:
-    """Tell whether a compiler or a transform looks on, who needs operators; see `operator`."""
+    """Tell whether a compiler looks on, or tensors have no numbers: then operators are needed; see `operator`."""
     return (
         torch.compiler.is_compiling()
         or type(query) not in (torch.Tensor, torch.nn.Parameter)
         or query.device.type == "meta"
-        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -1,7 +1,6 @@
 """What the compiler sees: two operators whose shapes it knows and whose insides it leaves alone.
 
-`torch.compile`, `torch.export` and the transforms of `torch.func` trace a model with tensors that have no memory, so they
-need operators. Backward takes nothing from forward but its inputs and sums the keys again, since what eager mode keeps
+`torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need operators. Backward takes nothing from forward but its inputs and sums the keys again, since what eager mode keeps
 (`function`) differs in shape from plan to plan. In eager mode operators would cost a hundred microseconds a call.
 """
 
