@@ -71,8 +71,8 @@ def race_attention(
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, ...): give the tensors a batch axis "
-            "in place of vmap, and take gradients with torch.autograd"
+            "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, ...): give the tensors a "
+            "batch axis in place of vmap, and take gradients with torch.autograd"
         )
     query, key, value = _autocast(query, key, value)
     if not isinstance(planes, torch.Tensor):

@@ -1,7 +1,8 @@
 """What the compiler sees: two operators whose shapes it knows and whose insides it leaves alone.
 
-`torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need operators. Backward takes nothing from forward but its inputs and sums the keys again, since what eager mode keeps
-(`function`) differs in shape from plan to plan. In eager mode operators would cost a hundred microseconds a call.
+`torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need operators. Backward takes
+nothing from forward but its inputs and sums the keys again, since what eager mode keeps (`function`) differs in shape from
+plan to plan. In eager mode operators would cost a hundred microseconds a call.
 """
 
 from __future__ import annotations
