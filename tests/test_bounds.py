@@ -50,7 +50,16 @@ for tokens, dim, value_dim, heads, kv_heads, tables, planes, dtype, causal, read
         state = racecore.RaceState.zeros(lsh, 1, kv_heads, value_dim)
         state.append(inputs[1], inputs[2])
         state.attend(inputs[0], readout=readout)
-        del inputs, outputs, saved, x
+        for number in ("float64", "float32"):
+            state = racecore.RaceState.zeros(lsh, 1, kv_heads, value_dim, dtype=number)
+            state.sketch.flat = guarded(state.sketch.flat.shape, number, at_end)
+            token = [guarded((1, 1, *x.shape[2:]), dtype, at_end) for x in inputs[:3]]
+            for part, x in zip(token, inputs):
+                part[...] = x[:, :1]
+            target = guarded((1, 1, *outputs[0].shape[2:]), dtype, at_end)
+            state.step(*token, readout=readout, out=target)
+            state.step(*inputs[:3], readout=readout, out=outputs[0])
+        del inputs, outputs, saved, x, token, target
     kept.clear()
 print("done")
 """
