@@ -14,7 +14,7 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md"]
+PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md", "docs/jax.md"]
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
     "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),
@@ -22,7 +22,12 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "dlpack.py": (["--tokens", "500"], "torch bfloat16"),
     "jax_training.py": (["--quick"], "right on fresh sequences"),
 }
-NEEDS = {"jax_training.py": "jax"}  # packages beyond those of the tests
+NEEDS = {"jax_training.py": "jax", "docs/jax.md": "jax", ".adapters.jax": "jax"}  # packages beyond those of the tests
+
+
+def skip_without_what_it_needs(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -42,6 +47,7 @@ def run_script(path: pathlib.Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
+    skip_without_what_it_needs(page)
     monkeypatch.chdir(tmp_path)
     found = blocks(page, "python")
     assert found
@@ -52,8 +58,7 @@ def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs")
+    skip_without_what_it_needs(name)
     arguments, expected = EXAMPLES[name]
     assert expected in run_script(ROOT / "examples" / name, *arguments)
 
@@ -72,8 +77,9 @@ def test_every_formula_holds():
     assert len(printed) > 40
 
 
-@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact"])
+@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".adapters.jax"])
 def test_docstring_examples_run(name):
+    skip_without_what_it_needs(name)
     module = importlib.import_module(f"racecore{name}")
     assert doctest.testmod(module, verbose=False).failed == 0
 
