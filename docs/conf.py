@@ -1,5 +1,6 @@
 """Sphinx configuration: `python -m sphinx -W -b html docs docs/_build/html`."""
 
+import importlib.util
 import pathlib
 import sys
 
@@ -28,6 +29,7 @@ html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types and shapes in words
+autodoc_mock_imports = [name for name in ("jax",) if importlib.util.find_spec(name) is None]  # the adapters' frameworks
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {"GL03", "PR02", "PR03"}  # a documented parameter exists, in this order
 

@@ -151,7 +151,7 @@ def main(steps: int, batch: int, length: int, seed: int, lengths: list[int], plo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--seed", type=int, default=0)

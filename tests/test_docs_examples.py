@@ -16,9 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md", "docs/serving.md",
-    "docs/socket.md", "docs/torch.md",
+    "docs/socket.md", "docs/torch.md", "docs/jax.md",
 ]  # fmt: skip
-PACKAGES = {"docs/torch.md": "torch"}  # that a page is about, where racecore does without
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
     "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),
@@ -27,9 +26,21 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "jax_training.py": (["--quick"], "right on fresh sequences"),
     "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
-NEEDS = {"jax_training.py": "jax"}  # packages beyond those of the tests
 TRAIN = {"character_model.py", "pixel_digits.py", "convert_model.py"}  # in PyTorch: see test_examples_torch.py
 SHARED = {"data_sets.py", "layers.py", "pictures.py"}  # by those
+NEEDS = {  # packages beyond those of the tests
+    "jax_training.py": "jax", "docs/jax.md": "jax", ".adapters.jax": "jax",
+    "docs/torch.md": "torch", ".adapters.torch": "torch", ".adapters.torch.module": "torch", ".adapters.torch.cache": "torch",
+}  # fmt: skip
+MODULES = [
+    "", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".socket_index", ".sparse", ".adapters.jax",
+    ".adapters.torch", ".adapters.torch.module", ".adapters.torch.cache",
+]  # fmt: skip
+
+
+def skip_without_what_it_needs(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -49,8 +60,7 @@ def run_script(path: pathlib.Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
-    if package := PACKAGES.get(page):
-        pytest.importorskip(package, reason=f"{package} is not installed; only {page} needs it")
+    skip_without_what_it_needs(page)
     monkeypatch.chdir(tmp_path)
     found = blocks(page, "python")
     assert found
@@ -61,8 +71,7 @@ def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs")
+    skip_without_what_it_needs(name)
     arguments, expected = EXAMPLES[name]
     assert expected in run_script(ROOT / "examples" / name, *arguments)
 
@@ -71,7 +80,9 @@ def test_every_example_is_run_and_short():
     paths = sorted((ROOT / "examples").glob("*.py"))
     assert {path.name for path in paths} == set(EXAMPLES) | TRAIN | SHARED
     for path in paths:
-        longest = 100 if path.name in EXAMPLES.keys() - NEEDS.keys() else 200  # a model, its data, its training and a picture
+        longest = (
+            100 if path.name in EXAMPLES.keys() - NEEDS.keys() else 200
+        )  # a model, its data, its training and a picture
         assert len(path.read_text().splitlines()) <= longest, path.name
 
 
@@ -81,8 +92,9 @@ def test_every_formula_holds():
     assert len(printed) > 40
 
 
-@pytest.mark.parametrize("name", ["", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".socket_index", ".sparse"])
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name):
+    skip_without_what_it_needs(name)
     module = importlib.import_module(f"racecore{name}")
     assert doctest.testmod(module, verbose=False).failed == 0
 

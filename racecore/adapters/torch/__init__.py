@@ -1,5 +1,6 @@
 """racecore in PyTorch: a function, a module, and a cache for decoding.
 
+>>> import torch
 >>> from racecore.adapters.torch import RaceAttention
 >>> attention = RaceAttention(64, 4)
 >>> attention(torch.randn(2, 1000, 64)).shape

@@ -23,6 +23,7 @@ class RaceCache:
 
     Examples
     --------
+    >>> from racecore.adapters.torch import RaceAttention
     >>> cache, layer = RaceCache(), RaceAttention(64, 4)
     >>> prompt, token = torch.randn(1, 100, 64), torch.randn(1, 1, 64)
     >>> with torch.no_grad():
