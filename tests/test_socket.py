@@ -161,6 +161,7 @@ def test_the_best_of_many_are_exactly_the_best(kind, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BF16, np.float16])
 @pytest.mark.parametrize(("t", "n_queries", "d", "v", "h"), [
     (1, 1, 20, 12, 4), (33, 33, 16, 32, 2), (150, 1, 64, 64, 8), (150, 7, 20, 5, 4), (97, 40, 32, 48, 10), (1100, 1, 32, 32, 8),
+    (2300, 2, 16, 16, 2),
 ])  # fmt: skip
 def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend):
     if backend == "reference" and t > 200:
