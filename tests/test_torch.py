@@ -7,6 +7,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -121,7 +122,16 @@ def test_without_gradients():
 
 
 @pytest.mark.parametrize(
-    "beta", [1.3, torch.tensor(1.3), torch.tensor([0.5, 1.0, 1.5, 2.0])], ids=["float", "0-d", "1-d"]
+    "beta",
+    [
+        1.3,
+        np.array(1.3),
+        torch.tensor(1.3),
+        torch.tensor([0.5, 1.0, 1.5, 2.0]),
+        np.array([0.5, 1.0, 1.5, 2.0]),
+        [1.0] * 4,
+    ],
+    ids=["float", "0-d array", "0-d", "1-d", "1-d array", "list"],
 )
 def test_beta(beta):
     query, key, value, planes, _ = inputs(torch.float32)
@@ -256,6 +266,33 @@ def test_transforms_of_functions_are_refused(transform):
         transform(lambda x: race_attention(x, *others).sum())(query)
 
 
+def test_second_derivative_of_beta_alone_is_refused():
+    query, key, value, planes, beta = inputs(requires_grad=False)
+    (grad,) = torch.autograd.grad(
+        race_attention(query, key, value, planes, beta.requires_grad_()).sum(), beta, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        grad.square().backward()
+
+
+def test_forward_mode_is_refused():
+    from torch.autograd import forward_ad
+
+    query, *others = inputs(torch.float32, requires_grad=False)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        race_attention(forward_ad.make_dual(query, query), *others)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_is_no_constant():
+    layer, x, y = RaceAttention(16, 2), made((1, 5, 16)), made((1, 5, 16), seed=1)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        np.testing.assert_array_equal(bits(traced(y)), bits(layer(y)))
+        graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+        np.testing.assert_array_equal(bits(graph(y)), bits(layer(y)))
+
+
 def test_gradient_accumulation():
     layer = RaceAttention(32, 4)
     x = made((4, 50, 32))
@@ -336,6 +373,9 @@ def test_outputs_share_no_memory_with_inputs():
         ({"key": lambda x: x[:, :-1]}, ValueError, "agree in tokens"),
         ({"planes": lambda x: x[..., :-1]}, ValueError, "lsh hashes rows of 5 values"),
         ({"planes": lambda x: x * float("nan")}, ValueError, "planes must be finite"),
+        ({"beta": lambda x: x.reshape(1, 1)}, ValueError, r"beta must be a number or have shape \[H\]"),
+        ({"query": lambda x: x.detach().numpy()}, TypeError, "query must be a torch.Tensor"),
+        ({"key": lambda x: x.to("meta")}, ValueError, "must be on one device"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -481,6 +521,33 @@ def test_rotation_sees_only_distances():
     assert not torch.isclose(products[0], (q * k).sum())
 
 
+def test_rotation_far_out():
+    """Neighbours have different positions however far out, and a whole sequence may start there."""
+    from racecore.adapters.torch.module import _rotated
+
+    x = made((1, 1, 1, 64)).expand(1, 2, 1, 64)
+    (near,) = _rotated((x,), torch.arange(2), 1e4)
+    (far,) = _rotated((x,), torch.arange(2) + (1 << 24), 1e4)
+    torch.testing.assert_close((far[0, 0] * far[0, 1]).sum(), (near[0, 0] * near[0, 1]).sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
+def test_no_tokens(shape):
+    layer = RaceAttention(16, 2)
+    assert layer(torch.zeros(shape)).shape == shape
+    with torch.no_grad():
+        assert layer(torch.zeros(shape), cache=RaceCache()).shape == shape
+
+
+def test_a_layer_made_without_memory_gets_its_hash():
+    layer = RaceAttention(32, 4, rng=3, beta=2.0, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    expected = RaceAttention(32, 4, rng=3, beta=2.0)
+    assert torch.equal(layer.planes, expected.planes)
+    assert torch.equal(layer.beta, expected.beta)
+    assert torch.isfinite(layer(made((1, 5, 32)))).all()
+
+
 def test_packed_sequences_start_at_position_0():
     layer, x = RaceAttention(32, 2, rope_base=100.0), made((1, 50, 32))
     packed = layer(x, cu_seqlens=torch.tensor([0, 20, 20, 50]))
@@ -560,8 +627,33 @@ def test_cache_for_beams():
         assert len(cache) == cache.n_seen(layer) == 0
 
 
+def test_copies_of_a_cache_know_the_past():
+    layer, x, token = RaceAttention(32, 4), made((1, 5, 32)), made((1, 1, 32), seed=1)
+    with torch.no_grad():
+        cache = RaceCache()
+        layer(x, cache=cache)
+        copies = [copy.deepcopy(cache), cache.copy()]
+        expected = layer(token, cache=cache)
+        for other in copies:
+            np.testing.assert_array_equal(bits(layer(token, cache=other)), bits(expected))
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(cache)
+
+
+def test_cache_under_autocast_and_beside_a_compiler():
+    layer, x = RaceAttention(32, 4, rope_base=100.0), made((1, 5, 32))
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x, cache=RaceCache()).dtype == torch.bfloat16
+        compiled = torch.compile(layer, backend="eager")
+        torch.testing.assert_close(compiled(x, cache=RaceCache()), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_cache_refuses():
     layer, x = RaceAttention(32, 4), made((1, 5, 32))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        RaceCache().attend(0, x[:, :, None], x[:, :, None], x[:, :, None], made((2, 2, 32)), layer.beta)
     with pytest.raises(RuntimeError, match="no gradients"):
         layer(x, cache=RaceCache())
     with torch.no_grad():

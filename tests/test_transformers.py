@@ -185,6 +185,78 @@ def test_bidirectional_models():
         )
 
 
+def test_converting_leaves_others_alone():
+    ids = tokens()
+    race.register("race of my own", n_tables=8, rng=5)
+    race.register(n_tables=3, rng=5)
+    try:
+        model = model_with("race")
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            race.convert(model_with("sdpa"))
+            np.testing.assert_array_equal(model(input_ids=ids).logits, before)
+    finally:
+        race.register()
+
+
+def test_the_first_call_leaves_no_traces():
+    """The fixed hash is made when it is first needed, whatever that call is under."""
+    race.register("race once more")
+    model = model_with("race once more")
+    with torch.inference_mode():
+        model(input_ids=tokens())
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+
+
+def test_packed_sequences():
+    model, ids = model_with("race"), tokens(1, 20)
+    bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
+        torch.testing.assert_close(packed[:, 8:], model(input_ids=ids[:, 8:]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_while_generating():
+    model = model_with("race")
+    with torch.autocast("cpu", torch.bfloat16):
+        generated(model, padded(), cache=race.new_cache(model))
+
+
+def mistral():
+    config = transformers.MistralConfig(**SIZES, sliding_window=8, attn_implementation="sdpa")
+    return transformers.MistralForCausalLM(config).eval()
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [lambda: model_with("race"), lambda: model_with("sdpa")], ids=["race", "converted"])
+def test_static_caches_are_refused(make):
+    model = make()
+    if model.config._attn_implementation == "sdpa":
+        race.convert(model)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad(), pytest.raises(ValueError, match="static cache"):
+        model(input_ids=tokens(), cache=cache)
+
+
+def test_models_that_are_refused():
+    model = mistral()
+    race.convert(model)
+    with pytest.raises(ValueError, match="no sliding window"):
+        model.generate(tokens(2, 4), max_new_tokens=12, cache=race.new_cache(model))
+    with pytest.raises(ValueError, match="encoder and a decoder"):
+        race.convert(bart())
+    with pytest.raises(ValueError, match="already"):
+        race.convert(model)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="attention_dropout must be 0"):
         model_with("race", attention_dropout=0.1).train()(input_ids=tokens())

@@ -43,7 +43,9 @@ class RaceHash(nn.Module):
     def __init__(self, lsh: SoftLSH, readout: str, learn_beta: bool, learn_planes: bool) -> None:
         super().__init__()
         self.readout = readout
-        add_hash(self, lsh, learn_beta=learn_beta, learn_planes=learn_planes)
+        add_hash(
+            self, lsh, learn_beta=learn_beta, learn_planes=learn_planes, device=torch.device("cpu"), dtype=torch.float32
+        )
 
 
 def register(
@@ -63,10 +65,12 @@ def register(
         Draws its planes.
     """
 
+    @torch.compiler.disable(reason="layers of one fixed hash are not compiled: convert the model, then compile it")
     @lru_cache
     def default_hash(head_dim: int) -> RaceHash:
         lsh = SoftLSH.random(head_dim, n_tables, n_planes, beta, rng)
-        return RaceHash(lsh, readout, learn_beta=False, learn_planes=False)
+        with torch.inference_mode(False):  # whatever the first call is under: it is kept for all
+            return RaceHash(lsh, readout, learn_beta=False, learn_planes=False)
 
     def attend(module: Any, query: torch.Tensor, *others: Any, **options: Any) -> tuple[torch.Tensor, None]:
         own = getattr(module, "race", None)
@@ -110,13 +114,17 @@ def convert(
     Raises
     ------
     ValueError
-        The model has no attention layers that transformers can switch, or not those that were named.
+        The model has no attention layers that transformers can switch, or not those that were named, or they have been
+        converted already; or it has several of one number, as models of an encoder and a decoder do.
     """
-    register()
+    if NAME not in _names:
+        register()
     found = _attention_layers(model)
     wanted = sorted(found) if layers is None else sorted(set(layers))
     if not found or not set(wanted) <= set(found):
         raise ValueError(f"the model has attention layers {sorted(found)} that can be switched, got layers = {wanted}")
+    if already := [index for index in wanted if hasattr(found[index], "race")]:
+        raise ValueError(f"layers {already} have RACE attention already; converting again would lose their hash")
     for index in wanted:
         module = found[index]
         weight = next(module.parameters())
@@ -218,7 +226,13 @@ def _attention_layers(model: nn.Module) -> dict[int, Any]:
     """Return the modules that ask transformers for an attention function, by their number."""
     needed = ("layer_idx", "config", "head_dim", "is_causal")
     modules: list[Any] = [module for module in model.modules() if all(hasattr(module, name) for name in needed)]
-    return {module.layer_idx: module for module in modules}
+    numbers = [module.layer_idx for module in modules]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"layers are told apart by their numbers, and those of this model are {numbers}: models of an encoder and a decoder "
+            "are not supported"
+        )
+    return dict(zip(numbers, modules, strict=True))
 
 
 def _attend(
@@ -231,6 +245,8 @@ def _attend(
     *,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks: query [B, H, Tq, D], key and value [B, G, Tk, dim] -> [B, Tq, H, dim] and no weights.
@@ -246,27 +262,52 @@ def _attend(
     past: RaceLayer | None = getattr(key, _LAYER_OF_KEY, None)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = _key_mask(attention_mask, n_queries, causal)
+    n_seen = n_keys if past is None else past.get_seq_length() + n_keys
+    if sliding_window is not None and n_seen > sliding_window:
+        raise ValueError(
+            f"RACE attention has no sliding window: this layer's is {sliding_window}, and there are {n_seen} tokens by now"
+        )
+    if mask is None and causal and 1 < n_queries < n_keys:
+        raise ValueError(
+            f"{n_queries} queries came with {n_keys} keys and no mask, as from a static cache, which has room for tokens to "
+            "come: use racecore.adapters.transformers.new_cache(model), or transformers' dynamic cache"
+        )
     planes, beta, readout = hash_of_layer.planes, hash_of_layer.beta, hash_of_layer.readout
+    if cu_seq_lens_q is not None and (past is not None or mask is not None or n_queries != n_keys):
+        raise ValueError("packed sequences (cu_seq_lens_q) go without cache and padding, with as many queries as keys")
     if past is not None:
-        mask = None if mask is None else mask[:, -n_keys:]
+        mask = None if mask is None or bool(mask[:, -n_keys:].all()) else mask[:, -n_keys:]
         return past.attend(q, k, v, planes, beta, readout=readout, key_mask=mask), None
     if causal and 1 < n_queries < n_keys:  # further tokens after keys that the model keeps: ask for all of them
         q = torch.cat([q.new_zeros(len(q), n_keys - n_queries, *q.shape[2:]), q], dim=1)
     causal = causal and n_queries > 1  # the last token sees all keys
-    out = race_attention(q, k, v, planes, beta, is_causal=causal, readout=readout, key_mask=mask)
+    out = race_attention(
+        q, k, v, planes, beta, is_causal=causal, readout=readout, key_mask=mask, cu_seqlens=cu_seq_lens_q
+    )
     return out[:, -n_queries:], None
 
 
 def _mask(
-    *, kv_length: int, kv_offset: int = 0, mask_function: Any, attention_mask: torch.Tensor | None = None, **others: Any
-) -> torch.Tensor | None:
-    """Return which keys take part, bool [B, Tk], or None for all: what transformers passes on as the attention mask."""
+    *, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, mask_function: Any,
+    attention_mask: torch.Tensor | None = None, device: Any = None, **others: Any,
+) -> torch.Tensor | None:  # fmt: skip
+    """Return which keys take part, bool [B, Tk], for transformers to pass on as the attention mask.
+
+    None says that all do, and that there is a query for every key.
+    """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "RACE attention knows causal and padding masks only; this model asks for another, such as a sliding window, "
             "several sequences in one row, or a prefix that sees itself: no single pair of tokens can be masked in a sum"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if mask_function is causal_mask_function and int(q_offset) + q_length != kv_offset + kv_length:
+        raise ValueError(
+            f"queries end at token {int(q_offset) + q_length} and keys at {kv_offset + kv_length}, as in a static cache, "
+            "which has room for tokens to come: use racecore.adapters.transformers.new_cache(model), or the dynamic cache"
+        )
+    if attention_mask is None and q_length != kv_length:
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    if attention_mask is None or (q_length == kv_length and bool(attention_mask.all())):
         return None
     return attention_mask[:, kv_offset : kv_offset + kv_length].bool()
 

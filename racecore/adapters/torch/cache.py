@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from racecore.adapters.torch.tensors import as_hash, as_tensor, same_place, target, to_array
+from racecore.adapters.torch.tensors import as_hash, as_tensor, autocast, check_tensors, same_place, target, to_array
 from racecore.state import RaceState
 
 __all__ = ["RaceCache"]
@@ -18,6 +18,9 @@ class RaceCache:
 
     Pass the same cache to every layer, first with the prompt and then with token after token. However long the past is, a layer
     keeps ``8 * B * G * L * R * (1 + V)`` bytes. States have no gradients: decode under ``torch.no_grad()``.
+
+    Layers are told apart by identity, or by whatever hashable is passed for them: a layer that a model uses twice needs a
+    name for each use (`attend`), a copy of a layer starts with an empty past. One thread at a time may use a cache.
 
     For models of Hugging Face transformers, `racecore.adapters.transformers.new_cache` makes one.
 
@@ -54,6 +57,9 @@ class RaceCache:
         """Return the tokens that a layer has been given, padding among them: the position of the next one."""
         return self._seen.get(layer, 0)
 
+    @torch.compiler.disable(
+        reason="a RaceCache changes in place: compile the layers without it, or let the graph break here"
+    )
     def attend(
         self,
         layer: Hashable,
@@ -89,7 +95,10 @@ class RaceCache:
         ValueError, TypeError
             Shapes, dtypes or a hash that do not fit what came before; the past is then unchanged.
         """
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        check_tensors(query=query, key=key, value=value, key_mask=key_mask)
+        query, key, value = autocast(query, key, value)
+        watched = [x for x in (query, key, value, planes, beta) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if torch.is_grad_enabled() and watched:
             raise RuntimeError("a RaceCache keeps no gradients: decode under torch.no_grad() or torch.inference_mode()")
         lsh = as_hash(planes, beta)
         state = self._states.get(layer)
@@ -116,6 +125,14 @@ class RaceCache:
         other._states = {layer: state.copy() for layer, state in self._states.items()}
         other._seen = dict(self._seen)
         return other
+
+    def __deepcopy__(self, memo: Any) -> RaceCache:
+        return self.copy()  # layers are who they are: copies of them would find nothing here
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a RaceCache is not pickled, as it knows layers by identity; save its `states`, each by RaceState.save"
+        )
 
     def reset(self) -> None:
         """Forget everything."""

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from racecore.adapters.torch.operator import WANTED, attend
-from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, same_place, target, to_array
+from racecore.adapters.torch.tensors import (
+    as_hash,
+    as_like,
+    as_tensor,
+    autocast,
+    check_tensors,
+    same_place,
+    target,
+    to_array,
+)
 from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients
 from racecore.soft_lsh import SoftLSH
@@ -69,18 +80,21 @@ def race_attention(
 
     Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2.
     """
+    check_tensors(query=query, key=key, value=value, key_mask=key_mask, cu_seqlens=cu_seqlens)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, ...): give the tensors a "
             "batch axis in place of vmap, and take gradients with torch.autograd"
         )
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     if not isinstance(planes, torch.Tensor):
         planes = torch.as_tensor(planes)
     if _is_traced(query):
         if not isinstance(beta, torch.Tensor):
             beta = torch.tensor(float(beta), dtype=torch.float64)
         return attend(query, key, value, planes, beta, key_mask, cu_seqlens, is_causal, readout)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(query, key, value)
     options = (is_causal, readout, key_mask, cu_seqlens)
     if torch.is_grad_enabled() and _need_gradient(query, key, value, planes, beta):
         return _Attention.apply(query, key, value, planes, beta, *options)
@@ -171,19 +185,18 @@ def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> Non
         )
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast to the dtype of autocast where that is on; float64 stays, as elsewhere in PyTorch."""
-    kind = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in tensors)
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Refuse forward-mode differentiation, where a tensor takes part in it."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("race_attention has no forward-mode derivative; take gradients with torch.autograd")
 
 
 def _is_traced(query: torch.Tensor) -> bool:
-    """Tell whether a compiler looks on, or tensors have no numbers: then operators are needed; see `operator`."""
+    """Tell whether somebody writes down what is computed, or tensors have no numbers: that needs operators; see `operator`."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
         or type(query) not in (torch.Tensor, torch.nn.Parameter)
         or query.device.type == "meta"
     )
@@ -237,7 +250,7 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad():
             grads = _backward(ctx, d_out, (query, key, value), planes, beta, key_mask, iter(flat))
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _NotTwice.apply(d_out, query, key, value, planes, *grads)
+            grads = _NotTwice.apply(d_out, query, key, value, planes, beta, *grads)
         return (*grads, None, None, None, None)
 
 
@@ -260,7 +273,7 @@ class _NotTwice(torch.autograd.Function):
     """The identity on gradients; whoever differentiates them is told that this cannot be done."""
 
     @staticmethod
-    def forward(ctx, d_out, query, key, value, planes, *grads):
+    def forward(ctx, d_out, query, key, value, planes, beta, *grads):
         return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod

@@ -107,7 +107,16 @@ class RaceAttention(nn.Module):
         lsh = SoftLSH.random(self.head_dim, n_tables, n_planes, beta, rng)
         if lsh.n_heads not in (None, num_heads):
             raise ValueError(f"beta has {lsh.n_heads} values, which must be 1 or num_heads = {num_heads}")
+        self._drawn = lsh  # for `reset_parameters`
         add_hash(self, lsh, learn_beta=learn_beta, learn_planes=learn_planes, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the projections anew, and set planes and beta back to what `rng` gave: also after ``to_empty``."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.reset_parameters()
+        with torch.no_grad():
+            self.planes.copy_(torch.tensor(self._drawn.planes))
+            self.beta.copy_(torch.tensor(self._drawn.beta))
 
     def forward(
         self,
@@ -160,7 +169,7 @@ class RaceAttention(nn.Module):
                     "cache and cu_seqlens were both given; decode sequences as a batch, padding behind key_mask"
                 )
             out = cache.attend(self, query, key, value, self.planes, self.beta, readout=self.readout, key_mask=key_mask)
-        return self.o_proj(out.reshape(batch, n_tokens, -1))
+        return self.o_proj(out.reshape(batch, n_tokens, self.num_heads * self.head_dim))
 
     def extra_repr(self) -> str:
         """Return what `print` shows beside the projections."""
@@ -197,8 +206,9 @@ def _positions(n_tokens: int, past: int, cu_seqlens: torch.Tensor | None, device
 def _rotated(rows: tuple[torch.Tensor, ...], positions: torch.Tensor, base: float) -> tuple[torch.Tensor, ...]:
     """Rotate pairs (x[d], x[d + D/2]) of rows [B, T, heads, D] by angles that grow with their positions [T] or [B, T]."""
     half = rows[0].shape[-1] // 2
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float32) * (-math.log(base) / half)
-    angles = (positions.to(torch.float32)[..., None] * exponents.exp())[..., None, :]  # [T, 1, D/2] or [B, T, 1, D/2]
+    # float64: at position 1,000,000 angles in float32 are off by 0.03, and from 2^24 on neighbours have the same
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) * (-math.log(base) / half)
+    angles = (positions.to(torch.float64)[..., None] * exponents.exp())[..., None, :]  # [T, 1, D/2] or [B, T, 1, D/2]
     cos, sin = angles.cos(), angles.sin()
     turned = []
     for x in rows:

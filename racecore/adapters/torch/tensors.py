@@ -19,7 +19,9 @@ from racecore import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 from racecore.threads import requested, threads
 
-__all__ = ["as_hash", "as_like", "as_tensor", "same_place", "target", "to_array"]
+__all__ = ["as_hash", "as_like", "as_tensor", "autocast", "check_tensors", "same_place", "target", "to_array"]
+
+_MOST_BYTES = 1 << 15  # of planes whose hash is kept for the next call
 
 
 def to_array(tensor: torch.Tensor) -> Any:
@@ -60,16 +62,40 @@ def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
     """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are waited for."""
-    array, number = to_array(planes.detach().cpu()), beta
-    if isinstance(beta, torch.Tensor):
-        number = tuple(beta.tolist()) if beta.ndim else beta.item()
-    return _hash_of(array.shape, array.dtype, array.tobytes(), number)
+    array, beta = to_array(planes.detach().cpu()), beta.detach().cpu() if isinstance(beta, torch.Tensor) else beta
+    numbers = np.asarray(beta.tolist() if isinstance(beta, torch.Tensor) else beta)
+    if array.nbytes > _MOST_BYTES or numbers.ndim > 1:
+        return SoftLSH(array, numbers)
+    return _hash_of(
+        array.shape, array.dtype, array.tobytes(), tuple(numbers.tolist()) if numbers.ndim else numbers.item()
+    )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _hash_of(shape: tuple[int, ...], dtype: np.dtype, planes: bytes, beta: Any) -> SoftLSH:
     """Return the same hash for the same numbers: a `SoftLSH` keeps what kernels want of it, which takes time to make."""
     return SoftLSH(np.frombuffer(planes, dtype).reshape(shape), beta)
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of autocast where that is on; float64 stays, as elsewhere in PyTorch."""
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in tensors)
+
+
+def check_tensors(**named: Any) -> None:
+    """Check that arguments are tensors and rows on one device; None is left alone."""
+    for name, tensor in named.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(tensor).__qualname__}; torch.as_tensor makes one"
+            )
+    devices = {name: named[name].device for name in ("query", "key", "value")}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"query, key and value must be on one device, got {', '.join(map(str, devices.values()))}")
 
 
 @contextmanager
