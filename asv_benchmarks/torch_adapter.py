@@ -22,7 +22,7 @@ from racecore.adapters.torch import RaceAttention, race_attention
 
 ROUNDS = 15
 LAYER = {"embed_dim": 256, "num_heads": 4}
-PER_TOKEN = 5 + 2 + 1 + 3  # arrays of [T, E]: see `layer_memory`
+PER_TOKEN = 4 + 2 + 4  # arrays of [T, E]: see `layer_memory`
 
 
 def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -81,8 +81,8 @@ def overhead(n_tokens: int, repeats: int) -> None:
 def layer_memory(n_tokens: int) -> None:
     """Print the peak of one training step. For child processes.
 
-    Backward of a layer holds x, queries, keys, values and attention's output (5), the output and its gradient (2), the gradient
-    of attention's output (1), and those of queries, keys and values (3).
+    When attention goes backward there are x, queries, keys and values (4), the layer's output and its gradient (2), and the
+    gradients of attention's output, queries, keys and values (4); attention's output itself is gone by then.
     """
     layer = RaceAttention(**LAYER)
 

@@ -106,7 +106,7 @@ class RaceCache:
             state = RaceState.zeros(lsh, len(key), key.shape[2], value.shape[3])
         state.check_same_hash(lsh)
         with same_place(query):
-            q, k, v = (to_array(x.detach()) for x in (query, key, value))
+            q, k, v = to_array(query), to_array(key), to_array(value)
             out = target((*query.shape[:-1], value.shape[-1]), query)
             mask = None if key_mask is None else to_array(key_mask)
             result = state.step(q, k, v, readout=readout, key_mask=mask, out=out)

@@ -207,7 +207,7 @@ def _need_gradient(*tensors: Any) -> bool:
 
 
 def _arrays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any, Any]:
-    return to_array(query.detach()), to_array(key.detach()), to_array(value.detach())
+    return to_array(query), to_array(key), to_array(value)
 
 
 def _without_gradient(
@@ -262,7 +262,7 @@ def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.
         states = tuple(n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts)
         mask = None if key_mask is None else to_array(key_mask)
         saved = ctx.saved.with_inputs(*_arrays(*tensors), mask, states)
-        grads = attention_backward(to_array(d_out.detach()), saved, out=Gradients(*out))
+        grads = attention_backward(to_array(d_out), saved, out=Gradients(*out))
         d_rows = [None if grad is None else as_tensor(grad) for grad in grads[:3]]
         d_planes = as_like(grads.planes, planes)
         d_beta = None if beta is None else as_like(grads.beta, beta)

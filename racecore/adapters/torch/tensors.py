@@ -1,14 +1,13 @@
 """From tensors to arrays and back, without copies; the stream and the number of threads that PyTorch would use.
 
-The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), no array may share memory with a tensor that
-autograd still watches (tensors are detached knowingly, by the callers in `function`), and tensors on a GPU must be
-used on the stream that PyTorch works on.
+The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), tensors that autograd watches are detached knowingly
+(`function` tells autograd of the results), and tensors on a GPU must be used on the stream that PyTorch works on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +24,9 @@ _MOST_BYTES = 1 << 15  # of planes whose hash is kept for the next call
 
 
 def to_array(tensor: torch.Tensor) -> Any:
-    """View a detached tensor as a NumPy array, or as a CuPy array where it is on a GPU."""
+    """View a tensor as a NumPy array, or as a CuPy array where it is on a GPU; what autograd watches is left behind."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.device.type == "cpu":
         tensor = tensor.resolve_neg()  # a lazy minus sign, as torch.view_as_imag(x.conj()) has
         if tensor.dtype is torch.bfloat16:
@@ -62,13 +63,13 @@ def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
     """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are waited for."""
-    array, beta = to_array(planes.detach().cpu()), beta.detach().cpu() if isinstance(beta, torch.Tensor) else beta
-    numbers = np.asarray(beta.tolist() if isinstance(beta, torch.Tensor) else beta)
-    if array.nbytes > _MOST_BYTES or numbers.ndim > 1:
-        return SoftLSH(array, numbers)
-    return _hash_of(
-        array.shape, array.dtype, array.tobytes(), tuple(numbers.tolist()) if numbers.ndim else numbers.item()
-    )
+    array = to_array(planes if planes.device.type == "cpu" else planes.cpu())
+    number = beta.tolist() if hasattr(beta, "tolist") else beta  # a float for one that has no axes
+    if isinstance(number, list):
+        number = tuple(number)
+    if array.nbytes > _MOST_BYTES or (isinstance(number, tuple) and any(isinstance(x, list) for x in number)):
+        return SoftLSH(array, number)
+    return _hash_of(array.shape, array.dtype, array.tobytes(), number)
 
 
 @lru_cache(maxsize=128)
@@ -93,24 +94,24 @@ def check_tensors(**named: Any) -> None:
             raise TypeError(
                 f"{name} must be a torch.Tensor, got {type(tensor).__qualname__}; torch.as_tensor makes one"
             )
-    devices = {name: named[name].device for name in ("query", "key", "value")}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"query, key and value must be on one device, got {', '.join(map(str, devices.values()))}")
+    query, key, value = named["query"].device, named["key"].device, named["value"].device
+    if not query == key == value:
+        raise ValueError(f"query, key and value must be on one device, got {query}, {key} and {value}")
 
 
-@contextmanager
-def same_place(tensor: torch.Tensor) -> Iterator[None]:
+def same_place(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Compute where PyTorch does: with its number of threads, or on the current stream of the tensor's GPU.
 
     `racecore.threads` has precedence. A data loader's worker has one thread for PyTorch, and so for racecore.
     """
     if tensor.device.type != "cpu":
-        cupy = cuda.cupy()
-        stream = torch.cuda.current_stream(tensor.device)
-        with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-            yield
-    elif requested() is None:
-        with threads(torch.get_num_threads()):
-            yield
-    else:
+        return _on_its_stream(tensor)
+    return threads(torch.get_num_threads()) if requested() is None else nullcontext()
+
+
+@contextmanager
+def _on_its_stream(tensor: torch.Tensor) -> Iterator[None]:
+    cupy = cuda.cupy()
+    stream = torch.cuda.current_stream(tensor.device)
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
         yield
