@@ -693,7 +693,6 @@ def test_data_loader_workers_after_the_parent_has_computed():
 
 
 def test_threads_are_those_of_torch_unless_racecore_is_asked(monkeypatch):
-    from racecore import attention as pipeline  # noqa: F401
     from racecore.threads import count
 
     seen = []
