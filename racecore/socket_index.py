@@ -301,7 +301,7 @@ class SocketIndex:
         return index
 
     def _planes(self, n_kv_heads: int) -> np.ndarray:
-        return self._lsh.per_kv_head(n_kv_heads)
+        return self._lsh.per_head(n_kv_heads)[0]
 
     def _prepared(self, query: np.ndarray, backend: str | None) -> tuple[Any, HashedKeys]:
         operations = backends.choose(backend, arrays.is_on_device(query)).socket

@@ -167,10 +167,6 @@ class SoftLSH:
             self._per_head.setdefault(n_state_heads, arrays)
         return self._per_head[n_state_heads]
 
-    def per_kv_head(self, n_kv_heads: int) -> np.ndarray:
-        """Return planes [G, L, P, D] for hashing keys, shared ones repeated without a copy."""
-        return _repeated(self._planes, 3, n_kv_heads)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write planes, beta and a checksum to an .npz file, which appears whole or not at all."""
         files.save(path, _FILE_KIND, _FILE_VERSION, planes=self._planes, beta=self._beta)

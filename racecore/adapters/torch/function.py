@@ -8,8 +8,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from racecore.adapters.torch.operator import WANTED, attend
+from racecore.adapters.torch.operator import WANTED, attend, no_second_derivative
 from racecore.adapters.torch.tensors import (
+    array_options,
     as_hash,
     as_like,
     as_tensor,
@@ -213,14 +214,9 @@ def _arrays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tupl
 def _without_gradient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lsh: SoftLSH, options: tuple[Any, ...]
 ) -> torch.Tensor:
-    is_causal, readout, key_mask, cu_seqlens = options
     with same_place(query):
         out = target((*query.shape[:-1], value.shape[-1]), query)
-        result = attention(
-            *_arrays(query, key, value), lsh, is_causal=is_causal, readout=readout, out=out,
-            key_mask=None if key_mask is None else to_array(key_mask),
-            cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens),
-        )  # fmt: skip
+        result = attention(*_arrays(query, key, value), lsh, out=out, **array_options(*options))
     return as_tensor(result)
 
 
@@ -233,9 +229,8 @@ class _Attention(torch.autograd.Function):
         with same_place(query):
             out = target((*query.shape[:-1], value.shape[-1]), query)
             result, saved = attention_forward(
-                *_arrays(query, key, value), as_hash(planes, beta), is_causal=is_causal, readout=readout, out=out,
-                key_mask=None if key_mask is None else to_array(key_mask),
-                cu_seqlens=None if cu_seqlens is None else to_array(cu_seqlens), wrt=wrt,
+                *_arrays(query, key, value), as_hash(planes, beta), out=out, wrt=wrt,
+                **array_options(is_causal, readout, key_mask, cu_seqlens),
             )  # fmt: skip
             states = [as_tensor(state) for states in saved.states if states is not None for state in states]
         ctx.counts = [None if states is None else len(states) for states in saved.states]
@@ -276,8 +271,4 @@ class _NotTwice(torch.autograd.Function):
     def forward(ctx, d_out, query, key, value, planes, beta, *grads):
         return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
 
-    @staticmethod
-    def backward(ctx, *d_grads):
-        raise NotImplementedError(
-            "racecore has first derivatives only: the gradients of race_attention cannot be differentiated again"
-        )
+    backward = staticmethod(no_second_derivative)

@@ -7,28 +7,15 @@ plan to plan. In eager mode operators would cost a hundred microseconds a call.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from racecore.adapters.torch.tensors import as_hash, as_like, as_tensor, same_place, target, to_array
+from racecore.adapters.torch.tensors import array_options, as_hash, as_like, as_tensor, same_place, target, to_array
 from racecore.attention import attention, attention_backward, saved_without_forward
 from racecore.gradients import Gradients
 
-__all__ = ["attend"]
+__all__ = ["WANTED", "attend", "attend_backward", "no_second_derivative"]
 
 WANTED = ("query", "key", "value", "planes", "beta")
-
-
-def _options(
-    is_causal: bool, readout: str, key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> dict[str, Any]:
-    return {
-        "is_causal": is_causal,
-        "readout": readout,
-        "key_mask": None if key_mask is None else to_array(key_mask),
-        "cu_seqlens": None if cu_seqlens is None else to_array(cu_seqlens),
-    }
 
 
 @torch.library.custom_op("racecore::attention", mutates_args=())
@@ -38,7 +25,7 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Compute attention."""
     with same_place(query):
-        options = _options(is_causal, readout, key_mask, cu_seqlens)
+        options = array_options(is_causal, readout, key_mask, cu_seqlens)
         out = target((*query.shape[:-1], value.shape[-1]), query)
         q, k, v = to_array(query), to_array(key), to_array(value)
         return as_tensor(attention(q, k, v, as_hash(planes, beta), out=out, **options))
@@ -59,7 +46,7 @@ def attend_backward(
     names = wrt.split()
     tensors = {"query": query, "key": key, "value": value}
     with same_place(query):
-        options = _options(is_causal, readout, key_mask, cu_seqlens)
+        options = array_options(is_causal, readout, key_mask, cu_seqlens)
         targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
         saved = saved_without_forward(
             to_array(query), to_array(key), to_array(value), as_hash(planes, beta), wrt=names, **options
@@ -94,10 +81,11 @@ def _backward(ctx, d_out):
 attend.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx, *d_grads):
+def no_second_derivative(ctx, *d_grads):
+    """Say so: what differentiating `attend_backward` comes to, and the gradients of eager mode."""
     raise NotImplementedError(
         "racecore has first derivatives only: the gradients of race_attention cannot be differentiated again"
     )
 
 
-attend_backward.register_autograd(_no_second_derivative)
+attend_backward.register_autograd(no_second_derivative)

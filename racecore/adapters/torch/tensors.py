@@ -18,7 +18,17 @@ from racecore import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 from racecore.threads import requested, threads
 
-__all__ = ["as_hash", "as_like", "as_tensor", "autocast", "check_tensors", "same_place", "target", "to_array"]
+__all__ = [
+    "array_options",
+    "as_hash",
+    "as_like",
+    "as_tensor",
+    "autocast",
+    "check_tensors",
+    "same_place",
+    "target",
+    "to_array",
+]
 
 _MOST_BYTES = 1 << 15  # of planes whose hash is kept for the next call
 
@@ -33,6 +43,18 @@ def to_array(tensor: torch.Tensor) -> Any:
             return tensor.view(torch.int16).numpy().view(arrays.dtype_of("bfloat16"))
         return tensor.numpy()
     return arrays.as_array(tensor, f"a tensor on {tensor.device}")
+
+
+def array_options(
+    is_causal: bool, readout: str, key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return the options of `racecore.attention` for those of `race_attention`."""
+    return {
+        "is_causal": is_causal,
+        "readout": readout,
+        "key_mask": None if key_mask is None else to_array(key_mask),
+        "cu_seqlens": None if cu_seqlens is None else to_array(cu_seqlens),
+    }
 
 
 def as_tensor(array: Any) -> torch.Tensor:
