@@ -25,7 +25,8 @@ from numba.extending import intrinsic, overload, register_model
 from racecore.jit import helper, inlined
 
 __all__ = [
-    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "copy", "exp_by_lanes", "floor", "fma", "highest",
+    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "bits_of", "copy", "exp_by_lanes",
+    "float_of", "floor", "fma", "highest",
     "lanes", "load", "load_rounded", "load_vector", "maximum", "power_of_two", "select", "spread",
     "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
@@ -93,6 +94,26 @@ def store_vector(typing_context, value, address):
         return context.get_dummy_value()
 
     return types.void(value, types.int64), code
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """Return the float32 of the lowest 32 bits."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), code
+
+
+@intrinsic
+def bits_of(typing_context, number):
+    """Return the bits of a float32, with its sign."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sext(builder.bitcast(arguments[0], ir.IntType(32)), ir.IntType(64))
+
+    return types.int64(types.float32), code
 
 
 @intrinsic

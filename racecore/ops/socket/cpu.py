@@ -11,6 +11,7 @@ import numpy as np
 from racecore import arrays
 from racecore.ops.blocks import describe
 from racecore.ops.products import padded
+from racecore.ops.socket.coarse import SETTLE, CoarseCall, can_bound, fill_coarse, new_call, overflows, score_coarse
 from racecore.ops.socket.layout import (
     BLOCK_TOKENS,
     DIGIT_VALUES,
@@ -103,21 +104,26 @@ def _score(
     tables: np.ndarray, keys: HashedKeys, multiplies: bool, pairs: list[tuple[int, int]], out: np.ndarray
 ) -> None:
     """Score all keys of some (sequence, key/value head) for the heads of their groups: rows of out [rows, tokens]."""
-    group = tables.shape[1] // keys.codes.shape[1]
-    tasks = [
-        (b, g, block, min(block + _SCORED_AT_ONCE, n_blocks), row * group)
-        for row, (b, g) in enumerate(pairs)
-        for n_blocks in (_whole_blocks(int(keys.lengths[b])),)
-        for block in range(0, n_blocks, _SCORED_AT_ONCE)
-    ]
+    tasks = _score_tasks(keys, pairs, tables.shape[1] // keys.codes.shape[1])
     call = ScoreCall(
-        tables=tables, codes=keys.codes, norms=keys.norms, tasks=_table(tasks, 5), n_tables=keys.n_tables,
+        tables=tables, codes=keys.codes, norms=keys.norms, tasks=tasks, n_tables=keys.n_tables,
         high_bits=high_bits(keys.n_planes), multiplies=multiplies,
     )  # fmt: skip
     kernel: Any = score_one_by_one
     if tables.dtype == np.float32:
         kernel = SCORE_KERNELS[tables.shape[3], multiplies]
     run(partial(kernel, call, out), len(tasks), 1)
+
+
+def _score_tasks(keys: HashedKeys, pairs: list[tuple[int, int]], rows_per_pair: int) -> np.ndarray:
+    """Return tasks of scoring, int64 [n, 5]: sequence, key/value head, first and last block, first row of the result."""
+    tasks = [
+        (b, g, block, min(block + _SCORED_AT_ONCE, n_blocks), row * rows_per_pair)
+        for row, (b, g) in enumerate(pairs)
+        for n_blocks in (_whole_blocks(int(keys.lengths[b])),)
+        for block in range(0, n_blocks, _SCORED_AT_ONCE)
+    ]
+    return _table(tasks, 5)
 
 
 def select(
@@ -128,30 +134,46 @@ def select(
     n_kv_heads = keys.codes.shape[1]
     group = n_heads // n_kv_heads
     rows_per_pair = 1 if is_shared else group
-    sink, window = ends
-    width = int(np.minimum(keys.lengths, np.minimum(budgets, keys.lengths) + sink + window).max(initial=0))
+    width = int(np.minimum(keys.lengths, np.minimum(budgets, keys.lengths) + sum(ends)).max(initial=0))
     longest = _whole_blocks(int(keys.lengths.max(initial=0))) * BLOCK_TOKENS
     selected = np.empty((batch * n_kv_heads * rows_per_pair, width), np.int64)
     counts = np.zeros(len(selected), np.int64)
     pairs = [(b, g) for b in range(batch) for g in range(n_kv_heads)]
-    at_once = max(1, _SCORE_BYTES // max(1, longest * group * tables.dtype.itemsize))
-    room = arrays.empty((min(at_once, len(pairs)) * group, longest), tables.dtype)
-    sums = arrays.empty((len(room) // group if is_shared else 0, longest), tables.dtype)
+    coarse = _bounds(tables, keys, multiplies) if is_shared and group > 1 else None
+    scores_per_pair = group if coarse is None else 1
+    at_once = max(1, _SCORE_BYTES // max(1, longest * scores_per_pair * tables.dtype.itemsize))
+    room = arrays.empty((min(at_once, len(pairs)) * scores_per_pair, longest), tables.dtype)
+    sums = arrays.empty((len(room) // group if is_shared and coarse is None else 0, longest), tables.dtype)
     bits = np.dtype(f"i{tables.dtype.itemsize}")
     for start in range(0, len(pairs), at_once):
         some = pairs[start : start + at_once]
-        score = room[: len(some) * group]
+        score = room[: len(some) * scores_per_pair]
+        sequence = np.repeat([b for b, _ in some], rows_per_pair)
+        limits = (keys.lengths[sequence], budgets[sequence])
+        rows = slice(start * rows_per_pair, (start + len(some)) * rows_per_pair)
+        results = (selected[rows], counts[rows])
+        if coarse is not None:
+            tasks = _score_tasks(keys, some, 1)
+            run(partial(score_coarse, coarse, tasks, score), len(tasks), 1)
+            arguments = (coarse, score.view(bits), np.array(some), *limits, ends)
+            run(partial(SETTLE[multiplies], *arguments, *results), len(some), 1)
+            continue
         _score(tables, keys, multiplies, some, score)
         if is_shared:
             by_group = score.reshape(len(some), group, longest)
             score = sums[: len(some)]
             run(partial(add_groups, by_group, score), len(some), 1)
-        sequence = np.repeat([b for b, _ in some], rows_per_pair)
-        rows = slice(start * rows_per_pair, (start + len(some)) * rows_per_pair)
-        arguments = (score.view(bits), keys.lengths[sequence], budgets[sequence], sink, window)
-        results = (selected[rows], counts[rows])
-        run(partial(pick, *arguments, *results), len(score), 1)
+        run(partial(pick, score.view(bits), *limits, *ends, *results), len(score), 1)
     return selected[:, : int(counts.max(initial=0))].reshape(batch, n_kv_heads * rows_per_pair, -1)
+
+
+def _bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> CoarseCall | None:
+    """Return what bounds of the scores of groups need; None where exact scores are found as fast, or have no bounds."""
+    if not can_bound(tables, high_bits(keys.n_planes), int(keys.lengths.max(initial=0))):
+        return None
+    call = new_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies)
+    run(partial(fill_coarse, call), len(call.planes), 1)
+    return None if overflows(call) else call
 
 
 def attend_selected(

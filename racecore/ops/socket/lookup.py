@@ -20,7 +20,7 @@ from racecore.ops import processor
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.tiles import Emitter
 
-__all__ = ["score_tile"]
+__all__ = ["norms_of", "score_tile"]
 
 _LANES = 16
 _VECTORS = BLOCK_TOKENS // _LANES
@@ -87,7 +87,7 @@ def _lookup_by_halves(builder: Any, table: Any, digits: Any) -> Any:
     return builder.shuffle_vector(*parts, ir.Constant(_WORDS, list(range(_LANES))))
 
 
-def _norms(builder: Any, address: Any) -> list[Any]:
+def norms_of(builder: Any, address: Any) -> list[Any]:
     """Return 64 norms as vectors of float32; see `layout.from_norm16`."""
     vectors = []
     for word in _codes(builder, address, 16):
@@ -149,7 +149,7 @@ def score_tile(n_heads: int, n_digits: int, multiplies: bool) -> Any:
             start = [ir.Constant(word, 0)] + [zero] * (n_heads * _VECTORS)
             steps = [ir.Constant(word, BLOCK_TOKENS), ir.Constant(word, n_digits * _LANES * 4)]
             _, *totals = emit.loop(count, start, [codes, tables], steps, step)
-            norm = _norms(builder, norms)
+            norm = norms_of(builder, norms)
             for h in range(n_heads):
                 for v in range(_VECTORS):
                     place = emit.address(out, emit.times(out_head, h), v * _LANES)

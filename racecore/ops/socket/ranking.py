@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from racecore.jit import helper, kernel
 
-__all__ = ["add_groups", "pick"]
+__all__ = ["NOBODY", "add_groups", "candidates", "key_of", "limit_of", "pick", "write_selected"]
 
 _SAMPLE = 2048
-_RADIX_BITS = 8
+_RADIX_BITS = 11
+_LANES = 16
+NOBODY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody reaches it
 
 
 @kernel
@@ -41,86 +46,144 @@ def pick(
     """
     for row in range(first, last):
         n, budget = lengths[row], min(budgets[row], lengths[row])
-        n_sink, begin = min(sink, n), max(n - window, min(sink, n))
-        out = selected[row]
-        # tokens that may be among the best: all of them where all are wanted
-        candidates, keys, n_candidates = _candidates(scores[row], n, budget)
-        limit, n_equal = _limit(keys, n_candidates, budget)
-        n_out = 0
-        for t in range(n_sink):
-            out[n_out] = t
-            n_out += 1
-        for c in range(n_candidates):
-            t, key = candidates[c], keys[c]
-            takes = budget > 0 and key >= limit
-            if takes and key == limit:
-                takes = n_equal > 0
-                n_equal -= 1
-            if takes and t >= n_sink and t < begin:
-                out[n_out] = t
-                n_out += 1
-        for t in range(begin, n):
-            out[n_out] = t
-            n_out += 1
-        counts[row] = n_out
-        for i in range(n_out, out.shape[0]):
-            out[i] = -1
+        tokens, keys, _ = candidates(scores[row], n, budget)
+        limit, n_equal = limit_of(keys, len(keys), budget)
+        counts[row] = write_selected(tokens, keys, limit, n_equal, n, (sink, window), selected[row])
 
 
 @helper
-def _key(bits: int, highest: int) -> Any:
-    """Return an integer that orders as the number of these bits does; -0 is 0, and NaN infinity."""
-    size = bits & highest
-    infinity = np.int64(0x7F800000) if highest == 0x7FFFFFFF else np.int64(0x7FF0000000000000)
+def write_selected(tokens, keys, limit, n_equal, n, ends, out):
+    """Write the tokens whose key is above the limit, the first `n_equal` of those at it, and both ends. Return how many."""
+    n_sink = min(ends[0], n)
+    begin = max(n - ends[1], n_sink)
+    n_out = 0
+    for t in range(n_sink):
+        out[n_out] = t
+        n_out += 1
+    for c in range(len(keys)):
+        takes = keys[c] > limit
+        if keys[c] == limit:
+            takes = n_equal > 0
+            n_equal -= 1
+        if takes and tokens[c] >= n_sink and tokens[c] < begin:
+            out[n_out] = tokens[c]
+            n_out += 1
+    for t in range(begin, n):
+        out[n_out] = t
+        n_out += 1
+    for i in range(n_out, out.shape[0]):
+        out[i] = -1
+    return n_out
+
+
+@helper
+def key_of(bits: int, is_wide: bool) -> Any:
+    """Return an integer that orders as the float64 (`is_wide`) or float32 of these bits; -0 is 0, and NaN infinity."""
+    infinity = np.int64(0x7FF0000000000000) if is_wide else np.int64(0x7F800000)
+    size = bits & (np.int64(0x7FFFFFFFFFFFFFFF) if is_wide else np.int64(0x7FFFFFFF))
     if size > infinity:
         return infinity
     return np.int64(size) if bits >= 0 else -np.int64(size)
 
 
 @helper
-def _candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return tokens, ascending, with their keys and their number: at least the `budget` best."""
-    wide = scores.itemsize == 8
-    highest = np.int64(0x7FFFFFFFFFFFFFFF) if wide else np.int64(0x7FFFFFFF)
-    infinity = np.int64(0x7FF0000000000000) if wide else np.int64(0x7F800000)
-    bar = _bar(scores, n, budget, highest)
-    tokens = np.empty(n if budget > 0 else 0, np.int64)
-    found = 0
-    if budget > 0 and bar > 0:
-        for t in range(n):  # no branches, and no keys: bits that are no sign order as the numbers do
-            bits = np.int64(scores[t])
-            tokens[found] = t
-            found += (bits >= bar) | (bits & highest > infinity)
-    if found < budget:
-        for t in range(n):
-            tokens[t] = t
-        found = n
-    keys = np.empty(found, np.int64)
-    for c in range(found):
-        keys[c] = _key(np.int64(scores[tokens[c]]), highest)
-    return tokens, keys, found
+def _bits_of(key: Any, is_wide: bool) -> Any:
+    """Return bits of which this is the key."""
+    if key >= 0:
+        return np.int64(key)
+    if is_wide:
+        return np.int64(-key) | np.int64(-0x8000000000000000)
+    return np.int64(-max(key, -np.int64(0x7F800000))) | np.int64(0x80000000)
 
 
 @helper
-def _bar(scores: np.ndarray, n: int, budget: int, highest: int) -> int:
+def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Return tokens, ascending, with their keys: at least the `budget` best, and all that reach the bar, the third result."""
+    if budget <= 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64), NOBODY
+    bar = _bar(scores, n, budget)
+    room = min(n, 4 * budget + _SAMPLE) if bar > NOBODY else n
+    tokens = np.empty(room, np.int64)
+    found = _note(scores, n, bar, tokens)
+    if found < budget or found > room:  # the sample has misled
+        bar, tokens = NOBODY, np.empty(n, np.int64)
+        found = _note(scores, n, bar, tokens)
+    keys = np.empty(found, np.int64)
+    for c in range(found):
+        keys[c] = key_of(np.int64(scores[tokens[c]]), scores.itemsize == 8)
+    return tokens, keys, bar
+
+
+@helper
+def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
+    """Write the tokens whose keys reach the bar, as far as there is room; return more than that if there is not."""
+    is_wide, found, room, whole = scores.itemsize == 8, 0, tokens.shape[0], n // _LANES * _LANES
+    bits = _bits_of(bar, is_wide)
+    for t in range(0, whole, _LANES):
+        who = _reaching(scores.ctypes.data + scores.itemsize * t, bits, scores[0])
+        while who != 0:
+            if found == room:
+                return room + 1
+            tokens[found] = t + _lowest(who)
+            found += 1
+            who &= who - 1
+    for t in range(whole, n):
+        if key_of(np.int64(scores[t]), is_wide) >= bar:
+            if found == room:
+                return room + 1
+            tokens[found] = t
+            found += 1
+    return found
+
+
+@intrinsic
+def _reaching(typing_context, address, bar, like):
+    """Return a bit for each of the 16 numbers from an address on: is it NaN, or at least that of the bits `bar`?"""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, bar, _ = arguments
+        element, size = (ir.DoubleType(), 64) if like.bitwidth == 64 else (ir.FloatType(), 32)
+        kind = ir.VectorType(element, _LANES)
+        values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
+        number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
+        first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+        reaches = builder.fcmp_unordered(">=", values, builder.shuffle_vector(first, first, zeros))
+        return builder.zext(builder.bitcast(reaches, ir.IntType(_LANES)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64, like), code
+
+
+@intrinsic
+def _lowest(typing_context, bits):
+    """Return the place of the lowest set bit."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), code
+
+
+@helper
+def _bar(scores: np.ndarray, n: int, budget: int) -> Any:
     """Return a key that somewhat more than `budget` of all keys should reach, judged by a sample."""
     step = n // _SAMPLE
     share = budget / max(n, 1)
     if step < 2 or share > 0.5:
-        return -highest
+        return NOBODY
     sample = np.empty(_SAMPLE, np.int64)
     for i in range(_SAMPLE):
-        sample[i] = _key(np.int64(scores[i * step]), highest)
+        sample[i] = key_of(np.int64(scores[i * step]), scores.itemsize == 8)
     rank = int(share * _SAMPLE + 4 * np.sqrt(share * _SAMPLE) + 8)
-    limit, _ = _limit(sample, _SAMPLE, rank)
+    limit, _ = limit_of(sample, _SAMPLE, rank)
     return limit
 
 
 @helper
-def _limit(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
+def limit_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     """Return the rank-th largest of n keys, and how many of those equal to it belong to the `rank` largest."""
     if rank <= 0 or n == 0:
-        return np.int64(0), np.int64(0)
+        return np.int64(0x7FFFFFFFFFFFFFFF), np.int64(0)
     lowest, highest = keys[0], keys[0]
     for i in range(1, n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
@@ -128,20 +191,23 @@ def _limit(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     bits = 0
     while bits < 64 and (np.uint64(highest - lowest) >> np.uint64(bits)) > 0:
         bits += _RADIX_BITS
-        if bits >= 64:
-            break
-    counts = np.empty(1 << _RADIX_BITS, np.int64)
-    prefix, left = np.uint64(0), rank
+    counts, rest = np.empty(1 << _RADIX_BITS, np.int64), np.empty(n if bits > _RADIX_BITS else 0, np.int64)
+    left = np.int64(rank)
     while bits > 0:
         bits -= _RADIX_BITS
+        shift = np.uint64(bits)
         counts[:] = 0
         for i in range(n):
-            offset = np.uint64(keys[i] - lowest)
-            if bits + _RADIX_BITS >= 64 or offset >> np.uint64(bits + _RADIX_BITS) == prefix:
-                counts[np.int64(offset >> np.uint64(bits)) & 255] += 1
+            counts[np.int64(np.uint64(keys[i] - lowest) >> shift)] += 1
         digit = (1 << _RADIX_BITS) - 1
         while counts[digit] < left:
             left -= counts[digit]
             digit -= 1
-        prefix = (prefix << np.uint64(_RADIX_BITS)) | np.uint64(digit)
-    return lowest + np.int64(prefix), left
+        if bits > 0:  # go on with those that share the digit
+            found = 0
+            for i in range(n):
+                rest[found] = keys[i]
+                found += np.int64(np.uint64(keys[i] - lowest) >> shift) == digit
+            keys, n = rest, found
+        lowest += np.int64(np.uint64(digit) << shift)
+    return lowest, left

@@ -13,12 +13,13 @@ from racecore.ops.memory import clear_columns, matrices
 from racecore.ops.products import NOTHING, padded, project, source_of
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
 from racecore.ops.socket.lookup import score_tile
-from racecore.ops.vectors import at, lanes, spread, store
+from racecore.ops.vectors import at, float_of, lanes, spread, store
 from racecore.ops.vectors import load as load_vector
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "fill_tables", "hash_blocks", "score_one_by_one",
+    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "fill_tables", "hash_blocks", "norm_of",
+    "score_one_by_one",
 ]  # fmt: skip
 
 _SOFT, _HAMMING = np.int64(0), np.int64(1)
@@ -239,12 +240,12 @@ def score_one_by_one(call: ScoreCall, out: np.ndarray, first: int, last: int) ->
                         entry = tables[table, n, code >> (DIGIT_BITS * n) & (DIGIT_VALUES - 1)]
                         worth = worth * entry if call.multiplies else worth + entry
                     total += worth
-                out[row + h, t] = total * _norm(call.norms[b, g, t])
+                out[row + h, t] = total * norm_of(call.norms[b, g, t])
 
 
 @helper
-def _norm(norm: int) -> float:
+def norm_of(norm: int) -> Any:
     """Return the number that 16 bits stand for; see layout.from_norm16."""
     if norm == 0:
-        return 0.0
-    return (1.0 + (norm & 1023) / 1024.0) * 2.0 ** (np.float64(norm >> 10) - 32.0)
+        return np.float32(0)
+    return float_of((np.int64(norm) << 13) + ((127 - 32) << 23))

@@ -1,0 +1,327 @@
+"""Bounds of a group's scores: which keys may be among the best is known before their exact scores are.
+
+Why: an exact score asks two registers of float32 for every table, key and query head. But most keys are far from the best, and of
+those a rough score tells. The heads of a group, added up, have one number for each of the 256 codes of a table. It is cut to 14
+bits: two planes of 7, each of 256 bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at
+once. The sums are whole numbers, so how far they can be from the scores is known. `fill_coarse` makes the tables,
+`score_coarse` upper bounds, and `SETTLE` picks: it scores exactly the few keys that the bounds do not decide. So what is
+selected is what exact scores select; the plain twin of it all is `reference.select`.
+
+How: as in `ops.tiles`. What the tile does is said in plain Python beside it. Only processors with AVX-512 VBMI can run it; for
+others `can_bound` says no, and everything is scored exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from racecore import arrays
+from racecore.jit import helper, kernel
+from racecore.ops import processor
+from racecore.ops.socket.layout import BLOCK_TOKENS
+from racecore.ops.socket.lookup import norms_of, score_tile
+from racecore.ops.socket.ranking import NOBODY, candidates, key_of, limit_of, write_selected
+from racecore.ops.socket.scoring import norm_of
+from racecore.ops.tiles import Emitter
+from racecore.ops.vectors import at, bits_of, float_of, load_vector, spread, store_vector
+
+__all__ = ["SETTLE", "CoarseCall", "can_bound", "fill_coarse", "new_call", "overflows", "score_coarse"]
+
+_CODES = 256  # of a table of at most eight planes
+_MOST_TABLES = 512  # whose seven bits add up in 16
+_FEWEST_TOKENS = 4096  # for which tables of 256 pay
+_LARGEST = 1e25  # of what scores may amount to, without the norm: nothing overflows
+_SMALLEST_STEP = np.float32(1e-30)
+_PLANES = 2
+_TOP = 128 * 128 - 1
+_IN = np.int64(1 << 40)  # a key above that of any float32
+_AT_ONCE = 4  # blocks of 64 tokens: with their sums and a plane of two tables the registers are full
+_BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (8, 16))
+
+
+class CoarseCall(NamedTuple):
+    """What coarse scores need. A row is a key/value head of a sequence."""
+
+    tables: np.ndarray  # float32 [B, H, L, 2, 16]
+    planes: np.ndarray  # uint8 [rows, L, 2, 256]
+    numbers: np.ndarray  # float32 [rows, 4]: step, offset of upper bounds, their distance to lower ones, size of scores
+    codes: np.ndarray  # see layout.HashedKeys
+    norms: np.ndarray
+    multiplies: bool
+
+
+def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
+    """Tell whether coarse scores are possible and pay, on this processor."""
+    n_tables = tables.shape[2]
+    fits = tables.dtype == np.float32 and high_bits == 0 and n_tables <= _MOST_TABLES and n_tables % 2 == 0
+    return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi") and bool(np.isfinite(tables).all())
+
+
+def _pick(builder: Any, table: list[Any], codes: Any) -> Any:
+    """Return table[code] for 64 codes, of a table of 256 bytes in four registers."""
+    is_high = builder.icmp_signed("<", codes, ir.Constant(_BYTES, [0] * BLOCK_TOKENS))
+    halves = [_pick_of_128(builder, table[i], table[i + 1], codes) for i in (2, 0)]
+    return builder.select(is_high, *halves)
+
+
+def _pick_of_128(builder: Any, low: Any, high: Any, codes: Any) -> Any:
+    """Return table[code & 127] for 64 codes."""
+    return _call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [low, codes, high])
+
+
+def _odd_bytes(builder: Any, values: Any) -> Any:
+    """Return the upper byte of every 16 bits: a product with (0, 1), as picks and shifts compete for the same units."""
+    return _call(builder, "llvm.x86.avx512.pmaddubs.w.512", _HALVES, [values, ir.Constant(_BYTES, [0, 1] * 32)])
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [value.type for value in arguments])
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+
+def _coarse_tile(n_blocks: int) -> Any:
+    """Return a tile that scores `n_blocks` blocks of 64 tokens. In plain Python::
+
+        for i in range(64 * n_blocks):
+            code = [codes[i // 64 * block + 64 * l + i % 64] for l in range(2 * pairs)]
+            high, low = (sum(planes[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2))
+            out[i] = ((128 * high + low) * step + offset) * from_norm16(norms[i])
+
+    Tables come in pairs: two numbers of seven bits are added before they are widened. 16 bits hold the sum of all bytes times
+    (1, 256), modulo 2^16, and that of the odd bytes.
+    """
+
+    @intrinsic
+    def tile(typing_context, codes, block, norms, planes, pairs, step, offset, out):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, block, norms, planes, pairs, step, offset, out = arguments
+            emit = Emitter(builder, ir.FloatType())
+
+            def load(address: Any, offset: int) -> Any:
+                place = builder.add(address, ir.Constant(emit.word, offset))
+                return builder.load(builder.inttoptr(place, _BYTES.as_pointer()), align=1)
+
+            def add_pair(addresses: list[Any], sums: list[Any]) -> list[Any]:
+                first, table = addresses
+                new = list(sums)
+                for p in range(_PLANES):  # one after the other, or the registers would not do
+                    registers = [[load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)] for k in range(2)]
+                    for i in range(n_blocks):
+                        place = builder.add(first, emit.times(block, i))
+                        both = builder.add(*(
+                            _pick(builder, registers[k], load(place, BLOCK_TOKENS * k)) for k in range(2)
+                        ))  # fmt: skip
+                        j = 2 * (_PLANES * i + p)
+                        new[j] = builder.add(sums[j], builder.bitcast(both, _HALVES))
+                        new[j + 1] = builder.add(sums[j + 1], _odd_bytes(builder, both))
+                return new
+
+            zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PLANES * n_blocks)
+            steps = [ir.Constant(emit.word, 2 * BLOCK_TOKENS), ir.Constant(emit.word, 2 * _PLANES * _CODES)]
+            sums = emit.loop(pairs, zeros, [codes, planes], steps, add_pair)
+            for i in range(n_blocks):
+                norm = norms_of(builder, builder.add(norms, ir.Constant(emit.word, 2 * BLOCK_TOKENS * i)))
+                high, low = (_in_order(builder, *sums[2 * j : 2 * j + 2]) for j in (_PLANES * i, _PLANES * i + 1))
+                for v in range(4):
+                    seven = ir.Constant(high[v].type, [7] * 16)
+                    whole = builder.sitofp(builder.add(builder.shl(high[v], seven), low[v]), emit.vector)
+                    value = emit.fma(whole, emit.splat(step), emit.splat(offset))
+                    emit.store(builder.fmul(value, norm[v]), emit.address(out, BLOCK_TOKENS * i + 16 * v))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5, types.float32, types.float32, types.int64), code
+
+    return tile
+
+
+def _in_order(builder: Any, total: Any, odd: Any) -> list[Any]:
+    """Return the sums of 64 bytes, four vectors of 32 bits, from those of (odd byte * 256 + even byte) and of odd bytes."""
+    even = builder.sub(total, builder.shl(odd, ir.Constant(_HALVES, [8] * 32)))
+    words = ir.VectorType(ir.IntType(32), 16)
+    picks = [[8 * v + i // 2 + 32 * (i % 2) for i in range(16)] for v in range(4)]
+    return [builder.zext(builder.shuffle_vector(even, odd, ir.Constant(words, pick)), words) for pick in picks]
+
+
+_some, _one = _coarse_tile(_AT_ONCE), _coarse_tile(1)
+
+
+def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.ndarray, multiplies: bool) -> CoarseCall:
+    """Return a call with room for the tables of all key/value heads."""
+    n_rows = len(tables) * n_kv_heads
+    planes = arrays.empty((n_rows, tables.shape[2], _PLANES, _CODES), np.uint8)
+    return CoarseCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
+
+
+def overflows(call: CoarseCall) -> bool:
+    """Tell whether scores are so large that bounds of them could be infinite."""
+    return not bool((call.numbers[:, 3] < _LARGEST).all())
+
+
+@kernel
+def fill_coarse(call: CoarseCall, first: int, last: int) -> None:
+    """Fill `planes` and `numbers` of rows first ... last - 1, each of neighbouring heads."""
+    n_heads, n_tables = call.tables.shape[1:3]
+    group = len(call.tables) * n_heads // call.planes.shape[0]
+    worth = np.empty((n_tables, _CODES), np.float32)
+    lows = np.empty(n_tables, np.float32)
+    for row in range(first, last):
+        step, offset, size = _SMALLEST_STEP, 0.0, 0.0
+        for table in range(n_tables):
+            worth[table] = 0
+            for h in range(row * group, (row + 1) * group):
+                digits = call.tables[h // n_heads, h % n_heads, table]
+                _add_table(digits, call.multiplies, worth[table])
+                size += _size(digits, call.multiplies)
+            low, high = _range(worth[table])
+            lows[table] = low
+            step = max(step, (high - low) / np.float32(_TOP))
+            offset += np.float64(low)
+        _cut(worth, lows, step, call.planes[row])
+        # half a step a table, and, several times over, what float32 does to exact and to coarse scores
+        margin = 0.5 * step * n_tables + size * (n_tables + group + 16) * 2.0**-22
+        numbers = call.numbers[row]
+        numbers[0], numbers[1], numbers[2], numbers[3] = step, offset + margin, 2 * margin, size
+
+
+@helper
+def _add_table(digits: np.ndarray, multiplies: bool, worth: np.ndarray) -> None:
+    """Add to worth[code] what a table of two digits says."""
+    low = load_vector(digits.ctypes.data, np.float32(0))
+    for high in range(digits.shape[1]):
+        place = worth.ctypes.data + 64 * high
+        more = spread(digits[1, high])
+        value = low * more if multiplies else low + more
+        store_vector(load_vector(place, np.float32(0)) + value, place)
+
+
+@helper
+def _size(digits: np.ndarray, multiplies: bool) -> float:
+    """Return a bound of what a table says."""
+    low, high = 0.0, 0.0
+    for i in range(digits.shape[1]):
+        low, high = max(low, abs(np.float64(digits[0, i]))), max(high, abs(np.float64(digits[1, i])))
+    return low * high if multiplies else low + high
+
+
+@helper
+def _range(worth: np.ndarray) -> tuple[Any, Any]:
+    low, high = worth[0], worth[0]
+    for code in range(1, _CODES):
+        low, high = min(low, worth[code]), max(high, worth[code])
+    return low, high
+
+
+@helper
+def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -> None:
+    """Write the 14 bits of every number, seven to each plane."""
+    per_step = np.float32(1) / step
+    for table in range(planes.shape[0]):
+        for code in range(_CODES):
+            whole = np.int32((worth[table, code] - lows[table]) * per_step + np.float32(0.5))
+            planes[table, 0, code] = np.uint8(whole >> 7)
+            planes[table, 1, code] = np.uint8(whole & 127)
+
+
+@kernel
+def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
+    """Write upper bounds of scores to rows of out [rows, tokens], whole blocks of 64.
+
+    A task is a sequence, a key/value head, the first and last block, and the row of out.
+    """
+    wide, pairs, n_kv_heads = call.codes.shape[3] * BLOCK_TOKENS, call.planes.shape[1] // 2, call.codes.shape[1]
+    for task in range(first, last):
+        b, g, block, end, row = tasks[task]
+        planes, numbers = call.planes[b * n_kv_heads + g].ctypes.data, call.numbers[b * n_kv_heads + g]
+        while block < end:
+            codes = call.codes[b, g, block].ctypes.data
+            norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
+            place = at(out, row, block * BLOCK_TOKENS)
+            if block + _AT_ONCE <= end:
+                _some(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
+                block += _AT_ONCE
+            else:
+                _one(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
+                block += 1
+
+
+def _settle_kernel(multiplies: bool) -> Any:
+    """Return the kernel that picks by bounds, for digits that are multiplied or added."""
+    exact_tile = score_tile(1, 2, multiplies)
+
+    @helper
+    def exact(call, b, g, block, scores):
+        """Write the exact scores of a block of 64 tokens to scores [2, 64]: heads one after the other, as `add_groups` does."""
+        group = call.tables.shape[1] // call.codes.shape[1]
+        codes, norms = call.codes[b, g, block].ctypes.data, call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
+        for h in range(group):
+            tables = call.tables[b, g * group + h].ctypes.data
+            exact_tile(codes, norms, tables, 0, call.tables.shape[2], 0, at(scores, min(h, 1), 0), 0)
+            if h > 0:
+                for i in range(BLOCK_TOKENS):
+                    scores[0, i] += scores[1, i]
+
+    def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
+        """Write rows first ... last - 1 of selected, as `ranking.pick` does, given upper bounds as integers of the same bits.
+
+        pairs [rows, 2] are the sequences and key/value heads of the rows. A token is in if its lower bound is above the
+        budget-th largest upper bound, and out if its upper bound is below the lower ones of `budget` tokens.
+        """
+        scores = np.empty((2, BLOCK_TOKENS), np.float32)
+        for row in range(first, last):
+            b, g = pairs[row]
+            n, budget = lengths[row], min(budgets[row], lengths[row])
+            tokens, keys, bar = candidates(highs[row], n, budget)
+            lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
+            limit, _ = limit_of(keys, len(keys), budget)
+            lowest = _lowest_of(lows, keys, limit)
+            if lowest < bar:  # then others may matter than those that reached the bar
+                tokens, keys, bar = candidates(highs[row], n, n)
+                lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
+            open_keys, n_open, n_in, known = np.empty(len(keys), np.int64), 0, 0, -1
+            for c in range(len(keys)):
+                if lows[c] > limit:
+                    keys[c] = _IN
+                    n_in += 1
+                elif keys[c] < lowest:
+                    keys[c] = NOBODY
+                else:
+                    if tokens[c] // BLOCK_TOKENS != known:
+                        known = tokens[c] // BLOCK_TOKENS
+                        exact(call, b, g, known, scores)
+                    keys[c] = key_of(bits_of(scores[0, tokens[c] % BLOCK_TOKENS]), False)
+                    open_keys[n_open] = keys[c]
+                    n_open += 1
+            limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
+            limit = min(limit, _IN - 1)
+            counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
+
+    settle.__qualname__ = f"settle_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
+    return kernel(settle)
+
+
+@helper
+def _lower_bounds(call, b, g, highs, tokens, n):
+    """Return keys of the lower bounds of n tokens."""
+    keys, norms, distance = np.empty(n, np.int64), call.norms[b, g], call.numbers[b * call.codes.shape[1] + g, 2]
+    for c in range(n):
+        high = float_of(np.int64(highs[tokens[c]]))
+        keys[c] = key_of(bits_of(high - norm_of(norms[tokens[c]]) * distance), False)
+    return keys
+
+
+@helper
+def _lowest_of(lows: np.ndarray, keys: np.ndarray, limit: int) -> Any:
+    """Return the lowest of the lower bounds of those whose upper bounds reach a limit."""
+    lowest = _IN
+    for c in range(len(keys)):
+        if keys[c] >= limit:
+            lowest = min(lowest, lows[c])
+    return lowest
+
+
+SETTLE = {multiplies: _settle_kernel(multiplies) for multiplies in (False, True)}

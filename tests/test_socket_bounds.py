@@ -1,0 +1,99 @@
+"""Groups that select by bounds of their scores must select what exact scores select."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import racecore
+from racecore.ops import processor
+from racecore.ops.socket import coarse, cpu, layout
+
+pytestmark = pytest.mark.skipif(
+    not processor.has("avx512vbmi"), reason="the processor has no AVX-512 VBMI: all scores are exact here"
+)
+B, T, G, H, D = 2, 5000, 2, 6, 16  # 79 blocks of 64: not a multiple of four
+
+
+def make(scorer: str, n_tables: int = 6, n_planes: int = 8, scale: float = 1.0, kind: str = "random") -> Any:
+    """Return the tables of queries and hashed keys, of lengths 5,000 and 4,333."""
+    rng = np.random.default_rng(0)
+    query, key = (
+        rng.standard_normal((B, 1, H, D), dtype=np.float32),
+        rng.standard_normal((B, T, G, D), dtype=np.float32),
+    )
+    value = rng.standard_normal((B, T, G, D), dtype=np.float32) * np.float32(scale)
+    if kind == "ties":
+        key, value = np.repeat(key[:, :50], 100, axis=1), np.ones_like(value)
+    if kind == "sinks":  # a few norms are far from the others, and some are zero
+        value[:, ::500] *= 1e4
+        value[:, 1::7] = 0
+    index = racecore.SocketIndex(racecore.SoftLSH.random(D, n_tables, n_planes, rng=1), scorer=scorer)
+    index.append(key, value, lengths=[T, 4333])
+    planes = np.broadcast_to(index.lsh.planes, (G, n_tables, n_planes, D)).astype(np.float64)
+    hashed = index.hashed
+    assert hashed is not None
+    return cpu.query_tables(query, planes, index._scorer), hashed, index._scorer.multiplies
+
+
+def group_scores(tables: np.ndarray, keys: layout.HashedKeys, multiplies: bool) -> np.ndarray:
+    """Return exact scores, the heads of a group added up in float64: [B, G, T]."""
+    scores = cpu.scores(tables, keys, multiplies).astype(np.float64)
+    return scores.reshape(B, G, H // G, -1).sum(axis=2)
+
+
+@pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
+@pytest.mark.parametrize("n_planes", [5, 8])
+@pytest.mark.parametrize("kind", ["random", "sinks"])
+def test_bounds_hold(scorer, n_planes, kind):
+    tables, keys, multiplies = make(scorer, n_planes=n_planes, kind=kind)
+    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    coarse.fill_coarse(call, 0, len(call.planes))
+    n_blocks = -(-T // layout.BLOCK_TOKENS)
+    highs = np.empty((B * G, n_blocks * layout.BLOCK_TOKENS), np.float32)
+    tasks = np.array([(b, g, 0, n_blocks, b * G + g) for b in range(B) for g in range(G)])
+    coarse.score_coarse(call, tasks, highs, 0, len(tasks))
+    norm = layout.from_norm16(keys.norms[:, :, :T]).astype(np.float64)
+    high = highs[:, :T].reshape(B, G, T).astype(np.float64)
+    low = high - call.numbers[:, 2].reshape(B, G, 1) * norm
+    exact = group_scores(tables, keys, multiplies)
+    seen = np.isfinite(exact)
+    assert (high >= exact)[seen].all()
+    assert (low <= exact)[seen].all()
+    width = ((high - low)[seen] / norm[seen].clip(1e-30)).max()
+    assert width < 0.02 * (exact[seen] / norm[seen].clip(1e-30)).std()  # else they would decide little
+
+
+@pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
+@pytest.mark.parametrize("kind", ["random", "ties", "sinks"])
+def test_bounds_select_what_exact_scores_select(scorer, kind, monkeypatch):
+    tables, keys, multiplies = make(scorer, kind=kind)
+    for budget in (1, 37, 400, 3000, 4999):
+        for ends in ((0, 1), (100, 200)):
+            chosen = []
+            for by_bounds in (True, False):
+                monkeypatch.setattr(cpu, "can_bound", lambda *_, answer=by_bounds: answer)
+                chosen.append(cpu.select(tables, keys, multiplies, np.array([budget, min(budget, 90)]), ends, True))
+            np.testing.assert_array_equal(*chosen)
+
+
+def test_bounds_are_used_where_they_help_and_only_there():
+    tables = make("soft")[0]
+    assert coarse.can_bound(tables, layout.high_bits(8), T)
+    assert not coarse.can_bound(tables, layout.high_bits(8), 4095)  # too few tokens to pay for the tables
+    assert not coarse.can_bound(tables, layout.high_bits(9), T)  # codes of more than a byte
+    assert not coarse.can_bound(tables[:, :, :5], layout.high_bits(8), T)  # tables come in pairs
+    assert not coarse.can_bound(tables.astype(np.float64), layout.high_bits(8), T)
+    tables[0, 0, 0, 0, 0] = np.nan
+    assert not coarse.can_bound(tables, layout.high_bits(8), T)
+
+
+def test_huge_scores_are_left_to_exact_ones():
+    tables, keys, multiplies = make("signed_jl")
+    assert cpu._bounds(tables, keys, multiplies) is not None
+    assert cpu._bounds(tables * np.float32(1e25), keys, multiplies) is None
+    tiny = cpu._bounds(tables * np.float32(1e-38), keys, multiplies)
+    assert tiny is not None
+    assert np.isfinite(tiny.numbers).all()
