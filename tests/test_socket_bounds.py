@@ -79,6 +79,27 @@ def test_bounds_select_what_exact_scores_select(scorer, kind, monkeypatch):
             np.testing.assert_array_equal(*chosen)
 
 
+@pytest.mark.parametrize("widened", [0.0, 0.1, 2.0, 50.0])
+def test_wide_bounds_decide_less_but_never_wrongly(widened):
+    tables, keys, multiplies = make("soft", kind="sinks")
+    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    coarse.fill_coarse(call, 0, len(call.planes))
+    exact = group_scores(tables, keys, multiplies)[0]
+    by = np.float32(widened * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact > 0))
+    call.numbers[:, 1] += by
+    call.numbers[:, 2] += 2 * by
+    n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
+    highs = np.empty((G, n_blocks * layout.BLOCK_TOKENS), np.float32)
+    coarse.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
+    selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
+    limits = (np.full(G, T), np.full(G, budget))
+    pairs = np.array([(0, g) for g in range(G)])
+    coarse.SETTLE[multiplies](call, highs.view(np.int32), pairs, *limits, (0, 0), selected, counts, 0, G)
+    for g in range(G):
+        best = np.sort(np.argsort(-exact[g], kind="stable")[:budget])
+        np.testing.assert_array_equal(selected[g], best)
+
+
 def test_bounds_are_used_where_they_help_and_only_there():
     tables = make("soft")[0]
     assert coarse.can_bound(tables, layout.high_bits(8), T)

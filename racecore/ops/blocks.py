@@ -55,6 +55,7 @@ __all__ = [
     "load",
     "load_scattered",
     "read",
+    "row_bytes",
     "rows_ahead",
     "rows_to_write",
     "store",
@@ -218,28 +219,37 @@ def load_scattered(
 
 
 @helper
-def list_rows(table: np.ndarray, line: int, b: int, g: int, tokens: np.ndarray, first: int, n: int, width: int,
-              rows: np.ndarray) -> None:  # fmt: skip
-    """Write the addresses of rows (b, tokens[first + i], g) to rows[:n], the last one on to a multiple of four.
+def list_rows(
+    table: np.ndarray, line: int, place: Any, tokens: np.ndarray, first: int, n: int, rows: np.ndarray, at: Any
+) -> None:
+    """Write the addresses of n rows (b, tokens[b, r, first + i], h) to rows[at], or (b, first + i, h) if there are no tokens.
 
-    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: it is told the next block's.
+    place = (b, r, h). The last address is repeated: lists are full blocks.
     """
-    lines = -(-width * _size(table[line, _CODE]) // _LINE)
-    for i in range(n):
-        rows[i] = _address(table, line, (b, tokens[first + i], g))
-        if first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
-            ahead = _address(table, line, (b, tokens[first + i + BLOCK], g))
-            for c in range(lines):
-                tiles.prefetch(ahead + c * _LINE)
-    for i in range(n, -(-n // 4) * 4):
-        rows[i] = rows[n - 1]
+    b, r, h = place
+    j, k, m = at
+    start, step = _address(table, line, (b, 0, h)), row_bytes(table, line)
+    if tokens.shape[2] > 0:
+        for i in range(n):
+            rows[j, k, m, i] = start + step * tokens[b, r, first + i]
+    else:
+        for i in range(n):
+            rows[j, k, m, i] = start + step * (first + i)
+    for i in range(n, BLOCK):
+        rows[j, k, m, i] = rows[j, k, m, n - 1]
+
+
+@helper
+def row_bytes(table: np.ndarray, line: int) -> int:
+    """Return the bytes from a token to the next."""
+    return _size(table[line, _CODE]) * table[line, 2]
 
 
 @helper
 def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
-    """Tell whether a product can read rows where they are: whole vectors of float32, or of bfloat16, for float32 arithmetic."""
+    """Tell whether a product can read rows where they are: whole vectors of float32, or pairs of them of bfloat16."""
     whole = table[line, 4] == 1 and width == block.shape[1] and block.itemsize == 4
-    return whole and (table[line, _CODE] == _FLOAT32 or table[line, _CODE] == _BFLOAT16)
+    return whole and (table[line, _CODE] == _FLOAT32 or (table[line, _CODE] == _BFLOAT16 and width % 32 == 0))
 
 
 @helper

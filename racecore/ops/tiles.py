@@ -95,6 +95,14 @@ class Emitter:
         one = self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
         instruction.set_metadata("nontemporal", one)
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at an address to be brought into the second-level cache."""
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = self.builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
+        self.builder.call(function, [self.builder.inttoptr(address, pointer), read, second_level, data])
+
     def load_row(self, base: Any, offset: int, kind: Any, narrow: bool) -> Any:
         """Load numbers of a row from an element on; `narrow` rows are bfloat16, and widened (in float64 there are none)."""
         if not narrow or self.size == 8:
@@ -377,12 +385,7 @@ def prefetch(typing_context, address):
     """Ask for the cache line at an address to be brought into the second-level cache. Any address is legal."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, second_level, data])
+        Emitter(builder, ir.FloatType()).prefetch(arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), code

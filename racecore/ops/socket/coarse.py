@@ -109,6 +109,10 @@ def _coarse_tile(n_blocks: int) -> Any:
             def add_pair(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 first, table = addresses
                 new = list(sums)
+                for i in range(n_blocks):  # of the blocks that come next
+                    place = builder.add(first, emit.times(block, n_blocks + i))
+                    for k in range(2):
+                        emit.prefetch(builder.add(place, ir.Constant(emit.word, BLOCK_TOKENS * k)))
                 for p in range(_PLANES):  # one after the other, or the registers would not do
                     registers = [[load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)] for k in range(2)]
                     for i in range(n_blocks):
@@ -297,7 +301,6 @@ def _settle_kernel(multiplies: bool) -> Any:
                     open_keys[n_open] = keys[c]
                     n_open += 1
             limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
-            limit = min(limit, _IN - 1)
             counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
 
     settle.__qualname__ = f"settle_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache

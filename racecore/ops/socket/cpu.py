@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from racecore.ops.socket.scoring import (
 )
 from racecore.ops.socket.softmax import ROWS, AttendCall, attend_shares, join_shares
 from racecore.plan import SEGMENT
-from racecore.threads import run
+from racecore.threads import count, run
 
 __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
 
@@ -42,6 +42,7 @@ _HASHED_AT_ONCE = 1 << 15  # tokens whose norms are in memory as float64
 _SCORED_AT_ONCE = 128  # blocks of a task: 8,192 tokens, whose scores stay in the second-level cache
 _SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
 _PARTIAL_BYTES = 32 << 20  # of sums of shares
+_LAUNCHES = 8  # for each thread
 _MOST_SHARES = 64  # of a tile
 _LONGEST_SHARE = 1 << 17  # tokens: a launch must not take long, for Ctrl-C
 _MOST_TILES = 16  # side by side: their sums stay in the second-level cache
@@ -68,7 +69,7 @@ def hash_keys(
             n_tables=keys.n_tables, high_bits=high_bits(keys.n_planes), head_dim=head_dim, value_dim=value.shape[3],
             weighs_keys=scorer.weighs_keys, weighs_values=scorer.weighs_values,
         )  # fmt: skip
-        run(partial(hash_blocks, call, norms), len(tasks), 1)
+        _run_some(partial(hash_blocks, call, norms), len(tasks))
         for b, first, last, place in tasks:
             with np.errstate(over="ignore", invalid="ignore"):
                 keys.norms[b, :, place : place + last - first] = to_norm16(np.sqrt(norms[b, :, first:last]))
@@ -112,7 +113,7 @@ def _score(
     kernel: Any = score_one_by_one
     if tables.dtype == np.float32:
         kernel = SCORE_KERNELS[tables.shape[3], multiplies]
-    run(partial(kernel, call, out), len(tasks), 1)
+    _run_some(partial(kernel, call, out), len(tasks))
 
 
 def _score_tasks(keys: HashedKeys, pairs: list[tuple[int, int]], rows_per_pair: int) -> np.ndarray:
@@ -154,7 +155,7 @@ def select(
         results = (selected[rows], counts[rows])
         if coarse is not None:
             tasks = _score_tasks(keys, some, 1)
-            run(partial(score_coarse, coarse, tasks, score), len(tasks), 1)
+            _run_some(partial(score_coarse, coarse, tasks, score), len(tasks))
             arguments = (coarse, score.view(bits), np.array(some), *limits, ends)
             run(partial(SETTLE[multiplies], *arguments, *results), len(some), 1)
             continue
@@ -163,7 +164,7 @@ def select(
             by_group = score.reshape(len(some), group, longest)
             score = sums[: len(some)]
             run(partial(add_groups, by_group, score), len(some), 1)
-        run(partial(pick, score.view(bits), *limits, *ends, *results), len(score), 1)
+        _run_some(partial(pick, score.view(bits), *limits, *ends, *results), len(score))
     return selected[:, : int(counts.max(initial=0))].reshape(batch, n_kv_heads * rows_per_pair, -1)
 
 
@@ -245,8 +246,8 @@ def _attend(
             n_queries=n_queries, heads_per_tile=heads, head_dim=query.shape[3], value_dim=value.shape[3],
         )  # fmt: skip
         sums = np.empty((len(shares), n_tiles, rows, width))
-        run(partial(attend_shares, call, sums), len(shares), 1)
-        run(partial(join_shares, call, sums), len(tiles), 8)
+        _run_some(partial(attend_shares, call, sums), len(shares))
+        _run_some(partial(join_shares, call, sums), len(tiles))
 
 
 def _heads_per_tile(n_sharing: int) -> int:
@@ -266,6 +267,11 @@ def _padded(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
     wide = np.zeros((len(own), own.shape[1] * own.shape[2], padded(own.shape[3])), dtype)
     wide[:, :, : own.shape[3]] = own.reshape(*wide.shape[:2], -1)
     return wide
+
+
+def _run_some(launch: Callable[[int, int], object], n_tasks: int) -> None:
+    """Run tasks, several of them at a time where there are many: a launch takes ten microseconds, in which no other can begin."""
+    run(launch, n_tasks, max(1, n_tasks // (_LAUNCHES * count())))
 
 
 def _whole_blocks(n_tokens: int) -> int:

@@ -21,22 +21,16 @@ from racecore.ops.blocks import (
     OUT,
     QUERY,
     VALUE,
-    can_list,
-    is_narrow,
-    list_rows,
     load,
     load_scattered,
     read,
     rows_ahead,
     store,
 )
-from racecore.ops.elementary import exp_of_nonpositive
 from racecore.ops.memory import clear_columns, clear_rows, matrices
 from racecore.ops.products import NOTHING, accumulate, padded, project, rows_of, source_of
-from racecore.ops.socket.listed import accumulate_listed, project_listed
-from racecore.ops.vectors import highest, lanes, maximum, spread, total
-from racecore.ops.vectors import load as load_vector
-from racecore.ops.vectors import store as store_vector
+from racecore.ops.socket.one_query import LISTS, ListedSums, arrange_queries, attend_listed, can_attend_listed, scale_of
+from racecore.ops.socket.running import clear, flush, highest_logit, raise_peak, turn_into_weights
 from racecore.plan import BLOCK, SEGMENT, TOKENS
 
 __all__ = ["ROWS", "AttendCall", "attend_shares", "join_shares"]
@@ -75,13 +69,24 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
         clear_columns(q[j], call.head_dim)
     clear_columns(k, call.head_dim)
     clear_columns(v, call.value_dim)
-    rows = np.empty((2, BLOCK), np.int64)
     keep, peak, weight = np.ones(BLOCK), np.empty((n_most, ROWS), dtype), np.empty((n_most, ROWS), dtype)
+    rows, places = np.empty((n_most, LISTS, 2, BLOCK), np.int64), np.empty((n_most, 3), np.int64)
+    is_listed = can_attend_listed(call.table, call.n_queries, (call.head_dim, call.value_dim), k, v)
     for share in range(first, last):
         tile, tile_end, begin, end = call.shares[share]
         for j in range(tile_end - tile):
+            places[j, 0], places[j, 1], places[j, 2] = _place(call, tile + j)
             _read_queries(call, tile + j, q[j])
-            _clear(partial[share, j])
+            if is_listed:
+                arrange_queries(call.table, q[j, : call.heads_per_tile], call.head_dim)
+            else:
+                q[j, : _n_rows(call, tile + j)] *= dtype.type(scale_of(call.head_dim))
+            clear(partial[share, j])
+        if is_listed:
+            n, shape = tile_end - tile, (call.heads_per_tile, call.value_dim)
+            scratch = ListedSums(q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows)
+            attend_listed(call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share])
+            continue
         for segment in range(begin, end, SEGMENT):
             peak[:], weight[:] = -np.inf, 0
             for j in range(tile_end - tile):
@@ -89,25 +94,15 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
             for t in range(segment, min(segment + SEGMENT, end), BLOCK):
                 n = min(BLOCK, end - t)
                 for j in range(tile_end - tile):  # neighbouring heads are neighbours in memory
-                    _add_block(call, tile + j, t, n, q[j], k, v, c, keep, rows, peak[j], weight[j], sums[j])
+                    _add_block(call, tile + j, t, n, q[j], k, v, c, keep, peak[j], weight[j], sums[j])
             for j in range(tile_end - tile):
-                _flush(_n_rows(call, tile + j), call.value_dim, peak[j], weight[j], sums[j], partial[share, j])
+                flush(_n_rows(call, tile + j), call.value_dim, False, peak[j], weight[j], sums[j], partial[share, j])
 
 
 @helper
-def _add_block(call, tile, t, n, q, k, v, c, keep, rows, peak, weight, sums):
+def _add_block(call, tile, t, n, q, k, v, c, keep, peak, weight, sums):
     """Add tokens t ... t + n - 1 of a run, or these places of a list, to the sums of a tile."""
     n_rows = _n_rows(call, tile)
-    if call.selected.shape[2] > 0 and q.itemsize == 4:
-        b, g, chosen = _place(call, tile)
-        if can_list(call.table, KEY, call.head_dim, k) and can_list(call.table, VALUE, call.value_dim, v):
-            keys, values, narrow = rows[0], rows[1], is_narrow(call.table, KEY)
-            list_rows(call.table, KEY, b, g, chosen, t, n, call.head_dim, keys)
-            list_rows(call.table, VALUE, b, g, chosen, t, n, call.value_dim, values)
-            project_listed(q, keys, narrow, n_rows, n, c)
-            _weigh(call, tile, t, n, n_rows, c, peak, weight, sums)
-            accumulate_listed(c, values, narrow, n_rows, n, sums)
-            return
     keys, values, next_k, next_v = _rows(call, tile, t, n, n_rows, k, v, keep)
     project(q, keys, n_rows, n, c, next_k)
     if _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
@@ -120,13 +115,10 @@ def _add_block(call, tile, t, n, q, k, v, c, keep, rows, peak, weight, sums):
 
 
 @helper
-def _place(call, tile):
-    """Return the sequence and the key/value head of a tile, and its list of tokens; without lists, an empty one."""
+def _place(call: AttendCall, tile: int) -> tuple[int, int, int]:
+    """Return the sequence of a tile, the row of its list of tokens, and its key/value head."""
     b, h = call.tiles[tile, 0], call.tiles[tile, 1]
-    g = h // (call.n_heads // call.n_kv_heads)
-    if call.selected.shape[2] > 0:
-        return b, g, call.selected[b, h * call.selected.shape[1] // call.n_heads]
-    return b, g, call.lengths[:0]
+    return b, h * call.selected.shape[1] // call.n_heads, h // (call.n_heads // call.n_kv_heads)
 
 
 @helper
@@ -135,25 +127,13 @@ def _n_rows(call: AttendCall, tile: int) -> int:
 
 
 @helper
-def _clear(out: np.ndarray) -> None:
-    """Let sums [R, 2 + V] be those of no token."""
-    for r in range(out.shape[0]):
-        out[r, 0] = -np.inf
-        for d in range(1, out.shape[1]):
-            out[r, d] = 0
-
-
-@helper
 def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
-    """Read the queries of a tile, times 1/sqrt(D): row r is query r // heads, head r % heads."""
+    """Read the queries of a tile: row r is query r // heads, head r % heads."""
     b, h, first, n, _, _, _ = call.tiles[tile]
-    scale = q.dtype.type(1.0 / math.sqrt(call.head_dim))
     keep = np.ones(1)
     for r in range(n * call.heads_per_tile):
         place = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
         load(call.table, QUERY, place, 1, call.head_dim, q[r : r + 1], keep)
-        for d in range(call.head_dim):
-            q[r, d] *= scale
 
 
 @helper
@@ -167,10 +147,10 @@ def _seen(call: AttendCall, tile: int, r: int) -> int:
 @helper
 def _rows(call, tile, t, n, n_rows, k, v, keep):
     """Return keys and values t ... t + n - 1 of a run or a list of tokens, and what to ask for meanwhile."""
-    b, g, chosen = _place(call, tile)
+    b, r, g = _place(call, tile)
     if call.selected.shape[2] > 0:
-        load_scattered(call.table, KEY, b, g, chosen, t, n, call.head_dim, k)
-        load_scattered(call.table, VALUE, b, g, chosen, t, n, call.value_dim, v)
+        load_scattered(call.table, KEY, b, g, call.selected[b, r], t, n, call.head_dim, k)
+        load_scattered(call.table, VALUE, b, g, call.selected[b, r], t, n, call.value_dim, v)
         return source_of(k), source_of(v), NOTHING, NOTHING
     # a product takes bfloat16 as it is only if it has a whole number of register tiles
     straight = EITHER if n_rows % 4 == 0 else AS_IT_IS
@@ -188,58 +168,13 @@ def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
     is_whole = _seen(call, tile, 0) - t >= n  # the first row sees the fewest
     for r in range(n_rows):
         seen = n if is_whole else min(n, _seen(call, tile, r) - t)
-        if seen < BLOCK:
-            for i in range(max(seen, 0), BLOCK):
-                c[r, i] = -np.inf
-            if seen <= 0:
-                continue
-        best = load_vector(c, r, 0)
-        for i in range(lanes(c), BLOCK, lanes(c)):
-            best = maximum(best, load_vector(c, r, i))
-        top = highest(best)
-        if not top <= peak[r]:
-            _raise_peak(r, top, peak, weight, sums)
-        base = spread(peak[r])
-        added = base - base
-        for i in range(0, BLOCK, lanes(c)):
-            share = exp_of_nonpositive(load_vector(c, r, i) - base)
-            store_vector(c, r, i, share)
-            added = added + share
-        if seen < BLOCK:
-            added = base - base
-            for i in range(seen, BLOCK):
-                c[r, i] = 0
-            for i in range(0, BLOCK, lanes(c)):
-                added = added + load_vector(c, r, i)
-        weight[r] += total(added)
-    return is_whole
-
-
-@helper
-def _raise_peak(r: int, top: float, peak: np.ndarray, weight: np.ndarray, sums: np.ndarray) -> None:
-    """Let what row r has been summed to be relative to a new largest logit."""
-    if weight[r] > 0:
-        factor = sums.dtype.type(math.exp(peak[r] - top))
-        weight[r] *= factor
-        for d in range(sums.shape[1]):
-            sums[r, d] *= factor
-    peak[r] = top
-
-
-@helper
-def _flush(n_rows: int, width: int, peak: np.ndarray, weight: np.ndarray, sums: np.ndarray, out: np.ndarray) -> None:
-    """Add a segment to the float64 sums out [R, 2 + V]."""
-    for r in range(n_rows):
-        if weight[r] == 0:
+        top = highest_logit(c, r, max(seen, 0))
+        if seen <= 0:
             continue
-        old, new = out[r, 0], np.float64(peak[r])
-        top = old if old >= new else new
-        past = math.exp(old - top) if out[r, 1] != 0 else 0.0
-        present = math.exp(new - top)
-        out[r, 0] = top
-        out[r, 1] = out[r, 1] * past + np.float64(weight[r]) * present
-        for d in range(width):
-            out[r, 2 + d] = out[r, 2 + d] * past + np.float64(sums[r, d]) * present
+        if not top <= peak[r]:
+            raise_peak(r, top, peak, weight, sums)
+        weight[r] += turn_into_weights(c, r, seen, peak[r])
+    return is_whole
 
 
 @kernel
