@@ -200,6 +200,9 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
     return (T)received;
 }
 
+// Atomic, but no barrier: what it wrote is not there for others before they have met at one.
+inline unsigned atomicAdd(unsigned* place, unsigned value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
