@@ -134,7 +134,7 @@ class SocketIndex:
             Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included. Without a batch axis
             where B is 1. Of values only norms are taken. On a GPU if the index is there.
         lengths : integers, shape [B], optional
-            How many of the T tokens of each sequence count; the rest is padding. None: all. In host memory.
+            How many of the T tokens of each sequence count; the rest is padding. None: all.
         backend : {"cpu", "cuda", "reference"}, optional
             None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory to the GPU first.
 

@@ -121,6 +121,8 @@ def _check_place(index: SocketIndex, **named: Any) -> None:
 
 def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     """Return the numbers of tokens of every sequence, int64 [B], 0 to `most` each."""
+    if arrays.is_on_device(lengths):
+        lengths = arrays.brought(arrays.as_array(lengths, "lengths"), False)
     array = np.asarray(lengths)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}")

@@ -71,9 +71,10 @@ def test_no_atomics_and_no_short_offsets():
         assert not re.search(r"\b(unsigned|long|short)\b(?! long)(?! short)(?=.*offset)", text), path
 
 
+@pytest.mark.parametrize("of_socket", [False, True])
 @pytest.mark.parametrize("watcher", ["address", "thread"])
-def test_sanitizers_have_nothing_to_say(watcher):
-    assert not watched.failure(watcher)
+def test_sanitizers_have_nothing_to_say(watcher, of_socket):
+    assert not watched.failure(watcher, of_socket=of_socket)
 
 
 # One change for every kernel and header; mutations.py tries all there are.
@@ -89,6 +90,12 @@ SAMPLE = (
     "bound: column + c < rows.width) x[c]",
     "bound: rows.group.kept >> i & 1) || column",
     "bound: if (column >= heads * width) return",
+    "hash_keys: n_planes - 1 - first - i",
+    "score_keys: code[1] |= above",
+    "select_tokens: rank++ < limit.n_equal",
+    "attend_shares: a[r][d] *= factors[row + r];",
+    "join_shares: if (part[1] == 0) continue;",
+    "bound: if (place < left) quads",
 )
 
 
@@ -98,7 +105,9 @@ def test_a_changed_kernel_is_noticed(what):
     assert mutations.noticed_by(change)
 
 
-@pytest.mark.parametrize("file", ["bidirectional/kernels.cu", "causal/kernels.cu", "soft_hash/soft_hash.cuh"])
+@pytest.mark.parametrize(
+    "file", ["bidirectional/kernels.cu", "causal/kernels.cu", "soft_hash/soft_hash.cuh", "socket/selection.cu"]
+)
 def test_a_missing_barrier_is_noticed(file):
     removals = [m for m in mutations.barriers() if m.file == file]
     assert mutations.noticed_by(removals[len(removals) // 2])

@@ -477,6 +477,8 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     for found, expected in ((from_host.scores(query, backend="cuda"), index.scores(q)), (there, out)):
         assert type(found) is np.ndarray
         np.testing.assert_array_equal(found, fetch(expected))
+    lengths = put(np.full(B, T), backend)
+    np.testing.assert_array_equal(fetch(racecore.sparse_attention(q, k, v, index, budget=20, lengths=lengths)), fetch(out))
     # a file belongs to no place
     index.save(tmp_path / "index.npz")
     np.testing.assert_allclose(

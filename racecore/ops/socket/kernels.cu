@@ -206,11 +206,11 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void attend_shares(const At
     for (i64 task = blockIdx.x; task < n_tasks; task += gridDim.x) {
         i64 share = task % call.n_shares, number = task / call.n_shares % n_tiles, owner = task / call.n_shares / n_tiles;
         Tile tile = tile_of(call, owner, number, share);
-        Scratch scratch = {numbers};
+        Scratch scratch = {numbers};  // for whole tiles, so that nothing moves from one task to the next
         int wide_d = round_up((int)call.head_dim, SLAB), wide_v = round_up((int)call.value_dim, SLAB);
-        Matrix q = {scratch.take((i64)tile.wide_rows * wide_d), tile.wide_rows, wide_d};
-        Matrix sums = {scratch.take((i64)tile.wide_rows * wide_v), tile.wide_rows, wide_v};
-        Real *c = scratch.take(TOKENS * tile.wide_rows), *factors = scratch.take(tile.wide_rows);
+        Matrix q = {scratch.take(call.tile_rows * wide_d), tile.wide_rows, wide_d};
+        Matrix sums = {scratch.take(call.tile_rows * wide_v), tile.wide_rows, wide_v};
+        Real *c = scratch.take(TOKENS * call.tile_rows), *factors = scratch.take(call.tile_rows);
         Own own = nothing_yet(call, tile);
         if (tile.begin < tile.end) {
             load_queries(call, tile, q);

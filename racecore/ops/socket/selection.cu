@@ -296,15 +296,13 @@ __device__ inline unsigned count_bits(unsigned x) {
 __device__ inline i64 write_best(
     const Real* scores, i64 n, i64 n_sink, i64 end, Limit limit, unsigned* room, i64* selected) {
     i64 n_equal = 0, n_chosen = n_sink;
-    Quad quad;
+    Quad quad = {};
     for (i64 first = 0; first < n; first += (i64)blockDim.x * RUN) {
         i64 begin = first + (i64)threadIdx.x * RUN;
-        int left = (int)(n - begin < RUN ? n - begin : RUN);  // none or less for threads behind the end
-        unsigned equal = 0, above = 0, total;                 // bit i: the score of token begin + i is
+        unsigned equal = 0, above = 0, total;  // bit i: the score of token begin + i is; those behind the end come last
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
-            if (i % 4 == 0 && i < left) quad = *reinterpret_cast<const Quad*>(scores + begin + i);
-            if (i >= left) continue;
+            if (i % 4 == 0 && begin + i < n) quad = *reinterpret_cast<const Quad*>(scores + begin + i);
             Key key = key_of(quad.x[i % 4]);
             equal |= (unsigned)(key == limit.key) << i;
             above |= (unsigned)(key > limit.key) << i;
