@@ -18,8 +18,8 @@ from racecore import cuda
 from racecore.problem import GradientBuffers, Problem
 
 __all__ = [
-    "Call", "Scratch", "array_fields", "columns_per_lane", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch",
-    "make_call", "new_sums", "padded_planes", "scan", "shares", "stash_numbers",
+    "Call", "Scratch", "array_fields", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch", "make_call",
+    "new_sums", "scan", "shares", "stash_numbers",
 ]  # fmt: skip
 
 TOKENS, ROWS = 8, 4  # as in ops/warp.cuh
@@ -72,8 +72,13 @@ def make_call(
     arrays = (part.query, part.key, part.value, out, d_out, d_query, d_key, d_value)
     stored = next(array for array in arrays if array is not None)
     head_dim = part.planes.shape[3]
-    columns = columns_per_lane(head_dim, part.value_dim)
-    fields = [field for named in zip(_ARRAYS, arrays, strict=True) for field in array_fields(*named, columns)]
+    longest = max(head_dim, part.value_dim)
+    columns = 1 if longest <= 32 else 2 if longest <= 64 else 4
+    fields: list[tuple[str, int]] = []
+    for name, array in zip(_ARRAYS, arrays, strict=True):
+        labels = ("data", "batch", "token", "head", "dim")
+        fields += ((f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True))
+        fields.append((f"{name}.is_wide", _is_wide(array, columns)))
     segments, planes, beta = _segments(chunk), _planes(part, columns), cuda.to_device(part.beta, part.dtype)
     mask: Any = None if part.key_mask is None else part.key_mask.view(np.uint8)
     fields += [
@@ -103,18 +108,6 @@ def make_call(
     return Call(cuda.structure(fields), kept, stored.dtype, part.dtype, columns, len(chunk), n_tokens)
 
 
-def columns_per_lane(*widths: int) -> int:
-    """Return how many neighbouring columns of rows of such widths a lane has."""
-    return 1 if max(widths) <= 32 else 2 if max(widths) <= 64 else 4
-
-
-def array_fields(name: str, array: Any, columns: int) -> list[tuple[str, int]]:
-    """Return the fields of an `Array` of ops/warp.cuh; None is a null pointer."""
-    labels = ("data", "batch", "token", "head", "dim")
-    fields = [(f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)]
-    return [*fields, (f"{name}.is_wide", _is_wide(array, columns))]
-
-
 def _segments(chunk: np.ndarray) -> Any:
     """Return a chunk's table on the device, its last column counting groups of tokens in place of blocks."""
     table = chunk.copy()
@@ -124,16 +117,12 @@ def _segments(chunk: np.ndarray) -> Any:
 
 
 def _planes(part: Problem, columns: int) -> Any:
-    return cuda.to_device(padded_planes(part.planes, part.dtype, columns))
-
-
-def padded_planes(planes: np.ndarray, dtype: np.dtype, columns: int) -> np.ndarray:
-    """Return planes [M, L, P, D] as [M or 1, L*P, D], rows padded with zeros to whole tiles and slabs."""
-    own = planes[:1] if planes.strides[0] == 0 else planes
-    heads, n_tables, n_planes, head_dim = own.shape
-    wide = np.zeros((heads, _up(n_tables * n_planes, ROWS), _up(head_dim, cuda.LANES * columns)), dtype)
-    wide[:, : n_tables * n_planes, :head_dim] = own.reshape(heads, -1, head_dim)
-    return wide
+    """Return planes [M or 1, L*P, D], rows padded with zeros to whole tiles and slabs."""
+    planes = part.planes[:1] if part.planes.strides[0] == 0 else part.planes
+    heads, n_tables, n_planes, head_dim = planes.shape
+    wide = np.zeros((heads, _up(n_tables * n_planes, ROWS), _up(head_dim, cuda.LANES * columns)), part.dtype)
+    wide[:, : n_tables * n_planes, :head_dim] = planes.reshape(heads, -1, head_dim)
+    return cuda.to_device(wide)
 
 
 def _is_wide(array: Any, columns: int) -> bool:
@@ -146,6 +135,13 @@ def _is_wide(array: Any, columns: int) -> bool:
 
 def _up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def array_fields(name: str, array: Any, columns: int) -> list[tuple[str, int]]:
+    """Return the fields of an `Array` of ops/warp.cuh for kernels that are told of arrays alone; None is a null pointer."""
+    labels = ("data", "batch", "token", "head", "dim")
+    fields = [(f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)]
+    return [*fields, (f"{name}.is_wide", _is_wide(array, columns))]
 
 
 def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *arguments: Any, share: int = 0) -> int:

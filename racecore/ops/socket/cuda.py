@@ -12,7 +12,7 @@ from weakref import ref
 import numpy as np
 
 from racecore import arrays, cuda
-from racecore.ops.cuda_call import ROWS, TOKENS, array_fields, columns_per_lane, empty, padded_planes
+from racecore.ops.cuda_call import array_fields, empty
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_VALUES, HashedKeys, Scorer, high_bits, n_digits
 from racecore.plan import SEGMENT
 
@@ -20,7 +20,7 @@ __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scor
 
 _ROWS, _SELECTION = "socket/kernels.cu", "socket/selection.cu"
 _KINDS = {"soft": 0, "hamming": 1, "signed_jl": 2}
-_TABLES = 8  # of a task that hashes; as in kernels.cu
+_TOKENS, _TILE, _TABLES = 8, 4, 8  # of a group, rows of a tile, of a task that hashes; as in warp.cuh and kernels.cu
 _HEADS, _BINS, _RUN = 4, 256, 8  # as in selection.cu
 _MAX_ROWS, _WAYS = 16, 8  # as in softmax.cuh and kernels.cu
 _SHARED_BYTES = 48 << 10  # what a block can have without asking
@@ -40,7 +40,7 @@ def hash_keys(
     longest = int(counts.max(initial=0))
     columns = _columns(key.shape[3], value.shape[3])
     n_tasks = keys.codes.shape[0] * keys.codes.shape[1] * -(-keys.n_tables // _TABLES)
-    run = min(SEGMENT, max(1, longest * n_tasks // (_ENOUGH_BLOCKS * TOKENS)) * TOKENS)
+    run = min(SEGMENT, max(1, longest * n_tasks // (_ENOUGH_BLOCKS * _TOKENS)) * _TOKENS)
     n_runs = -(-longest // run)
     sequences, dtype = cuda.to_device(np.stack([counts, keys.lengths], axis=1)), arrays.compute_dtype(key.dtype)
     own_planes, plane_fields = _planes(planes, dtype, columns)
@@ -53,7 +53,7 @@ def hash_keys(
             ("weighs_keys", scorer.weighs_keys), ("weighs_values", scorer.weighs_values), ("run", run), ("n_runs", n_runs),
         ]
     )  # fmt: skip
-    shared = TOKENS * _whole_tiles(_TABLES * keys.n_planes) * dtype.itemsize
+    shared = _TOKENS * _whole_tiles(_TABLES * keys.n_planes) * dtype.itemsize
     _launch(_ROWS, "hash_keys", key.dtype, columns, n_tasks * n_runs, cuda.LANES, shared, call)
     del own_planes  # until here
 
@@ -74,8 +74,8 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
         ]
     )  # fmt: skip
     group = n_heads // n_kv_heads
-    n_tasks = batch * n_kv_heads * -(-group // TOKENS) * -(-n_tables // _TABLES)
-    shared = 2 * TOKENS * _whole_tiles(_TABLES * n_planes) * dtype.itemsize
+    n_tasks = batch * n_kv_heads * -(-group // _TOKENS) * -(-n_tables // _TABLES)
+    shared = 2 * _TOKENS * _whole_tiles(_TABLES * n_planes) * dtype.itemsize
     factor = np.float64(2 / (head_dim**0.5 * scorer.tau))
     _launch(_ROWS, "fill_tables", query.dtype, columns, n_tasks, cuda.LANES, shared, call, factor)
     del own_planes
@@ -201,7 +201,7 @@ class _Attention(NamedTuple):
         """Count what a block takes: queries, sums, weights of a group of tokens and factors; see `attend_shares`."""
         slab = cuda.LANES * self.columns
         wide = sum(-(-tensor.shape[3] // slab) * slab for tensor in (self.tensors[0], self.tensors[2]))
-        return self.tile_rows * (wide + TOKENS + 1)
+        return self.tile_rows * (wide + _TOKENS + 1)
 
     def n_shares(self, batches: slice, row: int) -> int:
         """Return how many shares there are of what a row of an owner sees, at most."""
@@ -217,7 +217,7 @@ def _attend(tensors: tuple[Any, ...], lengths: np.ndarray, sizes: np.ndarray, se
     if batch * n_rows == 0:
         return
     call = _Attention(tensors, lengths, sizes, selected, n_owners, _whole_tiles(min(n_rows, _MAX_ROWS)), dtype)
-    while call.tile_rows > ROWS and call.scratch_numbers * dtype.itemsize > _SHARED_BYTES:
+    while call.tile_rows > _TILE and call.scratch_numbers * dtype.itemsize > _SHARED_BYTES:
         call = call._replace(tile_rows=_whole_tiles(call.tile_rows // 2))
     on_device = cuda.to_device(lengths), cuda.to_device(sizes)
     bytes_of_row = n_owners * call.n_shares(slice(batch), n_rows - 1) * (2 + value.shape[3]) * dtype.itemsize
@@ -260,7 +260,7 @@ def _attend_rows(call: _Attention, batches: slice, rows: range, lengths: Any, si
 
 def _columns(*widths: int) -> int:
     """Return the columns of a lane: two at least, for rows of 32 are rare here, and every number has to be compiled."""
-    return max(2, columns_per_lane(*widths))
+    return 2 if max(widths) <= 2 * cuda.LANES else 4
 
 
 def _address(array: Any) -> int:
@@ -289,7 +289,7 @@ def _planes(planes: np.ndarray, dtype: np.dtype, columns: int) -> tuple[Any, lis
     name = id(planes), library, library.cuda.Device().id, dtype.char, columns
     kept = _kept_planes.get(name)
     if kept is None or kept[0]() is not planes:
-        wide = cuda.to_device(padded_planes(planes, dtype, columns))
+        wide = cuda.to_device(_padded(planes, dtype, cuda.LANES * columns))
         kept = ref(planes, lambda _: _kept_planes.pop(name, None)), wide
         if not planes.flags.writeable:
             library.cuda.get_current_stream().synchronize()
@@ -299,8 +299,17 @@ def _planes(planes: np.ndarray, dtype: np.dtype, columns: int) -> tuple[Any, lis
     return kept[1], [(f"planes.{label}", value) for label, value in (fields | {"head_dim": head_dim}).items()]
 
 
+def _padded(planes: np.ndarray, dtype: np.dtype, slab: int) -> np.ndarray:
+    """Return planes [G, L, P, D] as [G or 1, L*P, D], rows padded with zeros to whole slabs, their number to whole tiles."""
+    own = planes[:1] if planes.strides[0] == 0 else planes  # heads share them
+    heads, n_tables, n_planes, head_dim = own.shape
+    wide = np.zeros((heads, _whole_tiles(n_tables * n_planes), -(-head_dim // slab) * slab), dtype)
+    wide[:, : n_tables * n_planes, :head_dim] = own.reshape(heads, -1, head_dim)
+    return wide
+
+
 def _whole_tiles(n_rows: int) -> int:
-    return -(-n_rows // ROWS) * ROWS
+    return -(-n_rows // _TILE) * _TILE
 
 
 def _whole_blocks(n_tokens: int) -> int:
