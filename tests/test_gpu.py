@@ -211,10 +211,10 @@ def test_a_decoded_token_over_a_long_cache_is_that_of_the_cpu(dtype):
     expected = decoded(host, lsh)
     assert (found[0] == expected[0]).mean() > 0.9999  # projections near 0 may fall to either side
     np.testing.assert_array_equal(found[1], expected[1])
-    assert (found[2] - expected[2]).max() <= 1e-3 * expected[2].max() or dtype == "bfloat16"
+    assert np.isclose(found[2], expected[2], rtol=1e-4).mean() > 0.99
     for ours, theirs in zip(found[4:], expected[4:], strict=True):
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
+        assert np.linalg.norm(ours - theirs) <= 2e-2 * np.linalg.norm(theirs)
     again = [fetch(x) for x in decoded([put(x, GPU) for x in host], lsh)]
     assert [x.tobytes() for x in again] == [x.tobytes() for x in found]
 
@@ -225,20 +225,24 @@ def test_decoding_waits_for_nothing_and_goes_to_the_current_stream(cupy):
     expected = [fetch(x).tobytes() for x in decoded([put(x, GPU) for x in host], lsh)]
     sources = [put(x, GPU) for x in host]
     device = [cupy.zeros_like(x) for x in sources]
-    index = racecore.SocketIndex(lsh)
-    cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
     with stream:
-        busy = cupy.ones((4096, 4096), np.float32)
-        for _ in range(200):
-            busy = busy @ busy * 1e-4
-        for target, source in zip(device, sources, strict=True):
-            target[...] = source
-        index.append(*device[1:])
-        out = racecore.sparse_attention(*device, index, budget=0.05, sink=16, window=32)
-        assert not stream.done
-    stream.synchronize()
-    assert fetch(out).tobytes() == expected[4]
+        for n_products in (1, 200):  # the second time all memory is there
+            busy = cupy.ones((4096, 4096), np.float32)
+            for _ in range(n_products):
+                busy = busy @ busy * 1e-4
+            for target, source in zip(device, sources, strict=True):
+                target[...] = source
+            index = racecore.SocketIndex(lsh)
+            index.append(*device[1:])
+            out = racecore.sparse_attention(*device, index, budget=0.05, sink=16, window=32)
+            was_done = stream.done
+            stream.synchronize()
+            assert fetch(out).tobytes() == expected[4]
+            for target in device:
+                target[...] = 0
+    assert not was_done
 
 
 def test_a_cache_of_torch_is_searched_where_it_is(cupy):
