@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_socket
 import numpy as np
 
 import racecore
@@ -64,12 +65,13 @@ def main() -> None:
         print(
             f"cuda: {reason or 'available'}\n" + "\n".join(f"expected {line}" for line in expectations(3.35e12, 4.8e12))
         )
+        print("\n".join(f"expected of a decoded token {line}" for line in gpu_socket.expectations(3.35e12, 4.8e12)))
         return
     if reason is not None:
         sys.exit(f"no GPU: {reason}")
     started = time.monotonic()
     print(describe())
-    worst = check()
+    worst = max(check(), gpu_socket.check())
     if arguments.checks_only:
         return
     ceilings = measure_ceilings()
@@ -83,11 +85,13 @@ def main() -> None:
                 print(line(row), flush=True)
     print()
     print(table(rows))
+    steps = list(gpu_socket.steps(random_rows, median_seconds, started + 1.2 * arguments.seconds, _sdpa_step))
+    print(gpu_socket.table(steps, ceilings.copy_bytes))
     record = million_12()
     print(record)
     if arguments.json:
         content = {"machine": describe(), "worst": worst, "ceilings": ceilings._asdict(), "12 million": record,
-                   "rows": [row._asdict() for row in rows]}  # fmt: skip
+                   "rows": [row._asdict() for row in rows], "decoding": [step._asdict() for step in steps]}  # fmt: skip
         Path(arguments.json).write_text(json.dumps(content, indent=1))
 
 
@@ -190,14 +194,28 @@ def to_cupy(tensor: Any) -> Any:
     return cuda.cupy().from_dlpack(tensor.view(torch.int16)).view(stored_dtype())
 
 
+def random_rows(*shape: int) -> Any:
+    """Return normal random numbers of 16 bits as a CuPy array."""
+    import torch
+
+    return to_cupy(torch.randn(*shape, device="cuda", dtype=torch_dtype()))
+
+
+def _sdpa_step(query: Any, key: Any, value: Any) -> Callable[[], Any]:
+    """Return torch's softmax attention of one token over a cache, in the layout that it likes best."""
+    import torch
+
+    tensors = (torch.from_dlpack(x.view(np.int16)).view(torch_dtype()) for x in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in tensors)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
 def _racecore(tables: int, planes: int) -> Callable[[int, bool], Any]:
     lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=tables, n_planes=planes, rng=0)
 
     def make(tokens: int, causal: bool) -> Any:
-        import torch
-
         cupy = cuda.cupy()
-        q, k, v, g = (to_cupy(torch.randn(1, tokens, HEADS, DIM, device="cuda", dtype=torch_dtype())) for _ in range(4))
+        q, k, v, g = (random_rows(1, tokens, HEADS, DIM) for _ in range(4))
         out = cupy.empty_like(q)
         grads = racecore.Gradients(*(cupy.empty_like(x) for x in (q, k, v)))
         wrt = ("query", "key", "value")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, backends, files, socket_inputs
+from racecore import arrays, backends, cuda, files, socket_inputs
 from racecore.errors import CorruptFileError
 from racecore.ops.socket.layout import BLOCK_TOKENS, HashedKeys, n_rows
 from racecore.soft_lsh import SoftLSH
@@ -24,7 +24,8 @@ class SocketIndex:
 
     Keys are hashed once, when they are appended, to the P signs of each of L tables; a query weighs these bits softly. What
     is kept of a token and key/value head is L bytes for P <= 8 (L * (8 + 1, 2, 4 or 8) bits for P = 9, 10, up to 12, up to 16)
-    and its norm in 16 bits. Batch and key/value heads are those of the first keys appended. Keys and values stay with the caller.
+    and its norm in 16 bits. Batch and key/value heads are those of the first keys appended, and bits and norms lie where these
+    lay: in host memory, or on a GPU. Keys and values stay with the caller.
 
     Parameters
     ----------
@@ -114,6 +115,11 @@ class SocketIndex:
         return 0 if self._hashed is None else self._hashed.codes.nbytes + self._hashed.norms.nbytes
 
     @property
+    def on_device(self) -> bool:
+        """Whether bits and norms are on a GPU, as the first keys appended were."""
+        return self._hashed is not None and cuda.is_array(self._hashed.codes)
+
+    @property
     def hashed(self) -> HashedKeys | None:
         """The bits and norms themselves, as the operations take them."""
         return self._hashed
@@ -126,23 +132,25 @@ class SocketIndex:
         key : array, shape [B, T, G, D]
         value : array, shape [B, T, G, V]
             Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included. Without a batch axis
-            where B is 1. Of values only norms are taken.
+            where B is 1. Of values only norms are taken. On a GPU if the index is there.
         lengths : integers, shape [B], optional
             How many of the T tokens of each sequence count; the rest is padding. None: all.
-        backend : {"cpu", "reference"}, optional
+        backend : {"cpu", "cuda", "reference"}, optional
+            None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory to the GPU first.
 
         Raises
         ------
         ValueError, TypeError
             Shapes or dtypes that do not fit; the index is then unchanged.
         racecore.errors.BackendUnavailableError
-            The arrays are on a GPU, or the backend cannot run here.
+            The backend cannot run here; lists every backend with its reason.
         """
-        key, value, counts, on_device = socket_inputs.check_append(self, key, value, lengths)
+        key, value, counts = socket_inputs.check_append(self, key, value, lengths, backends.place(backend))
+        on_device = cuda.is_array(key)
         operations = backends.choose(backend, on_device).socket
         hashed = self._hashed
         if hashed is None:
-            hashed = _no_keys(self._lsh, len(key), key.shape[2])
+            hashed = _no_keys(self._lsh, len(key), key.shape[2], on_device)
         hashed = _with_room(hashed, int((hashed.lengths + counts).max(initial=0)))
         operations.hash_keys(key, value, self._planes(key.shape[2]), self._scorer, hashed, counts)
         # only now: whatever was raised before, the index has what it had
@@ -155,7 +163,7 @@ class SocketIndex:
         ----------
         query : array, shape [B, 1, H, D]
             H must be a multiple of G. Without a batch axis where B is 1.
-        backend : {"cpu", "reference"}, optional
+        backend : {"cpu", "cuda", "reference"}, optional
 
         Returns
         -------
@@ -163,7 +171,7 @@ class SocketIndex:
             float32, or float64 for a float64 query, in the query's library; -inf behind the end of a shorter sequence. Without
             the batch axis if the query has none.
         """
-        q, had_batch = socket_inputs.check_query(self, query)
+        q, had_batch = socket_inputs.check_query(self, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
         tables = operations.query_tables(q, self._planes(hashed.codes.shape[1]), self._scorer)
         scores = operations.scores(tables, hashed, self._scorer.multiplies)
@@ -192,17 +200,20 @@ class SocketIndex:
         group_selection : {"head", "group"}
             "head": every query head chooses for itself. "group": the heads of a key/value head choose together, by the sum
             of their scores; then every row is read once for all of them.
-        backend : {"cpu", "reference"}, optional
+        backend : {"cpu", "cuda", "reference"}, optional
 
         Returns
         -------
         int64 array, shape [B, H, W], or [B, G, W] for "group"
-            Token numbers, ascending, without duplicates, padded with -1 at the end.
+            Token numbers, ascending, without duplicates, padded with -1 at the end; in the query's library. On a GPU this
+            waits until W is known, as `sparse_attention` does not.
         """
         choice = socket_inputs.check_choice(budget, sink, window, group_selection)
-        q, had_batch = socket_inputs.check_query(self, query)
+        q, had_batch = socket_inputs.check_query(self, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
         selected = self.chosen(operations, q, hashed, choice)
+        if self.on_device and selected.size:  # rows there are as wide as they might have to be
+            selected = selected[:, :, : int((selected >= 0).sum(axis=2).max())]
         return arrays.restorer(query)(selected if had_batch else selected[0])
 
     def chosen(
@@ -260,18 +271,23 @@ class SocketIndex:
             path, _FILE_KIND, _FILE_VERSION,
             planes=self._lsh.planes, beta=np.asarray(self._lsh.beta), scorer=np.array(self._scorer.kind),
             tau=np.array(self._scorer.tau), weighs_values=np.array(self._scorer.weighs_values),
-            codes=hashed.codes, norms=hashed.norms, lengths=hashed.lengths, is_empty=np.array(self._hashed is None),
+            codes=arrays.brought(hashed.codes, False), norms=arrays.brought(hashed.norms, False), lengths=hashed.lengths,
+            is_empty=np.array(self._hashed is None),
         )  # fmt: skip
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], lsh: SoftLSH | None = None) -> SocketIndex:
-        """Read what `save` wrote.
+    def load(
+        cls, path: str | os.PathLike[str], lsh: SoftLSH | None = None, *, backend: str | None = None
+    ) -> SocketIndex:
+        """Read what `save` wrote, wherever that index was.
 
         Parameters
         ----------
         path : path
         lsh : SoftLSH, optional
             The hash that the index must have been made with.
+        backend : {"cpu", "cuda", "reference"}, optional
+            "cuda" brings the index to the GPU; else it is in host memory.
 
         Raises
         ------
@@ -297,14 +313,17 @@ class SocketIndex:
                 content["codes"], content["norms"], content["lengths"].astype(np.int64), own.n_tables, own.n_planes
             )
             _check_sizes(hashed, path)
-            index._hashed = hashed
+            on_device = bool(backends.place(backend))
+            index._hashed = hashed._replace(
+                codes=arrays.brought(hashed.codes, on_device), norms=arrays.brought(hashed.norms, on_device)
+            )
         return index
 
     def _planes(self, n_kv_heads: int) -> np.ndarray:
         return self._lsh.per_head(n_kv_heads)[0]
 
     def _prepared(self, query: np.ndarray, backend: str | None) -> tuple[Any, HashedKeys]:
-        operations = backends.choose(backend, arrays.is_on_device(query)).socket
+        operations = backends.choose(backend, cuda.is_array(query)).socket
         if self._hashed is None:
             raise ValueError("this index is empty: append keys and values first")
         return operations, self._hashed
@@ -324,9 +343,9 @@ class SocketIndex:
         )
 
 
-def _no_keys(lsh: SoftLSH, batch: int, n_kv_heads: int) -> HashedKeys:
-    codes = np.zeros((batch, n_kv_heads, 0, n_rows(lsh.n_tables, lsh.n_planes), BLOCK_TOKENS), np.uint8)
-    norms = np.zeros((batch, n_kv_heads, 0), np.uint16)
+def _no_keys(lsh: SoftLSH, batch: int, n_kv_heads: int, on_device: bool = False) -> HashedKeys:
+    shape = (batch, n_kv_heads, 0, n_rows(lsh.n_tables, lsh.n_planes), BLOCK_TOKENS)
+    codes, norms = arrays.zeros(shape, np.uint8, on_device), arrays.zeros(shape[:3], np.uint16, on_device)
     return HashedKeys(codes, norms, np.zeros(batch, np.int64), lsh.n_tables, lsh.n_planes)
 
 
@@ -337,8 +356,9 @@ def _with_room(hashed: HashedKeys, n_tokens: int) -> HashedKeys:
         return hashed
     size = max(needed, int(has * _GROWTH) + 1) if has else needed
     batch, n_kv_heads, _, rows, _ = hashed.codes.shape
-    codes = np.zeros((batch, n_kv_heads, size, rows, BLOCK_TOKENS), np.uint8)
-    norms = np.zeros((batch, n_kv_heads, size * BLOCK_TOKENS), np.uint16)
+    on_device = cuda.is_array(hashed.codes)
+    codes = arrays.zeros((batch, n_kv_heads, size, rows, BLOCK_TOKENS), np.uint8, on_device)
+    norms = arrays.zeros((batch, n_kv_heads, size * BLOCK_TOKENS), np.uint16, on_device)
     codes[:, :, :has] = hashed.codes
     norms[:, :, : has * BLOCK_TOKENS] = hashed.norms
     return hashed._replace(codes=codes, norms=norms)
@@ -346,8 +366,10 @@ def _with_room(hashed: HashedKeys, n_tokens: int) -> HashedKeys:
 
 def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
     """Return a copy of some sequences without room to spare."""
-    lengths = hashed.lengths[sequences].copy()
+    lengths = hashed.lengths[sequences].copy()  # raises where there is no such sequence; a GPU would not
     n_blocks = -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)
+    if not isinstance(sequences, slice):
+        sequences = arrays.brought(sequences, cuda.is_array(hashed.codes))
     codes = hashed.codes[:, :, :n_blocks][sequences].copy()
     norms = hashed.norms[:, :, : n_blocks * BLOCK_TOKENS][sequences].copy()
     return hashed._replace(codes=codes, norms=norms, lengths=lengths)

@@ -70,13 +70,15 @@ def check_scorer(lsh: Any, scorer: Any, tau: Any, weight_by_value_norm: Any) -> 
 
 
 def check_append(
-    index: SocketIndex, key: Any, value: Any, lengths: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Check the arguments of `SocketIndex.append`; return 4-D arrays, the counts of new tokens, and whether on a GPU."""
-    k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    on_device = cuda.is_array(k)
-    if cuda.is_array(v) != on_device:
-        raise ValueError("key and value must be in one place, on a GPU or in host memory")
+    index: SocketIndex, key: Any, value: Any, lengths: Any, on_device: bool | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Check the arguments of `SocketIndex.append`; return 4-D arrays and the counts of new tokens.
+
+    `on_device` is where the arrays shall be, None means where they are.
+    """
+    k, v = _brought(on_device, key=key, value=value)
+    inputs.check_same_place(key=k, value=v)
+    _check_place(index, key=k)
     batch, n_kv_heads = index.batch, index.n_kv_heads
     if k.ndim == v.ndim == 3 and (batch is None or batch == 1):
         k, v = k[None], v[None]
@@ -94,12 +96,33 @@ def check_append(
             "heads: share planes among all heads (shape [L, P, D]) or give one set per key/value head"
         )
     if lengths is None:
-        return k, v, np.full(len(k), k.shape[1], np.int64), on_device
-    return k, v, check_lengths(lengths, len(k), k.shape[1]), on_device
+        return k, v, np.full(len(k), k.shape[1], np.int64)
+    return k, v, check_lengths(lengths, len(k), k.shape[1])
+
+
+def _brought(on_device: bool | None, **named: Any) -> list[Any]:
+    """Return arrays of any library as the operations take them, where they are or where they shall be."""
+    found = [arrays.as_array(array, name) for name, array in named.items()]
+    return found if on_device is None else [arrays.brought(array, on_device) for array in found]
+
+
+def _check_place(index: SocketIndex, **named: Any) -> None:
+    """Check that an array is where the index is, if that has anything yet."""
+    ((name, array),) = named.items()
+    if index.hashed is None or index.on_device == cuda.is_array(array):
+        return
+    places = [f"{place} memory" for place in ("the host's", "a GPU's")]
+    raise ValueError(
+        f"the index is in {places[index.on_device]} and {name} in {places[cuda.is_array(array)]}: an index stays where the first "
+        "keys appended to it were; bring the arrays there with cupy.asarray or cupy.asnumpy, or take the index along with "
+        "SocketIndex.save and SocketIndex.load(path, backend=...)"
+    )
 
 
 def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     """Return the numbers of tokens of every sequence, int64 [B], 0 to `most` each."""
+    if arrays.is_on_device(lengths):
+        lengths = arrays.brought(arrays.as_array(lengths, "lengths"), False)
     array = np.asarray(lengths)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}")
@@ -113,11 +136,12 @@ def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def check_query(index: SocketIndex, query: Any) -> tuple[np.ndarray, bool]:
+def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple[np.ndarray, bool]:
     """Check the query of `SocketIndex.scores` and `select`; return it with a batch axis, and whether it had one."""
     if index.batch is None:
         raise ValueError("this index is empty: append keys and values first")
-    q = arrays.as_array(query, "query")
+    (q,) = _brought(on_device, query=query)
+    _check_place(index, query=q)
     had_batch = q.ndim == 4
     if q.ndim == 3 and index.batch == 1:
         q = q[None]
@@ -161,9 +185,9 @@ def check_choice(budget: Any, sink: Any, window: Any, group_selection: Any) -> C
     return Choice(check_budget(budget), int(sink), int(window), group_selection == "group")
 
 
-def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any) -> Decoding:
+def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any, on_device: bool | None) -> Decoding:
     """Check the arrays of `sparse_attention`, with each other and with the index."""
-    q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    q, k, v = _brought(on_device, query=query, key=key, value=value)
     inputs.check_same_place(query=q, key=k, value=v)
     q, k, v, had_batch = inputs.check_shapes(q, k, v)
     inputs.check_dtypes(query=q, key=k, value=v)
@@ -172,6 +196,7 @@ def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any) -
         found = np.full(batch, n_tokens, np.int64) if lengths is None else check_lengths(lengths, batch, n_tokens)
         return Decoding(q, k, v, _at_least(found, q.shape[1]), had_batch)
     _check_index(index, batch, n_kv_heads, k.shape[3])
+    _check_place(index, key=k)
     if lengths is None:
         if n_tokens != index.n_tokens:
             raise ValueError(

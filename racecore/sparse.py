@@ -5,9 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
-from racecore import arrays, backends, inputs, socket_inputs
+from racecore import arrays, backends, cuda, inputs, socket_inputs
 from racecore.socket_index import SocketIndex
 
 __all__ = ["sparse_attention"]
@@ -25,7 +23,7 @@ def sparse_attention(
     group_selection: str = "head",
     lengths: Any = None,
     backend: str | None = None,
-    out: np.ndarray | None = None,
+    out: Any = None,
 ) -> Any:
     """Compute softmax attention of one token over the few tokens of a cache that matter to it (SOCKET).
 
@@ -41,7 +39,8 @@ def sparse_attention(
         maps are read row by row, and nothing of size T is copied (but arrays in a foreign byte order, or not aligned).
         Without a batch axis all three mean B = 1. H must be a multiple of G.
     index : SocketIndex or None
-        To which every token of the cache has been appended. None: dense attention, whatever the number of tokens.
+        To which every token of the cache has been appended, and which lies where the cache does. None: dense attention,
+        whatever the number of tokens.
     budget : int or float
         Tokens chosen by score: a number, or a share of each sequence, rounded up.
     sink, window : int
@@ -50,8 +49,8 @@ def sparse_attention(
         Whether every query head chooses tokens for itself, or those of a key/value head together; see `SocketIndex.select`.
     lengths : integers, shape [B], optional
         How many tokens of each sequence are in use, of a cache with room to spare; must be those of the index.
-    backend : {"cpu", "reference"}, optional
-        None takes the fastest that runs here.
+    backend : {"cpu", "cuda", "reference"}, optional
+        None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory to the GPU first.
     out : array, shape [B, Tq, H, V], optional
         Where to write the result.
 
@@ -65,12 +64,12 @@ def sparse_attention(
     ValueError, TypeError
         What was expected, what came and what to do. Nothing has been changed then.
     racecore.errors.BackendUnavailableError
-        The arrays are on a GPU, or the backend cannot run here.
+        The backend cannot run here; lists every backend with its reason.
 
     Notes
     -----
     Source: SOCKET (arXiv 2602.06283). Results have the same bits for any number of threads, and in a batch of sequences of
-    several lengths the same as one by one.
+    several lengths the same as one by one. On a GPU the work goes to CuPy's current stream, and nothing waits for it.
 
     Examples
     --------
@@ -84,8 +83,8 @@ def sparse_attention(
     (1, 1, 8, 64)
     """
     choice = socket_inputs.check_choice(budget, sink, window, group_selection)
-    d = socket_inputs.check_decoding(query, key, value, index, lengths)
-    on_device = arrays.is_on_device(d.query)
+    d = socket_inputs.check_decoding(query, key, value, index, lengths, backends.place(backend))
+    on_device = cuda.is_array(d.query)
     operations = backends.choose(backend, on_device).socket
     shape = (*d.query.shape[:3], d.value.shape[3])
     out_shape = shape if d.had_batch else shape[1:]

@@ -126,6 +126,8 @@ def test_compute_sanitizer_has_nothing_to_say(tool):
         "from devices import Gpu; from problems import PROBLEMS, run_library\n"
         "for problem in PROBLEMS[:12]:\n"
         "    if problem.n_keys <= 70: run_library(problem, 'float32', Gpu('cuda'))\n"
+        "from cuda_on_cpu import socket_cases\n"
+        "socket_cases.run('results')\n"
     )
     environment = {
         **os.environ,
@@ -161,6 +163,99 @@ def test_tensors_of_torch(cupy):
 def test_every_problem_in_16_bits_without_a_copy_of_the_inputs(cupy):
     for problem in PROBLEMS[::6]:
         assert run_library(problem, "bfloat16", GPU)["backend"] == "cuda"
+
+
+# SOCKET, beside tests/test_socket.py
+
+
+def cache(n_tokens, dtype=np.float32, heads=8, kv_heads=2, dim=64):
+    rng = np.random.default_rng(n_tokens)
+    shapes = ((2, 1, heads, dim), (2, n_tokens, kv_heads, dim), (2, n_tokens, kv_heads, dim))
+    return [rng.standard_normal(shape, dtype=np.float32).astype(dtype) for shape in shapes]
+
+
+def decoded(arrays, lsh, backend=None, **options):
+    """Return all that a decoded token is made of."""
+    index = racecore.SocketIndex(lsh)
+    index.append(arrays[1], arrays[2], backend=backend)
+    query, options = arrays[0], {"budget": 0.05, "sink": 16, "window": 32, "backend": backend} | options
+    found = [
+        index.hashed.codes,
+        index.hashed.norms,
+        index.scores(query, backend=backend),
+        index.select(query, **options),
+    ]
+    found.append(racecore.sparse_attention(*arrays, index, **options))
+    return [*found, racecore.sparse_attention(*arrays, None, budget=1.0, backend=backend)]
+
+
+@pytest.mark.parametrize("selection", ["head", "group"])
+@pytest.mark.parametrize("n_planes", [8, 10])
+def test_a_decoded_token_is_that_of_the_reference(n_planes, selection):
+    """In float64, where no rounding decides about a bit or a token."""
+    host, lsh = cache(5000, np.float64), racecore.SoftLSH.random(64, 20, n_planes, rng=0)
+    found = [fetch(x) for x in decoded([put(x, GPU) for x in host], lsh, group_selection=selection)]
+    expected = decoded(host, lsh, "reference", group_selection=selection)
+    blocks = -(-5000 // 64)
+    np.testing.assert_array_equal(found[0][:, :, : blocks - 1], expected[0][:, :, : blocks - 1])
+    np.testing.assert_array_equal(found[1][..., :5000], expected[1][..., :5000])
+    np.testing.assert_array_equal(found[3], expected[3])
+    for ours, theirs in zip((found[2], *found[4:]), (expected[2], *expected[4:]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoded_token_over_a_long_cache_is_that_of_the_cpu(dtype):
+    host, lsh = cache(1 << 17, arrays.dtype_of(dtype)), racecore.SoftLSH.random(64, 60, 8, rng=0)
+    found = [fetch(x) for x in decoded([put(x, GPU) for x in host], lsh)]
+    expected = decoded(host, lsh)
+    assert (found[0] == expected[0]).mean() > 0.9999  # projections near 0 may fall to either side
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert np.isclose(found[2], expected[2], rtol=1e-4).mean() > 0.99
+    for ours, theirs in zip(found[4:], expected[4:], strict=True):
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+        assert np.linalg.norm(ours - theirs) <= 2e-2 * np.linalg.norm(theirs)
+    again = [fetch(x) for x in decoded([put(x, GPU) for x in host], lsh)]
+    assert [x.tobytes() for x in again] == [x.tobytes() for x in found]
+
+
+def test_decoding_waits_for_nothing_and_goes_to_the_current_stream(cupy):
+    """Its rows come from work that the default stream would overtake."""
+    host, lsh = cache(20_000), racecore.SoftLSH.random(64, 20, 8, rng=0)
+    expected = [fetch(x).tobytes() for x in decoded([put(x, GPU) for x in host], lsh)]
+    sources = [put(x, GPU) for x in host]
+    device = [cupy.zeros_like(x) for x in sources]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for n_products in (1, 200):  # the second time all memory is there
+            busy = cupy.ones((4096, 4096), np.float32)
+            for _ in range(n_products):
+                busy = busy @ busy * 1e-4
+            for target, source in zip(device, sources, strict=True):
+                target[...] = source
+            index = racecore.SocketIndex(lsh)
+            index.append(*device[1:])
+            out = racecore.sparse_attention(*device, index, budget=0.05, sink=16, window=32)
+            was_done = stream.done
+            stream.synchronize()
+            assert fetch(out).tobytes() == expected[4]
+            for target in device:
+                target[...] = 0
+    assert not was_done
+
+
+def test_a_cache_of_torch_is_searched_where_it_is(cupy):
+    torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+    if not torch.cuda.is_available():
+        pytest.skip("this build of torch has no CUDA")
+    host, lsh = cache(3000), racecore.SoftLSH.random(64, 20, 8, rng=0)
+    expected = fetch(decoded([put(x, GPU) for x in host], lsh)[4])
+    tensors = [torch.from_numpy(x).cuda() for x in host]
+    torch.cuda.synchronize()
+    out = decoded(tensors, lsh)[4]
+    assert out.is_cuda
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

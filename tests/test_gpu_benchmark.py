@@ -18,7 +18,8 @@ def gpu(monkeypatch):
     import gpu
 
     yield gpu
-    sys.modules.pop("gpu", None)
+    for name in ("gpu", "gpu_socket"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -57,4 +58,42 @@ def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):
         gpu.main()
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run"])
     gpu.main()
-    assert "expected 3.35 TB/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expected 3.35 TB/s" in printed
+    assert "expected of a decoded token 3.35 TB/s: dense 1.28 ms, head 0.66 ms, group 0.28 ms" in printed
+
+
+def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
+    """The whole section, on the CPU; the times are made up."""
+    socket = gpu.gpu_socket
+    rng = np.random.default_rng(0)
+    with fake_cupy.install() as cupy:
+        assert 0 < socket.check() < 1e-5
+        calls = []
+
+        def seconds(call):
+            calls.append(call())
+            return 1e-3 / len(calls)
+
+        def rows(*shape):
+            return cupy.asarray(rng.standard_normal(shape).astype(np.float16))
+
+        steps = list(socket.steps(rows, seconds, float("inf"), contexts=(700,)))
+        assert not list(socket.steps(rows, seconds, 0.0))  # no time left
+    assert [(step.way, step.context) for step in steps] == [("dense", 700), ("head", 700), ("group", 700)]
+    assert all(out.shape == (1, 1, 32, 128) for out in calls)
+    assert [step.n_bytes for step in steps] == [
+        700 * 8 * 512, 700 * (8 * 62 + 24 * 32) + 291 * 32 * 528, 700 * (8 * 62 + 24 * 8) + 291 * 8 * 528,
+    ]  # fmt: skip
+    printed = socket.table(steps, 1e12)
+    assert "racecore, head                               700    0.500     2.00x" in printed
+    assert capsys.readouterr().out.startswith("check float32  SOCKET")
+
+
+def test_a_wrong_token_is_noticed(gpu, monkeypatch):
+    with fake_cupy.install() as cupy:
+        monkeypatch.setattr(
+            cupy, "asarray", lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x)
+        )
+        with pytest.raises(SystemExit, match="WRONG"):
+            gpu.gpu_socket.check()

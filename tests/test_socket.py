@@ -13,13 +13,14 @@ import ml_dtypes
 import numpy as np
 import oracle_socket as oracle
 import pytest
+from devices import BACKENDS, fetch, put
 from layouts import LAYOUTS, arrange
 
 import racecore
-from racecore.errors import BackendUnavailableError, CorruptFileError
+from racecore import cuda
+from racecore.errors import CorruptFileError
 from racecore.ops.socket import layout
 
-BACKENDS = ("cpu", "reference")  # the CUDA kernels are not there yet, and a test below says so
 B, T, G, H, D, V = 2, 150, 2, 4, 20, 12
 BF16 = ml_dtypes.bfloat16
 
@@ -37,10 +38,23 @@ def make_lsh(n_tables: int = 5, n_planes: int = 8, d: int = D) -> racecore.SoftL
 
 
 def make_index(key: np.ndarray, value: np.ndarray, lsh: Any = None, **options: Any) -> racecore.SocketIndex:
-    backend = options.pop("backend", None)
+    backend, lengths = options.pop("backend", None), options.pop("lengths", None)
     index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **options)
-    index.append(key, value, backend=backend)
+    index.append(put(key, backend), put(value, backend), lengths=lengths, backend=backend)
     return index
+
+
+def scores_of(index: racecore.SocketIndex, query: np.ndarray, backend: str | None = None) -> np.ndarray:
+    return fetch(index.scores(put(query, backend), backend=backend))
+
+
+def select(index: racecore.SocketIndex, query: np.ndarray, *, backend: str | None = None, **options: Any) -> np.ndarray:
+    return fetch(index.select(put(query, backend), backend=backend, **options))
+
+
+def attend(query: Any, key: Any, value: Any, index: Any, *, backend: str | None = None, **options: Any) -> np.ndarray:
+    arrays = (put(x, backend) for x in (query, key, value))
+    return fetch(racecore.sparse_attention(*arrays, index, backend=backend, **options))
 
 
 def rounded_norms(key: np.ndarray, value: np.ndarray, scorer: str, weighted: bool) -> np.ndarray:
@@ -66,7 +80,7 @@ def test_scores_equal_the_definition(scorer, n_planes, dtype, weighted, backend)
     query, key, value = make(n_planes, 70, dtype, h=10)  # groups of 5: four heads at once, and one
     lsh = make_lsh(3 if n_planes == 16 else 5, n_planes)
     index = make_index(key, value, lsh, scorer=scorer, tau=0.3, weight_by_value_norm=weighted, backend=backend)
-    found = index.scores(query, backend=backend)
+    found = scores_of(index, query, backend)
     expected = oracle.scores(
         query, key, value, lsh.planes, scorer=scorer, tau=0.3, weight_by_value_norm=weighted
     ) * np.repeat(rounded_norms(key, value, scorer, weighted), 5, axis=1)
@@ -93,9 +107,9 @@ def test_norms_of_sixteen_bits():
 )
 def test_selected_sets(budget, sink, window, scorer, backend):
     query, key, value = make()
-    index = make_index(key, value, scorer=scorer, weight_by_value_norm=scorer == "soft")
-    found = index.select(query, budget=budget, sink=sink, window=window, backend=backend)
-    scores = index.scores(query, backend=backend)
+    index = make_index(key, value, scorer=scorer, weight_by_value_norm=scorer == "soft", backend=backend)
+    found = select(index, query, budget=budget, sink=sink, window=window, backend=backend)
+    scores = scores_of(index, query, backend)
     assert found.dtype == np.int64
     wanted = 15 if isinstance(budget, float) else budget
     for b in range(B):
@@ -110,30 +124,46 @@ def test_selected_sets(budget, sink, window, scorer, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_of_a_group_select_together(backend):
     query, key, value = make()
-    index = make_index(key, value)
+    index = make_index(key, value, backend=backend)
     options = dict(budget=20, sink=2, window=3, group_selection="group", backend=backend)
-    found = index.select(query, **options)
-    scores = index.scores(query, backend=backend)
+    found = select(index, query, **options)
+    scores = scores_of(index, query, backend)
     summed = scores.reshape(B, G, H // G, T)
     summed = summed[:, :, 0] + summed[:, :, 1]
     for b in range(B):
         for g in range(G):
             assert found[b, g][found[b, g] >= 0].tolist() == oracle.selected_set(summed[b, g], 20, 2, 3)
-    out = racecore.sparse_attention(query, key, value, index, **options)
+    out = attend(query, key, value, index, **options)
     expected = oracle.attention(
         query, key, value, [[row[row >= 0] for row in found[b].repeat(H // G, 0)] for b in range(B)]
     )
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["random", "equal", "few values", "wide", "negative", "special"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_best_of_many_are_exactly_the_best(kind, dtype):
-    """Long rows go by a sample; rows that a sample says little of must come out right as well."""
+def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> np.ndarray:
+    """Return what a backend selects by scores [rows, tokens] of sequences of one head, sink 2, window 3."""
+    budgets, shape = np.full(len(scores), budget), (len(scores), min(scores.shape[1], budget + 5))
+    if backend == "cuda":
+        from racecore.ops.socket import cuda as operations
+
+        selected = operations.empty(shape, np.int64)
+        operations._pick(*(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected)
+        return fetch(selected)
     from racecore.ops.socket import ranking
 
+    selected, counts = np.full(shape, -7), np.zeros(len(scores), np.int64)
+    ranking.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, 2, 3, selected, counts, 0, len(scores))
+    assert (counts == (selected >= 0).sum(axis=1)).all()
+    return selected
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("kind", ["random", "equal", "few values", "wide", "negative", "special"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
+    """On the CPU long rows go by a sample; rows that a sample says little of must come out right as well."""
     rng = np.random.default_rng(3)
-    n, rows = 20_000, 3
+    n, rows = 20_032, 3
     scores = {
         "random": rng.standard_normal((rows, n)), "equal": np.ones((rows, n)), "negative": -rng.gamma(1, 1, (rows, n)),
         "few values": rng.integers(0, 4, (rows, n)).astype(float), "wide": rng.standard_normal((rows, n)) ** 31,
@@ -143,18 +173,15 @@ def test_the_best_of_many_are_exactly_the_best(kind, dtype):
         scores[1, ::9] = 1e3  # what a sample of every ninth token sees is not what there is
         scores[2, :500] = 1e3
     scores = scores.astype(dtype)
-    for budget in (1, 37, 1000, 19_999, 20_000):
-        selected = np.full((rows, min(n, budget + 5)), -7)
-        counts = np.zeros(rows, np.int64)
-        lengths, budgets = np.array([n, n, n - 61]), np.full(rows, budget)
-        ranking.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, 2, 3, selected, counts, 0, rows)
+    lengths = np.array([n, n, n - 61])
+    for budget in (0, 1, 37, 1000, n - 1, n):
+        selected = pick(scores, lengths, budget, backend)
         for row in range(rows):
             usable = np.where(np.isnan(scores[row]), np.inf, scores[row])[: lengths[row]]
             best = np.argsort(-usable, kind="stable")[:budget]
-            expected = np.unique([*best, 0, 1, *range(lengths[row] - 3, lengths[row])])
-            assert counts[row] == len(expected)
-            np.testing.assert_array_equal(selected[row, : counts[row]], expected)
-            assert (selected[row, counts[row] :] == -1).all()
+            expected = np.unique([*best, 0, 1, *range(lengths[row] - 3, lengths[row])]).astype(np.int64)
+            np.testing.assert_array_equal(selected[row, : len(expected)], expected)
+            assert (selected[row, len(expected) :] == -1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,7 +195,7 @@ def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend
         t = 200
     _, key, value = make(1, t, dtype, d=d, v=v)
     query = np.random.default_rng(2).standard_normal((B, n_queries, h, d)).astype(dtype)
-    found = racecore.sparse_attention(query, key, value, None, budget=t, backend=backend)
+    found = attend(query, key, value, None, budget=t, backend=backend)
     expected = oracle.attention(query, key, value)
     assert found.dtype == dtype
     rounding = {2: 2.0**-8 if dtype is BF16 else 2.0**-11, 4: 2e-6, 8: 1e-13}[np.dtype(dtype).itemsize]
@@ -183,29 +210,29 @@ def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend
 @pytest.mark.parametrize(("d", "v", "h"), [(20, 12, 4), (64, 64, 8), (32, 176, 10), (16, 144, 2)])
 def test_sparse_attention_is_exact_over_the_selected(d, v, h, selection, dtype, backend):
     query, key, value = make(4, dtype=dtype, d=d, v=v, h=h)
-    index = make_index(key, value, make_lsh(d=d))
+    index = make_index(key, value, make_lsh(d=d), backend=backend)
     options = dict(budget=30, sink=5, window=6, group_selection=selection, backend=backend)
-    selected = index.select(query, **options)
+    selected = select(index, query, **options)
     selected = selected.repeat(h // selected.shape[1], axis=1)
-    found = racecore.sparse_attention(query, key, value, index, **options)
+    found = attend(query, key, value, index, **options)
     expected = oracle.attention(query, key, value, [[row[row >= 0] for row in heads] for heads in selected])
     limit = 1e-5 if dtype is np.float32 else 2.0**-8
     np.testing.assert_allclose(found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max())
 
 
-def test_a_budget_of_all_tokens_is_dense_attention():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_budget_of_all_tokens_is_dense_attention(backend):
     query, key, value = make()
-    index = make_index(key, value)
+    index = make_index(key, value, backend=backend)
     dense = oracle.attention(query, key, value)
     for budget in (T, T + 1, 10**9, 1.0):
-        found = racecore.sparse_attention(query, key, value, index, budget=budget)
+        found = attend(query, key, value, index, budget=budget, backend=backend)
         np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-6)
-    operations = [racecore.backends.choose(name).socket for name in BACKENDS]
-    every = np.broadcast_to(np.arange(T), (B, H, T))
-    for module in operations:  # and so is attention over a list of all of them
-        out = np.empty((B, 1, H, V), np.float32)
-        module.attend_selected(query, key, value, every, out)
-        np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
+    # and so is attention over a list of all of them
+    every, out = np.broadcast_to(np.arange(T), (B, H, T)), put(np.empty((B, 1, H, V), np.float32), backend)
+    operations = racecore.backends.choose(backend).socket
+    operations.attend_selected(*(put(x, backend) for x in (query, key, value, every)), out)
+    np.testing.assert_allclose(fetch(out), dense, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,12 +244,13 @@ def test_appended_in_pieces_equals_rebuilt_to_the_bit(n_planes, backend):
     pieces = racecore.SocketIndex(lsh)
     sizes = []
     for start, stop in pairwise([0, 0, 1, 2, 66, 67, 67, *range(129, 200), 400]):
-        pieces.append(key[:, start:stop], value[:, start:stop], backend=backend)
+        pieces.append(put(key[:, start:stop], backend), put(value[:, start:stop], backend), backend=backend)
         sizes.append(pieces.nbytes)
-    np.testing.assert_array_equal(pieces.hashed.codes[:, :, :6], whole.hashed.codes[:, :, :6])
-    np.testing.assert_array_equal(pieces.hashed.norms[..., :400], whole.hashed.norms[..., :400])
-    np.testing.assert_array_equal(pieces.scores(query), whole.scores(query))
-    np.testing.assert_array_equal(pieces.select(query, budget=50), whole.select(query, budget=50))
+    mine, its = pieces.hashed, whole.hashed
+    np.testing.assert_array_equal(fetch(mine.codes[:, :, :6]), fetch(its.codes[:, :, :6]))
+    np.testing.assert_array_equal(fetch(mine.norms[..., :400]), fetch(its.norms[..., :400]))
+    np.testing.assert_array_equal(*(scores_of(index, query, backend) for index in (pieces, whole)))
+    np.testing.assert_array_equal(*(select(index, query, budget=50, backend=backend) for index in (pieces, whole)))
     assert pieces.n_tokens == whole.n_tokens == 400
     assert len(set(sizes)) < 12  # it grows by a factor, not for every token
 
@@ -236,21 +264,18 @@ def test_ragged_batches_equal_one_by_one_to_the_bit(budget, backend):
     key[1, 70:], value[1, 70:] = np.nan, np.nan  # what is behind the end does not matter
     query = rng.standard_normal((5, 1, H, D)).astype(BF16)
     lsh = make_lsh()
-    index = racecore.SocketIndex(lsh)
-    index.append(key, value, lengths=lengths, backend=backend)
+    index = make_index(key, value, lsh, lengths=lengths, backend=backend)
     options = dict(budget=budget, sink=3, window=4, backend=backend)
     np.testing.assert_array_equal(index.lengths, lengths)
-    together = racecore.sparse_attention(query, key, value, index, lengths=lengths, **options)
-    scores, selected = index.scores(query, backend=backend), index.select(query, **options)
+    together = attend(query, key, value, index, lengths=lengths, **options)
+    scores, selected = scores_of(index, query, backend), select(index, query, **options)
     for b, n in enumerate(lengths):
         rows = key[b : b + 1, :n], value[b : b + 1, :n]
         alone = make_index(*rows, lsh, backend=backend)
-        np.testing.assert_array_equal(
-            racecore.sparse_attention(query[b : b + 1], *rows, alone, **options), together[b : b + 1]
-        )
-        np.testing.assert_array_equal(alone.scores(query[b : b + 1], backend=backend)[0], scores[b, :, :n])
+        np.testing.assert_array_equal(attend(query[b : b + 1], *rows, alone, **options), together[b : b + 1])
+        np.testing.assert_array_equal(scores_of(alone, query[b : b + 1], backend)[0], scores[b, :, :n])
         assert (scores[b, :, n:] == -np.inf).all()
-        mine = alone.select(query[b : b + 1], **options)[0]
+        mine = select(alone, query[b : b + 1], **options)[0]
         np.testing.assert_array_equal(mine, selected[b, :, : mine.shape[1]])
         assert (selected[b, :, mine.shape[1] :] == -1).all()
     assert not together[2].any()  # nothing seen: zeros
@@ -276,43 +301,47 @@ def test_threads_do_not_change_a_bit():
             np.testing.assert_array_equal(found, expected)
 
 
-def test_causality_is_strict_in_a_prefill():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_causality_is_strict_in_a_prefill(backend):
     """A token changed, to NaN even, changes no bit before it."""
     query, key, value = (np.random.default_rng(i).standard_normal((1, 90, 2, 16), dtype=np.float32) for i in range(3))
-    before = racecore.sparse_attention(query, key, value, None, budget=0)
+    before = attend(query, key, value, None, budget=0, backend=backend)
     for t in (89, 50, 33):
         for array in (key, value):
             array[:, t] = np.nan
-        after = racecore.sparse_attention(query, key, value, None, budget=0)
+        after = attend(query, key, value, None, budget=0, backend=backend)
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         assert np.isnan(after[:, t:]).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_gives_what_a_contiguous_copy_gives(name):
+def test_any_layout_gives_what_a_contiguous_copy_gives(name, backend):
     query, key, value = (arrange(x, name) for x in make(8, d=32, v=48, dtype=np.float32 if "swapped" in name else BF16))
     q, k, v = (np.array(x, x.dtype.newbyteorder("="), order="C") for x in (query, key, value))
     lsh = make_lsh(d=32)
-    plain, index = make_index(k, v, lsh), make_index(key, value, lsh)
-    np.testing.assert_array_equal(index.hashed.codes, plain.hashed.codes)
+    plain, index = make_index(k, v, lsh, backend=backend), make_index(key, value, lsh, backend=backend)
+    np.testing.assert_array_equal(fetch(index.hashed.codes), fetch(plain.hashed.codes))
     for budget in (30, 1.0):
-        options = dict(budget=budget, sink=3, window=4)
-        expected = racecore.sparse_attention(q, k, v, plain, **options)
-        np.testing.assert_array_equal(racecore.sparse_attention(query, key, value, index, **options), expected)
+        options = dict(budget=budget, sink=3, window=4, backend=backend)
+        np.testing.assert_array_equal(attend(query, key, value, index, **options), attend(q, k, v, plain, **options))
 
 
-def test_batch_axis_and_out():
-    query, key, value = make()
-    index = make_index(key[0], value[0])
-    alone = racecore.sparse_attention(query[0], key[0], value[0], index, budget=20)
-    whole = racecore.sparse_attention(query, key, value, make_index(key, value), budget=20)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_batch_axis_and_out(backend):
+    query, key, value = (put(x, backend) for x in make())
+    index, alone_index = racecore.SocketIndex(make_lsh()), racecore.SocketIndex(make_lsh())
+    index.append(key, value)
+    alone_index.append(key[0], value[0])
+    alone = racecore.sparse_attention(query[0], key[0], value[0], alone_index, budget=20)
+    whole = fetch(racecore.sparse_attention(query, key, value, index, budget=20))
     assert alone.shape == (1, H, V)
-    np.testing.assert_array_equal(alone, whole[0])
-    assert index.scores(query[0]).shape == (H, T)
-    assert index.select(query[0], budget=3).ndim == 2
-    out = np.full((B, 1, H, 2 * V), np.nan, np.float32)[..., ::2]
-    assert racecore.sparse_attention(query, key, value, make_index(key, value), budget=20, out=out) is out
-    np.testing.assert_array_equal(out, whole)
+    np.testing.assert_array_equal(fetch(alone), whole[0])
+    assert alone_index.scores(query[0]).shape == (H, T)
+    assert alone_index.select(query[0], budget=3).ndim == 2
+    out = put(np.full((B, 1, H, 2 * V), np.nan, np.float32), backend)[..., ::2]
+    assert racecore.sparse_attention(query, key, value, index, budget=20, out=out) is out
+    np.testing.assert_array_equal(fetch(out), whole)
 
 
 def test_arrays_of_torch():
@@ -328,46 +357,51 @@ def test_arrays_of_torch():
     np.testing.assert_array_equal(out.view(torch.int16).numpy().view(BF16), expected)
 
 
-def test_extreme_numbers_do_no_harm():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_extreme_numbers_do_no_harm(backend):
     """Norms that float16 cannot hold, logits beyond exp: finite, and what the oracle says."""
     for scale, dtype in ((1e18, np.float32), (1e-30, np.float32), (200.0, np.float16)):
         query, key, value = (x * np.dtype(dtype).type(scale) for x in make(9, dtype=dtype))
-        index = make_index(key, value)
-        assert np.isfinite(index.scores(query)).all()
+        index = make_index(key, value, backend=backend)
+        assert np.isfinite(scores_of(index, query, backend)).all()
         with np.errstate(over="ignore", invalid="ignore"):
-            out = racecore.sparse_attention(query.clip(-1e3, 1e3), key.clip(-1e3, 1e3), value, index, budget=30)
+            out = attend(query.clip(-1e3, 1e3), key.clip(-1e3, 1e3), value, index, budget=30, backend=backend)
         assert np.isfinite(out).all()
 
 
-def test_planes_for_every_key_value_head():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_planes_for_every_key_value_head(backend):
     query, key, value = make()
     planes = np.random.default_rng(1).standard_normal((G, 5, 8, D))
-    index = make_index(key, value, racecore.SoftLSH(planes, 1.0))
+    index = make_index(key, value, racecore.SoftLSH(planes, 1.0), backend=backend)
     for g in range(G):
-        one = make_index(key[:, :, g : g + 1], value[:, :, g : g + 1], racecore.SoftLSH(planes[g], 1.0))
+        lsh = racecore.SoftLSH(planes[g], 1.0)
+        one = make_index(key[:, :, g : g + 1], value[:, :, g : g + 1], lsh, backend=backend)
         heads = slice(2 * g, 2 * g + 2)
-        np.testing.assert_array_equal(one.scores(query[:, :, heads]), index.scores(query)[:, heads])
+        found = scores_of(one, query[:, :, heads], backend)
+        np.testing.assert_array_equal(found, scores_of(index, query, backend)[:, heads])
     with pytest.raises(
         ValueError, match="hashed once per key/value head, of which there are 2, and lsh has planes for 4"
     ):
         make_index(key, value, racecore.SoftLSH.random(D, n_heads=4, rng=0))
 
 
-def test_copy_truncate_and_select_batch():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_copy_truncate_and_select_batch(backend):
     query, key, value = make(10, 200)
-    index = make_index(key[:, :150], value[:, :150])
-    before = index.scores(query)
+    index = make_index(key[:, :150], value[:, :150], backend=backend)
+    before = scores_of(index, query, backend)
     copy = index.copy()
-    copy.append(key[:, 150:], value[:, 150:])
+    copy.append(put(key[:, 150:], backend), put(value[:, 150:], backend))
     assert (index.n_tokens, copy.n_tokens) == (150, 200)
-    np.testing.assert_array_equal(index.scores(query), before)
+    np.testing.assert_array_equal(scores_of(index, query, backend), before)
     copy.truncate([150, 100])
     np.testing.assert_array_equal(copy.lengths, [150, 100])
-    np.testing.assert_array_equal(copy.scores(query)[0], before[0])
-    copy.append(key[:, 100:], value[:, 100:], lengths=[0, 50])  # over what was forgotten
-    np.testing.assert_array_equal(copy.scores(query), before)
+    np.testing.assert_array_equal(scores_of(copy, query, backend)[0], before[0])
+    copy.append(put(key[:, 100:], backend), put(value[:, 100:], backend), lengths=[0, 50])  # over what was forgotten
+    np.testing.assert_array_equal(scores_of(copy, query, backend), before)
     swapped = index.select_batch([1, 0, 1])
-    np.testing.assert_array_equal(swapped.scores(query[[1, 0, 1]]), before[[1, 0, 1]])
+    np.testing.assert_array_equal(scores_of(swapped, query[[1, 0, 1]], backend), before[[1, 0, 1]])
     assert index.select_batch([]).batch == 0
     for indices, error in (([2], IndexError), ([0.5], TypeError), ([[0]], ValueError)):
         with pytest.raises(error):
@@ -379,18 +413,19 @@ def test_copy_truncate_and_select_batch():
         racecore.SocketIndex(make_lsh()).truncate(0)
 
 
-def test_save_and_load(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_save_and_load(tmp_path, backend):
     query, key, value = make()
     path = tmp_path / "index.npz"
-    index = make_index(key, value, scorer="signed_jl", tau=0.35, weight_by_value_norm=False)
+    index = make_index(key, value, scorer="signed_jl", tau=0.35, weight_by_value_norm=False, backend=backend)
     index.save(path)
-    loaded = racecore.SocketIndex.load(path, index.lsh)
+    loaded = racecore.SocketIndex.load(path, index.lsh, backend=backend)
     assert (loaded.scorer, loaded.tau, loaded.weight_by_value_norm) == ("signed_jl", 0.35, False)
     assert loaded.lsh == index.lsh
-    np.testing.assert_array_equal(loaded.scores(query), index.scores(query))
-    loaded.append(key, value)  # a loaded index goes on
-    index.append(key, value)
-    np.testing.assert_array_equal(loaded.scores(query), index.scores(query))
+    np.testing.assert_array_equal(scores_of(loaded, query, backend), scores_of(index, query, backend))
+    for each in (loaded, index):  # a loaded index goes on
+        each.append(put(key, backend), put(value, backend))
+    np.testing.assert_array_equal(scores_of(loaded, query, backend), scores_of(index, query, backend))
     with pytest.raises(ValueError, match="made with another hash: its fingerprint"):
         racecore.SocketIndex.load(path, make_lsh(6))
     racecore.RaceState.zeros(make_lsh(), 1, 1, 1).save(tmp_path / "state.npz")
@@ -423,17 +458,79 @@ def test_flipped_bytes_are_noticed(tmp_path):
         racecore.SocketIndex.load(path)
 
 
-def test_cuda_says_that_it_has_no_kernels():
-    with pytest.raises(BackendUnavailableError, match="cuda"):
-        make_index(*make()[1:], backend="cuda")
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_results_are_where_the_index_is(backend, tmp_path):
+    query, key, value = make()
+    q, k, v = (put(x, backend) for x in (query, key, value))
+    index, host = make_index(key, value, backend=backend), make_index(key, value)
+    assert (index.on_device, host.on_device) == (True, False)
+    out = racecore.sparse_attention(q, k, v, index, budget=20)
+    for array in (index.hashed.codes, index.hashed.norms, index.scores(q), index.select(q, budget=20), out):
+        assert cuda.is_array(array)
+    assert type(index.lengths) is np.ndarray
+    assert isinstance(index.copy().nbytes, int)
+    # arrays of the host go there and back where that is asked for
+    from_host = racecore.SocketIndex(index.lsh)
+    from_host.append(key, value, backend="cuda")
+    assert from_host.on_device
+    there = racecore.sparse_attention(query, key, value, from_host, budget=20, backend="cuda")
+    for found, expected in ((from_host.scores(query, backend="cuda"), index.scores(q)), (there, out)):
+        assert type(found) is np.ndarray
+        np.testing.assert_array_equal(found, fetch(expected))
+    lengths = put(np.full(B, T), backend)
+    np.testing.assert_array_equal(fetch(racecore.sparse_attention(q, k, v, index, budget=20, lengths=lengths)), fetch(out))
+    # a file belongs to no place
+    index.save(tmp_path / "index.npz")
+    np.testing.assert_allclose(
+        racecore.SocketIndex.load(tmp_path / "index.npz").scores(query), host.scores(query), 1e-5
+    )
+    # anything else is a mistake
+    for call, message in (
+        (lambda: index.append(key, value), "index is in a GPU's memory and key in the host's memory: an index stays"),
+        (lambda: host.append(k, v), "index is in the host's memory and key in a GPU's memory"),
+        (lambda: host.append(k, value), "must be in one place, got key on a GPU, value in host memory"),
+        (lambda: index.scores(query), "index is in a GPU's memory and query in the host's"),
+        (lambda: host.select(q, budget=3), "index is in the host's memory and query in a GPU's"),
+        (
+            lambda: racecore.sparse_attention(q, k, v, host, budget=3),
+            "index is in the host's memory and key in a GPU's",
+        ),
+        (lambda: index.scores(q, backend="cpu"), "works in host memory, and these arrays are on a GPU"),
+        (lambda: host.scores(query, backend="cuda"), "index is in the host's memory and query in a GPU's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
-def test_cuda_with_a_gpu_says_so_too(backend):
-    """The fixture gives this test a CuPy: other operations could run there."""
-    assert racecore.backends.available()["cuda"] is None
-    with pytest.raises(BackendUnavailableError, match="sparse decoding has no kernels for it"):
-        make_index(*make()[1:], backend=backend)
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
+    """Whatever is done at once: few blocks, some sequences, some rows, scratch in global memory, tables that are not copied."""
+    from racecore.ops.socket import cuda as operations
+
+    lengths = np.array([1100, 300])
+    query, key, value = make(11, 1100, h=12, d=40, v=36)
+    prompt = np.random.default_rng(12).standard_normal((B, 13, 12, 40)).astype(np.float32)
+
+    def everything():
+        index = make_index(key, value, make_lsh(3, 10, 40), lengths=lengths, backend=backend)
+        results = [fetch(index.hashed.codes), fetch(index.hashed.norms), scores_of(index, query, backend)]
+        for selection in ("head", "group"):
+            options = dict(budget=50, sink=3, window=4, group_selection=selection, backend=backend)
+            results.append(select(index, query, **options))
+            results.append(attend(query, key, value, index, lengths=lengths, **options))
+        results.append(attend(query, key, value, None, budget=0, lengths=lengths, backend=backend))
+        return [*results, attend(prompt, key, value, None, budget=0, lengths=lengths, backend=backend)]
+
+    expected = everything()
+    for changes in (
+        {"_MAX_BLOCKS": 3, "_ENOUGH_BLOCKS": 1}, {"_PARTIAL_BYTES": 1 << 15}, {"_PARTIAL_BYTES": 1, "_SCORE_BYTES": 1},
+        {"_SHARED_BYTES": 0}, {"_SHARED_BYTES": 2000},
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            for name, number in changes.items():
+                patch.setattr(operations, name, number)
+            for found, its in zip(everything(), expected, strict=True):
+                assert found.tobytes() == its.tobytes()
 
 
 MEMORY_MAP = """

@@ -18,8 +18,8 @@ from racecore import cuda
 from racecore.problem import GradientBuffers, Problem
 
 __all__ = [
-    "Call", "Scratch", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch", "make_call", "new_sums", "scan",
-    "shares", "stash_numbers",
+    "Call", "Scratch", "array_fields", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch", "make_call",
+    "new_sums", "scan", "shares", "stash_numbers",
 ]  # fmt: skip
 
 TOKENS, ROWS = 8, 4  # as in ops/warp.cuh
@@ -135,6 +135,13 @@ def _is_wide(array: Any, columns: int) -> bool:
 
 def _up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def array_fields(name: str, array: Any, columns: int) -> list[tuple[str, int]]:
+    """Return the fields of an `Array` of ops/warp.cuh for kernels that are told of arrays alone; None is a null pointer."""
+    labels = ("data", "batch", "token", "head", "dim")
+    fields = [(f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)]
+    return [*fields, (f"{name}.is_wide", _is_wide(array, columns))]
 
 
 def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *arguments: Any, share: int = 0) -> int:

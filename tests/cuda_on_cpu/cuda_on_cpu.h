@@ -180,6 +180,9 @@ void cuda_run_grid(size_t shared_bytes, const Body& body) {
 
 inline void __syncthreads() { cuda_wait(SYNCTHREADS); }
 
+// Atomic, but no barrier: what it wrote is not there for others before they have met at one.
+inline unsigned atomicAdd(unsigned* place, unsigned value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+
 static double cuda_slots[2][MAX_THREADS];
 #ifdef CUDA_ON_CPU_THREADS
 static thread_local int cuda_turn;

@@ -102,6 +102,15 @@ class ndarray:
     def sum(self, axis: Any = None) -> ndarray:
         return _wrapped(self._values.sum(axis=axis))
 
+    def max(self) -> ndarray:
+        return _wrapped(self._values.max())
+
+    def __ge__(self, other: Any) -> ndarray:
+        return _wrapped(self._values >= _inner(other))
+
+    def __int__(self) -> int:
+        return int(self._values)
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 0
 
@@ -162,6 +171,7 @@ def _module() -> ModuleType:
         "cuda": SimpleNamespace(
             runtime=SimpleNamespace(getDeviceCount=lambda: 1),
             Stream=_Stream,
+            get_current_stream=_Stream,
             alloc_pinned_memory=bytearray,
             Device=lambda: SimpleNamespace(id=0, compute_capability="90"),
         ),

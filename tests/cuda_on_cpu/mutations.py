@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import racecore
+from cuda_on_cpu.mutations_of_socket import SOCKET_BOUNDS, SOCKET_TERMS
 from cuda_on_cpu.watched import failure
 
 __all__ = ["Mutation", "barriers", "changes", "noticed_by"]
@@ -89,7 +90,10 @@ _TERMS = (
 
 def changes() -> Iterator[Mutation]:
     """Yield the other changes."""
-    for table, watchers in ((_BOUNDS, ("address", "results")), (_TERMS, ("results",))):
+    for table, watchers in (
+        ((*_BOUNDS, *SOCKET_BOUNDS), ("address", "results")),
+        ((*_TERMS, *SOCKET_TERMS), ("results",)),
+    ):
         for file, old, new in table:
             start = (_OPS / file).read_text().find(old)
             if start < 0:
@@ -105,7 +109,8 @@ def noticed_by(mutation: Mutation) -> str | None:
         text = (ops / mutation.file).read_text()
         end = mutation.start + len(mutation.old)
         (ops / mutation.file).write_text(text[: mutation.start] + mutation.new + text[end:])
-        return next((watcher for watcher in mutation.watchers if failure(watcher, ops)), None)
+        of_socket = mutation.file.startswith("socket/")
+        return next((watcher for watcher in mutation.watchers if failure(watcher, ops, of_socket)), None)
 
 
 def main() -> None:

@@ -18,8 +18,11 @@ _HERE = Path(__file__)
 _RUNTIMES = {"results": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
-def failure(watcher: str, ops: Path | None = None) -> str:
-    """Return what a watcher has to say against the kernels, or against those in a changed copy of racecore/ops."""
+def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> str:
+    """Return what a watcher has to say against the kernels, or against those in a changed copy of racecore/ops.
+
+    Those of attention, or of SOCKET.
+    """
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in _RUNTIMES[watcher]
@@ -34,7 +37,7 @@ def failure(watcher: str, ops: Path | None = None) -> str:
         "PYTHONPATH": os.pathsep.join([str(_HERE.parents[1]), str(_HERE.parents[2])]),
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(_HERE), watcher]
+    command = [sys.executable, str(_HERE), watcher, "socket" if of_socket else "attention"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
@@ -80,13 +83,17 @@ def main() -> None:
     """Run them, and compare where that is what this process is for."""
     from problems import relative_error, run_library, run_oracle
 
-    from cuda_on_cpu import fake_cupy
+    from cuda_on_cpu import fake_cupy, socket_cases
     from racecore import cuda
     from racecore.ops import cuda_call
 
     watcher, ops = sys.argv[1], os.environ.get("CUDA_ON_CPU_OPS")
     if ops:
         cuda._OPS = Path(ops)
+    if sys.argv[2] == "socket":
+        with fake_cupy.install():
+            socket_cases.run(watcher)
+        return
     if watcher == "thread":
         cuda_call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
     with fake_cupy.install():
