@@ -612,7 +612,7 @@ def test_the_rival_is_softmax_attention():
 
 def test_demo_quick(tmp_path):
     process = start("demo", "--quick", "--threads", 2, cwd=tmp_path)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     for part in ("1. Inputs: 4,096 tokens", "racecore attend --query racecore-demo/q.npy", "d_key", "4,096 tokens in"):

@@ -34,7 +34,7 @@ def compute(folder):
     """Use one kernel in a fresh process that keeps its kernels in `folder`."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment, timeout=120
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment, timeout=240
     )
     return json.loads(result.stdout)
 

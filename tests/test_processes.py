@@ -19,7 +19,7 @@ expected = work()
 """
 
 
-def run(program, timeout=120):
+def run(program, timeout=240):
     result = subprocess.run(
         [sys.executable, "-c", HEADER + program], capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -108,7 +108,7 @@ print("same:", (outs[0] == outs[1]).all(), codes)
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True, env=environment
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True, env=environment
     )
     assert result.stdout == "same: True [0, 0, 0]\n"
 

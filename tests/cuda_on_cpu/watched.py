@@ -39,7 +39,7 @@ def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> s
     }
     command = [sys.executable, str(_HERE), watcher, "socket" if of_socket else "attention"]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     except subprocess.TimeoutExpired:
         return "it did not come to an end"
     return "" if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-4000:]}"
