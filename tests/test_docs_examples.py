@@ -27,7 +27,7 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
 TRAIN = {"character_model.py", "pixel_digits.py", "convert_model.py"}  # in PyTorch: see test_examples_torch.py
-MEASURE = {"socket_study.py"}  # see test_socket_study.py
+MEASURE = {"socket_study.py", "long_cache.py"}  # see test_socket_study.py and test_long_cache.py
 SHARED = {
     "data_sets.py", "layers.py", "pictures.py", "socket_data.py", "socket_methods.py", "socket_pictures.py", "socket_real.py",
     "socket_tables.py",
