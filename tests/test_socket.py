@@ -36,9 +36,12 @@ def make_lsh(n_tables: int = 5, n_planes: int = 8, d: int = D) -> racecore.SoftL
     return racecore.SoftLSH.random(d, n_tables, n_planes, rng=1)
 
 
+OF_THE_PAPER: dict[str, Any] = dict(scorer="soft", weight_by_value_norm=True)
+
+
 def make_index(key: np.ndarray, value: np.ndarray, lsh: Any = None, **options: Any) -> racecore.SocketIndex:
     backend = options.pop("backend", None)
-    index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **options)
+    index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **OF_THE_PAPER | options)
     index.append(key, value, backend=backend)
     return index
 
@@ -208,13 +211,18 @@ def test_a_budget_of_all_tokens_is_dense_attention():
         np.testing.assert_allclose(out, dense, rtol=1e-5, atol=1e-6)
 
 
+def test_what_did_best_in_the_study_is_the_default():
+    index = racecore.SocketIndex(make_lsh())
+    assert (index.scorer, index.tau, index.weight_by_value_norm) == ("signed_jl", 0.4, False)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n_planes", [8, 10])
 def test_appended_in_pieces_equals_rebuilt_to_the_bit(n_planes, backend):
     query, key, value = make(5, 400)
     lsh = make_lsh(7, n_planes)
     whole = make_index(key, value, lsh, backend=backend)
-    pieces = racecore.SocketIndex(lsh)
+    pieces = racecore.SocketIndex(lsh, **OF_THE_PAPER)
     sizes = []
     for start, stop in pairwise([0, 0, 1, 2, 66, 67, 67, *range(129, 200), 400]):
         pieces.append(key[:, start:stop], value[:, start:stop], backend=backend)
@@ -236,7 +244,7 @@ def test_ragged_batches_equal_one_by_one_to_the_bit(budget, backend):
     key[1, 70:], value[1, 70:] = np.nan, np.nan  # what is behind the end does not matter
     query = rng.standard_normal((5, 1, H, D)).astype(BF16)
     lsh = make_lsh()
-    index = racecore.SocketIndex(lsh)
+    index = racecore.SocketIndex(lsh, **OF_THE_PAPER)
     index.append(key, value, lengths=lengths, backend=backend)
     options = dict(budget=budget, sink=3, window=4, backend=backend)
     np.testing.assert_array_equal(index.lengths, lengths)
@@ -625,7 +633,7 @@ import numpy as np, racecore
 rng = np.random.default_rng(0)
 key, value = (rng.standard_normal((1, 100, 1, 16), dtype=np.float32) for _ in range(2))
 query = rng.standard_normal((1, 1, 5, 16), dtype=np.float32)
-index = racecore.SocketIndex(racecore.SoftLSH.random(16, 4, 7, rng=0))
+index = racecore.SocketIndex(racecore.SoftLSH.random(16, 4, 7, rng=0), scorer="soft")
 index.append(key, value, backend="reference")
 found, expected = (index.scores(query, backend=name) for name in ("cpu", "reference"))
 np.testing.assert_allclose(found, expected, rtol=1e-5)
