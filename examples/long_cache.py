@@ -101,15 +101,17 @@ def warm_up() -> None:
 def main(folder: pathlib.Path, n_tokens: int, n_steps: int) -> None:
     """Write the files, decode, and print what was read and what memory it took."""
     warm_up()
-    write(folder, n_tokens)
     base = anonymous_bytes()
-    with PeakMemory() as memory:
+    with PeakMemory() as writing:
+        write(folder, n_tokens)
+    with PeakMemory() as loading:
         index = racecore.SocketIndex.load(folder / "index.npz")
         loaded = anonymous_bytes()
     key, value = mapped(folder / "keys"), mapped(folder / "values")
     n_pages = 2 * len(in_memory(key))
     print(f"{n_tokens:,} tokens: keys and values {2 * key.nbytes / 1e6:,.0f} MB, {n_pages:,} pages, on the disk")
-    print(f"index: {index.nbytes / 1e6:,.0f} MB; loading it took {(memory.peak - base) / 1e6:,.0f} MB of memory for a while")
+    built, read = (f"{(memory.peak - base) / 1e6:,.0f} MB" for memory in (writing, loading))
+    print(f"index: {index.nbytes / 1e6:,.0f} MB in memory; at most {built} while it was built, {read} while it was loaded")
     print(f"pages in memory at first: {in_memory(key).sum() + in_memory(value).sum():,}")
     with PeakMemory() as memory:
         for number, step in enumerate(decode(index, key, value, n_steps), 1):
