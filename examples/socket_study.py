@@ -122,7 +122,7 @@ def tables(rows: list[Row], needles: list[Needles]) -> str:
     for bench in dict.fromkeys(row.bench for row in rows):
         for table in (socket_tables.by_budget, socket_tables.by_part, socket_tables.by_tau, socket_tables.by_ends):
             text += table(rows, bench)
-    text += socket_tables.by_size(rows) if rows else ""
+    text += socket_tables.by_size(rows) + socket_tables.by_pairs(rows) if rows else ""
     return text + (socket_tables.of_needles(needles) if needles else "")
 
 

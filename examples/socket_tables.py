@@ -131,6 +131,26 @@ def by_ends(rows: list[Row], bench: str) -> str:
     return f"\n**{bench}, one token in 20 in all: relative error**\n\n" + markdown(["of which", *names], lines)
 
 
+PAIRS = (
+    ("signed_jl", "hamming"), ("hamming", "soft"), ("signed_jl", "signed_jl, values weighted"),
+    ("hamming", "hamming, values weighted"), ("soft", "soft, values weighted"), ("signed_jl", "Quest, pages of 4"),
+    ("oracle", "oracle, weights times norms"),
+)  # fmt: skip
+
+
+def by_pairs(rows: list[Row]) -> str:
+    """Return how often the first of two methods does better, over all parts, budgets (but the whole) and seeds."""
+    found = [row for row in pick(rows, table="methods") if row.kept > 1]
+    lines = []
+    for first, second in PAIRS:
+        cells = [f"{first}, not {second}"]
+        for number, sign in (("mass", 1), ("error", -1)):
+            ours, theirs = (np.array([getattr(row, number) for row in pick(found, method=m)]) for m in (first, second))
+            cells.append(f"{int((sign * (ours - theirs) > 0).sum())} of {ours.size}")
+        lines.append(cells)
+    return "\n**how often the first is better**\n\n" + markdown(["", "weight kept", "error"], lines)
+
+
 def of_needles(found: list[Needles]) -> str:
     """Return at which rank needles come: the median, and the worst."""
     likeness = sorted(set(found[0].likeness.tolist()))
