@@ -34,7 +34,7 @@ def small_cache(methods, n_tokens=300, dim=16):
 @pytest.mark.parametrize("budget", [0, 1, 40, 300])
 def test_the_study_chooses_and_attends_as_the_library_does(methods, budget, sink, window):
     cache = small_cache(methods)
-    index = racecore.SocketIndex(racecore.SoftLSH.random(16, 5, 8, rng=4), weight_by_value_norm=False)
+    index = racecore.SocketIndex(racecore.SoftLSH.random(16, 5, 8, rng=4), scorer="soft")
     index.append(cache.key, cache.value)
     ends = {"sink": sink, "window": window}
     scores = methods.Socket(n_tables=5).scores(cache, seed=4)
