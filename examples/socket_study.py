@@ -91,8 +91,10 @@ def compare(bench: Bench, plan: Plan) -> list[Row]:
     for page in plan.pages:
         found += bench.rows("size", Quest(page), middle)
     for n_planes, n_tables in ((2, 60), (4, 60), (6, 60), (8, 60), (10, 48), (12, 40), (16, 30)):  # of 60 bytes each
-        for tau in plan.taus:
-            found += bench.rows("tau", Socket(n_tables=n_tables, n_planes=n_planes, tau=tau), middle)
+        for weighs in (False, True) if n_planes in (8, 10) else (False,):
+            for tau in plan.taus:
+                method = Socket(weighs=weighs, n_tables=n_tables, n_planes=n_planes, tau=tau)
+                found += bench.rows("tau", method, middle)
     for ends in ((0, 0), (4, 0), (0, 16), (4, 32), (0, 64), (0, 128)):
         for scorer in ("signed_jl", "soft"):
             found += bench.rows("ends", Socket(scorer), middle, ends)
