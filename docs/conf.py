@@ -13,7 +13,7 @@ author = copyright = "The racecore developers"
 version = release = racecore.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "numpydoc", "myst_parser", "mathml"]
-exclude_patterns = ["_build", "performance_table.md"]  # the table is part of performance.md
+exclude_patterns = ["_build", "performance_table.md", "socket_study_tables.md"]  # parts of other pages
 default_role = "literal"  # docstrings quote names in single backquotes
 
 html_theme = "alabaster"

@@ -99,10 +99,9 @@ def optimizer_of(model: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, t
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train(kind: Kind, text: torch.Tensor, n_characters: int, plan: Plan) -> dict[str, Any]:
-    """Train one model; return its validation losses and the time that steps took."""
+def train(kind: Kind, text: torch.Tensor, model: CharacterModel, plan: Plan) -> dict[str, Any]:
+    """Train a model; return its validation losses and the time that steps took."""
     training, validation = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    model = CharacterModel(n_characters, plan, kind)
     optimizer, schedule = optimizer_of(model, plan)
     rng = np.random.default_rng(plan.seed)
     curve, seconds = [], []
@@ -131,7 +130,7 @@ def compare(kinds: list[Kind], text: bytes, plan: Plan) -> list[dict[str, Any]]:
     characters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     codes = torch.from_numpy(codes.astype(np.int64))
     print(f"{len(text):,} characters, {len(characters)} different ones; {plan}")
-    results = [train(kind, codes, len(characters), plan) for kind in kinds]
+    results = [train(kind, codes, CharacterModel(len(characters), plan, kind), plan) for kind in kinds]
     print("\nattention                  validation loss   against softmax   bits a character   ms per step   beta")
     for result in results:
         against = f"{result['loss'] / results[0]['loss'] - 1:+.1%}"

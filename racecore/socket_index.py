@@ -34,7 +34,8 @@ class SocketIndex:
     scorer : {"soft", "hamming", "signed_jl"}
         What a query makes of a key's bits. "soft": the probability that the soft hash of the query gives to the key's
         buckets, summed over tables. "hamming": the number of signs that agree. "signed_jl": the sum over planes of the query's
-        projection times the key's sign, times the norm of the key.
+        projection times the key's sign, times the norm of the key: an estimate of their product, and the best in the study
+        of docs/socket_study.md, as is not to weigh by values. SOCKET's own is "soft", with the norms of values.
     tau : float
         Temperature of "soft": the hash is that of a `SoftLSH` with beta = 1/tau and tanh(u)/sqrt(D) for tanh(u).
     weight_by_value_norm : bool
@@ -63,7 +64,7 @@ class SocketIndex:
     __slots__ = ("_hashed", "_lsh", "_scorer")
 
     def __init__(
-        self, lsh: SoftLSH, *, scorer: str = "soft", tau: float = 0.4, weight_by_value_norm: bool = True
+        self, lsh: SoftLSH, *, scorer: str = "signed_jl", tau: float = 0.4, weight_by_value_norm: bool = False
     ) -> None:
         self._scorer = socket_inputs.check_scorer(lsh, scorer, tau, weight_by_value_norm)
         self._lsh = lsh

@@ -27,7 +27,11 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
 TRAIN = {"character_model.py", "pixel_digits.py", "convert_model.py"}  # in PyTorch: see test_examples_torch.py
-SHARED = {"data_sets.py", "layers.py", "pictures.py"}  # by those
+MEASURE = {"socket_study.py", "long_cache.py"}  # see test_socket_study.py and test_long_cache.py
+SHARED = {
+    "data_sets.py", "layers.py", "pictures.py", "socket_data.py", "socket_methods.py", "socket_pictures.py", "socket_real.py",
+    "socket_tables.py",
+}  # by those; fmt: skip
 NEEDS = {  # packages beyond those of the tests
     "jax_training.py": "jax", "docs/jax.md": "jax", ".adapters.jax": "jax",
     "docs/torch.md": "torch", ".adapters.torch": "torch", ".adapters.torch.module": "torch", ".adapters.torch.cache": "torch",
@@ -78,11 +82,11 @@ def test_examples_run(name):
 
 def test_every_example_is_run_and_short():
     paths = sorted((ROOT / "examples").glob("*.py"))
-    assert {path.name for path in paths} == set(EXAMPLES) | TRAIN | SHARED
+    assert {path.name for path in paths} == set(EXAMPLES) | TRAIN | MEASURE | SHARED
     for path in paths:
         longest = (
             100 if path.name in EXAMPLES.keys() - NEEDS.keys() else 200
-        )  # a model, its data, its training and a picture
+        )  # a model, its data, its training and a picture; or tables
         assert len(path.read_text().splitlines()) <= longest, path.name
 
 

@@ -77,6 +77,38 @@ def test_whoever_has_no_network_is_told_what_to_do(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_study_of_sparse_decoding_takes_the_rows_of_a_model_that_was_trained(tmp_path):
+    done = run("socket_study.py", tmp_path, "--quick", "--only", "real", "--out", "found", PIP_NO_INDEX="1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "found" / "study.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"layer 1", "layer 2"}
+    mass = {(row["method"], row["part"]): row["mass"][0] for row in rows if row["table"] == "methods" and row["kept"] == 5}
+    for part in ("layer 1", "layer 2"):
+        assert mass["oracle", part] >= mass["signed_jl", part] > mass["random", part]
+    assert "validation loss" in done.stdout
+
+
+def test_the_rows_of_a_model_are_those_that_its_attention_gets(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import character_model
+    import socket_methods
+    import socket_real
+    import torch
+    from layers import SOFTMAX
+
+    model = character_model.CharacterModel(9, character_model.Plan(dim=16, heads=2, layers=2, width=0), SOFTMAX)
+    characters, outputs = torch.randint(9, (1, 40)), []
+    cache = socket_real.last_rows(model, characters)
+    assert (cache.query.shape, cache.key.shape, cache.value.shape) == ((1, 1, 4, 8), (1, 40, 4, 8), (1, 40, 4, 8))
+    for block in model.blocks[:-1]:
+        block.attention.out.register_forward_pre_hook(lambda _, rows: outputs.append(rows[0][0, -1].detach().numpy()))
+    model(characters)
+    weights = socket_methods.true_weights(cache)
+    np.testing.assert_allclose(
+        np.einsum("ht,thd->hd", weights[0], cache.value[0]), np.concatenate(outputs).reshape(4, 8), atol=1e-5
+    )
+
+
 @pytest.fixture
 def data_sets(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))

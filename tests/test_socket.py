@@ -37,9 +37,12 @@ def make_lsh(n_tables: int = 5, n_planes: int = 8, d: int = D) -> racecore.SoftL
     return racecore.SoftLSH.random(d, n_tables, n_planes, rng=1)
 
 
+OF_THE_PAPER: dict[str, Any] = dict(scorer="soft", weight_by_value_norm=True)
+
+
 def make_index(key: np.ndarray, value: np.ndarray, lsh: Any = None, **options: Any) -> racecore.SocketIndex:
     backend, lengths = options.pop("backend", None), options.pop("lengths", None)
-    index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **options)
+    index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **OF_THE_PAPER | options)
     index.append(put(key, backend), put(value, backend), lengths=lengths, backend=backend)
     return index
 
@@ -187,7 +190,7 @@ def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BF16, np.float16])
 @pytest.mark.parametrize(("t", "n_queries", "d", "v", "h"), [
-    (1, 1, 20, 12, 4), (33, 33, 16, 32, 2), (150, 1, 64, 64, 8), (150, 7, 20, 5, 4), (97, 40, 32, 48, 10), (1100, 1, 32, 32, 8),
+    (1, 1, 20, 12, 4), (33, 33, 16, 32, 2), (150, 1, 64, 64, 8), (150, 7, 20, 5, 4), (97, 40, 32, 48, 10), (1100, 1, 32, 64, 8),
     (2300, 2, 16, 16, 2),
 ])  # fmt: skip
 def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend):
@@ -235,13 +238,18 @@ def test_a_budget_of_all_tokens_is_dense_attention(backend):
     np.testing.assert_allclose(fetch(out), dense, rtol=1e-5, atol=1e-6)
 
 
+def test_what_did_best_in_the_study_is_the_default():
+    index = racecore.SocketIndex(make_lsh())
+    assert (index.scorer, index.tau, index.weight_by_value_norm) == ("signed_jl", 0.4, False)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n_planes", [8, 10])
 def test_appended_in_pieces_equals_rebuilt_to_the_bit(n_planes, backend):
     query, key, value = make(5, 400)
     lsh = make_lsh(7, n_planes)
     whole = make_index(key, value, lsh, backend=backend)
-    pieces = racecore.SocketIndex(lsh)
+    pieces = racecore.SocketIndex(lsh, **OF_THE_PAPER)
     sizes = []
     for start, stop in pairwise([0, 0, 1, 2, 66, 67, 67, *range(129, 200), 400]):
         pieces.append(put(key[:, start:stop], backend), put(value[:, start:stop], backend), backend=backend)
@@ -609,6 +617,16 @@ for x in (key, value):
     for page in closed:
         assert libc.mprotect(x.ctypes.data + int(page) * 4096, 4096, 0) == 0
 assert (racecore.sparse_attention(query, key, value, index, **options) == expected).all()
+
+# and dense attention: nothing behind the last of 261 tokens, where a page ends
+memory = [mmap.mmap(-1, 36 * 4096) for _ in "kv"]
+key, value = (np.frombuffer(m, np.float32, 261 * 128, 35 * 4096 - 261 * 512).reshape(1, 261, 2, 64) for m in memory)
+query = rng.standard_normal((1, 1, 8, 64)).astype(np.float32)
+for x in (key, value):
+    x[...] = rng.standard_normal(x.shape, dtype=np.float32)
+    assert libc.mprotect(x.ctypes.data + x.nbytes, 4096, 0) == 0
+out = racecore.sparse_attention(query, key, value, None, budget=1.0)
+np.testing.assert_allclose(out, racecore.sparse_attention(query, key, value, None, budget=1.0, backend="reference"), rtol=1e-4)
 print("done")
 """
 
@@ -722,7 +740,7 @@ import numpy as np, racecore
 rng = np.random.default_rng(0)
 key, value = (rng.standard_normal((1, 100, 1, 16), dtype=np.float32) for _ in range(2))
 query = rng.standard_normal((1, 1, 5, 16), dtype=np.float32)
-index = racecore.SocketIndex(racecore.SoftLSH.random(16, 4, 7, rng=0))
+index = racecore.SocketIndex(racecore.SoftLSH.random(16, 4, 7, rng=0), scorer="soft")
 index.append(key, value, backend="reference")
 found, expected = (index.scores(query, backend=name) for name in ("cpu", "reference"))
 np.testing.assert_allclose(found, expected, rtol=1e-5)
