@@ -1,6 +1,7 @@
 """From a problem to CUDA launches: arguments in one structure, scratch of the right size, sums over segments.
 
-A block takes one segment and head after another. It needs scratch for states and for the numbers of a group of tokens:
+A block takes one segment and head after another. It is one warp, or several where tensor cores do the products, in blocks of
+tokens and columns of another size: `Tiling` says which. It needs scratch for states and for the numbers of a group of tokens:
 shared memory, or global memory where a state is too large for that. The pieces are counted here and handed out in
 `ops/call.cuh`; both lists must agree.
 """
@@ -112,7 +113,8 @@ def make_call(
         labels = ("data", "batch", "token", "head", "dim")
         fields += ((f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True))
         fields.append((f"{name}.is_wide", _is_wide(array, tiling.columns)))
-    segments, planes, beta = _segments(chunk, tiling.tokens), _planes(part, tiling), cuda.to_device(part.beta, part.dtype)
+    segments, planes = _segments(chunk, tiling.tokens), _planes(part, tiling)
+    beta = cuda.to_device(part.beta, part.dtype)
     mask: Any = None if part.key_mask is None else part.key_mask.view(np.uint8)
     fields += [
         ("segments", segments.data.ptr),

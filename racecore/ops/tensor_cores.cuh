@@ -1,20 +1,20 @@
-// The products of warp.cuh by tensor cores, for rows stored as bfloat16: instructions that multiply bfloat16, and add in float32.
+// The products of warp.cuh by tensor cores, which multiply bfloat16 and add in float32, for rows stored as bfloat16.
 //
-// A stored row is exact in bfloat16. A float32 number is the sum of three bfloat16 numbers, its leading 8 bits, the next 8 and
-// the last 8. Products with a stored row take all three, and miss nothing. Where two float32 numbers meet, in what
-// is rounded to bfloat16 in the end (`expand`), each is cut to two pieces, and 16 bits are right.
+// A stored row is exact in bfloat16. A float32 number is the sum of three bfloat16 numbers: its leading 8 bits, the next 8 and
+// the last 8. Products with a stored row take all three and miss nothing. Where two float32 numbers meet, in `expand`, whose
+// sums are rounded to bfloat16, both are cut to two pieces: 16 bits.
 //
-// The instruction is a matrix product of a warp: d[16][8] += a[16][16] @ b[16][8]. With g = lane / 4 and t = lane % 4, a lane holds
-// (PTX ISA, fragments of mma.m16n8k16), two numbers in each register of a and b, the first in its lower half,
-//   a[0] row g, columns 2t and 2t+1;  a[1] row g+8;  a[2], a[3] as these, columns 2t+8 and 2t+9
-//   b[0] rows 2t and 2t+1, column g;  b[1] rows 2t+8 and 2t+9
-//   d[0], d[1] row g, columns 2t and 2t+1;  d[2], d[3] row g+8
-// What the rows and columns of a product stand for is ours to choose, so that a lane always reads COLUMNS neighbours:
-//             d                     sum over   who stands where
-//   project   row, token            columns    row r of a: row ROW(r % 8) + r / 8 * 8 of the matrix; columns 2t, 2t+1, 2t+8, 2t+9: 4t ... 4t+3
-//   expand    column, token         rows       two products, h = 0 and 1: row r of a is column 4 * (r % 8) + 2 h + r / 8
-//   accumulate  column, row         tokens     the same
-// With rows of scratch 4 beyond a multiple of 32 numbers apart (PAD), none of these reads meets itself in a bank of shared memory.
+// The instruction is a matrix product by a warp, d[16][8] += a[16][16] @ b[16][8]. With g = lane / 4 and t = lane % 4, a lane
+// holds, two numbers in each register of a and b, the first in its lower half (PTX ISA, fragments of mma.m16n8k16):
+//   a[0] row g, columns 2t, 2t+1    a[1] row g+8, the same    a[2], a[3] as these, columns 2t+8, 2t+9
+//   b[0] rows 2t, 2t+1, column g    b[1] rows 2t+8, 2t+9
+//   d[0], d[1] row g, columns 2t, 2t+1    d[2], d[3] row g+8, the same
+// What its rows and columns stand for is ours to choose, so that a lane reads four neighbouring columns of a row at once:
+//   project     d[row][token], over columns. Columns 2t, 2t+1, 2t+8, 2t+9 of a are columns 4t ... 4t+3 of the matrix, and its
+//               row r is row r % 8 / 2 + r % 2 * 4 + r / 8 * 8.
+//   expand      d[column][token], over rows. Two products, h = 0, 1: row r of a is column 4 * (r % 8) + 2 * h + r / 8.
+//   accumulate  d[column][row], over tokens. Two products, likewise.
+// As rows of scratch are PAD numbers longer than a multiple of 32, no such read asks a bank of shared memory twice.
 #pragma once
 
 constexpr int TILES = TOKENS / 8;  // of eight tokens: products have eight columns
@@ -148,7 +148,7 @@ __device__ inline void hand_over() { __syncthreads(); }
 
 // c[token][row] = <row of m, token>, or added to what is there. Warps share the rows.
 __device__ inline void project(const Matrix& m, const Rows& x, Real* c, bool adds = false) {
-    int own = group_id() / 2 + group_id() % 2 * 4;  // ROW(g): two lanes that read at once are 4 rows apart
+    int own = group_id() / 2 + group_id() % 2 * 4;
     for (int row = 16 * warp_id(); row < m.n_rows - PAD; row += 16 * WARPS) {
         bool is_whole = row + 8 < m.n_rows - PAD;
         Sum sums[TILES] = {};

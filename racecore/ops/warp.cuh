@@ -210,7 +210,7 @@ __device__ inline void add_own(Real total, Real* c, int width, int row, bool is_
     *place = is_first ? total : *place + total;
 }
 
-// What `project` leaves in c stands where the lane that goes on with a number looks for it.
+// What `project` leaves in c is where the lane is that goes on with it.
 __device__ inline void hand_over() {}
 
 // c[token][row] = <row of m, token>

@@ -1,7 +1,7 @@
 // Causal attention by segments, each from the state before it; see reference.py for the same in plain NumPy.
-// The state walks along with the tokens, ROWS buckets of it in registers at a time: a token is added, then asks (by tensor
-// cores, a group at a time: tensor_walks.cuh). Sums over
-// the keys of segments come from bidirectional/kernels.cu, and ops/sums.cu makes states of them. Nothing is subtracted.
+// The state walks along with the tokens, ROWS buckets of it in registers at a time: a token is added, then asks; tensor cores
+// take a group of tokens at once, see tensor_walks.cuh. Sums over the keys of segments come from bidirectional/kernels.cu,
+// and ops/sums.cu makes states of them. Nothing is subtracted.
 #include "readout.cuh"
 
 // masses[TOKENS][S]: up to and including each token; `mass` moves on by the group.
@@ -192,7 +192,7 @@ extern "C" __global__ __launch_bounds__(THREADS, SOME) void walk_queries_backwar
             Real factor = weigh(masses, phi_q, rho);
             // out = rho @ value_sum
             walk_weights(state.values, phi_k, rows_of(call.value, keys, kv, (int)call.value_dim), g, d_phi);
-            // rho = weigh(phi_q, mass); numbers of d_phi that are the thread's own, or of the other side of a barrier
+            // rho = weigh(phi_q, mass); d_phi is a lane's own, or tensor cores have passed a barrier since
             weigh_backward(masses, phi_q, rho, factor, d_phi, d_mass);
             __syncthreads();
             copy(rho, n_weights, place.rho);
