@@ -69,7 +69,6 @@ _BOUNDS = (
     ("tensor_cores.cuh", "if (j % 4 < 2 || is_whole) *place", "*place"),
     ("tensor_cores.cuh", "row + 8 * r < width - PAD", "true"),
     ("tensor_cores.cuh", "if (row + j / 2 * 8 < m.n_rows - PAD)", ""),
-    ("causal/tensor_walks.cuh", "bool is_there = r % 2 == 0 || is_whole;", "bool is_there = true;"),
     ("causal/tensor_walks.cuh", "if (j % 4 < 2 || is_whole)", ""),
 )  # fmt: skip
 _TERMS = (
@@ -95,7 +94,7 @@ _TERMS = (
     ("causal/kernels.cu", "if (task.head % repeats == 0) copy(hash.u", "if (task.head % repeats == 1) copy(hash.u"),
     ("sums.cu", "parts[i * step + offset] = total;", "parts[i * step + offset] = total + sums[j];"),
     ("sums.cu", "for (i64 r = 1; r < repeats; ++r) sums[j] += part[r * width];", ""),
-    ("soft_hash/soft_hash.cuh", "sums.beta += sums.shares[warp];", ""),
+    ("soft_hash/soft_hash.cuh", "sums.beta += sums.shares[warp];", "sums.beta += 0;"),
     ("tensor_cores.cuh", "order >= 0; --order", "order > 0; --order"),
     ("tensor_cores.cuh", "int order = LAST", "int order = LAST - 1"),
     ("tensor_cores.cuh", "order - i < M)", "order - i < M && i == 0)"),
@@ -119,12 +118,12 @@ _TERMS = (
     ("causal/tensor_walks.cuh", "sees(i, token + 1, backward) ?", "true ?"),
     ("causal/tensor_walks.cuh", "split(square.x[1].x[2 * tile], square.x[1].x[2 * tile + 1], b[tile], 1);",
      "split(square.x[1].x[2 * tile + 1], square.x[1].x[2 * tile], b[tile], 1);"),
-    ("causal/tensor_walks.cuh", "add_tokens(square, v, column, false, sums);", ""),
+    ("causal/tensor_walks.cuh", "= square_of_coefficients(rho, phi, state.n_rows, false);", "= {};"),
     ("causal/tensor_walks.cuh", "add_coefficients(square_of_rows(g, v, false), phi, state.n_rows, false, h);", ""),
     ("causal/tensor_walks.cuh", "square_of_rows(v, g, true)", "square_of_rows(g, v, true)"),
     ("causal/tensor_walks.cuh", "project(d_state, v, d_phi, true);", ""),
     ("causal/tensor_walks.cuh", "first.rho + r * step, d_state.n_rows, true, d_phi", "first.rho, d_state.n_rows, true, d_phi"),
-    ("causal/tensor_walks.cuh", "add_tokens(square, g, column, true, sums);", ""),
+    ("causal/tensor_walks.cuh", "= square_of_coefficients(phi, first.rho + r * step, d_state.n_rows, true);", "= {};"),
 )  # fmt: skip
 
 
