@@ -27,9 +27,7 @@ def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
     with fake_cupy.install() as cupy:
         error = gpu._difference(300, np.float32, lsh, is_causal=is_causal)
         assert 0 < error < 1e-5
-        for uses in (True, False):
-            with gpu.tensor_cores(uses):
-                assert 0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3
+        assert 0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3  # by tensor cores
         monkeypatch.setattr(
             cupy, "asarray", lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x)
         )
