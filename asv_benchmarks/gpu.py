@@ -3,10 +3,10 @@
     python asv_benchmarks/gpu.py
 
 It needs CuPy and a GPU, and torch for the peers. One table at the end: times over the length, forward and forward +
-backward, for S = 8, 24 and 64 buckets, beside torch's own softmax attention (SDPA, which takes FlashAttention) and the
-formula of RACE with cumulative sums in torch. Two shares say how near the ceilings it is: `least`, of the card's own copy
-bandwidth, counting every input read once and every output written once per direction, and `moved`, counting what the
-passes do read and write.
+backward, for S = 8, 24 and 64 buckets, with tensor cores and without ("plain"), beside torch's own softmax attention (SDPA,
+which takes FlashAttention) and the formula of RACE with cumulative sums in torch. Two shares say how near the ceilings it
+is: `least`, of the card's own copy bandwidth, counting every input read once and every output written once per direction,
+and `moved`, counting what the passes do read and write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ import numpy as np
 
 import racecore
 from racecore import backends, cuda
+from racecore.ops import cuda_call
 
 HASHES = ((2, 2), (3, 3), (4, 4))  # the published (L, P): S = 8, 24, 64
 HEADS, DIM = 8, 128
+PLAIN = "plain"  # without tensor cores
 LONGEST = 24  # as a power of 2
 SECONDS_PER_CASE = 1.0  # a length that takes longer forward and backward is the last of its method
 
@@ -55,7 +58,7 @@ class Row(NamedTuple):
 def main() -> None:
     """Do everything that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=240, help="stop beginning new lengths after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="stop beginning new lengths after so long")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
     parser.add_argument("--checks-only", action="store_true", help="only compare results with the reference")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and what this machine lacks")
@@ -107,15 +110,30 @@ def describe() -> str:
 def check() -> float:
     """Compare with the reference and the CPU kernels; print and return the worst relative error by dtype."""
     lsh, worst = racecore.SoftLSH.random(head_dim=48, n_tables=3, n_planes=3, rng=0), 0.0
-    for dtype, limit in ((np.float64, 1e-10), (np.float32, 1e-5), (np.float16, 1e-2)):
+    limits = {np.dtype(np.float64): 1e-10, np.dtype(np.float32): 1e-5, np.dtype(np.float16): 1e-2, stored_dtype(): 1e-2}
+    cases = [(dtype, limit, True) for dtype, limit in limits.items()] + [(stored_dtype(), 1e-2, False)]
+    for dtype, limit, uses in cases:
         for causal in (False, True):
             for readout in ("ratio", "bucket_mean"):
-                error = _difference(5000, dtype, lsh, is_causal=causal, readout=readout)
-                print(f"check {np.dtype(dtype).name:8} causal={causal!s:5} {readout:12} {error:.1e}")
+                with tensor_cores(uses):
+                    error = _difference(5000, dtype, lsh, is_causal=causal, readout=readout)
+                without = "" if uses else "without tensor cores"
+                print(f"check {dtype.name:8} causal={causal!s:5} {readout:12} {error:.1e} {without}")
                 if not error < limit:
                     sys.exit("WRONG")
-                worst = max(worst, error if dtype is np.float32 else 0)
+                worst = max(worst, error if dtype == np.float32 else 0)
     return worst
+
+
+@contextmanager
+def tensor_cores(uses: bool) -> Iterator[None]:
+    """Let kernels use tensor cores where they would, or not at all."""
+    before = cuda_call.TENSOR_CORES_FROM
+    cuda_call.TENSOR_CORES_FROM = before if uses else 1 << 30
+    try:
+        yield
+    finally:
+        cuda_call.TENSOR_CORES_FROM = before
 
 
 def _difference(tokens: int, dtype: Any, lsh: racecore.SoftLSH, **options: Any) -> float:
@@ -169,6 +187,8 @@ def median_seconds(call: Callable[[], Any], at_least: int = 5, budget: float = 0
 def methods() -> list[tuple[str, Callable[[int, bool], tuple[Callable[[], Any], Callable[[], Any]]]]]:
     """Return names and makers of (forward, forward + backward) for a length."""
     ours = [(f"racecore S={tables << planes}", _racecore(tables, planes)) for tables, planes in HASHES]
+    shown = [hash for hash in HASHES if hash[0] << hash[1] >= cuda_call.TENSOR_CORES_FROM]
+    ours += [(f"racecore {PLAIN} S={tables << planes}", _racecore(tables, planes, False)) for tables, planes in shown]
     return [*ours, ("SDPA, torch", _sdpa), ("RACE by cumsum, torch", _cumsum)]
 
 
@@ -210,7 +230,7 @@ def _sdpa_step(query: Any, key: Any, value: Any) -> Callable[[], Any]:
     return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def _racecore(tables: int, planes: int) -> Callable[[int, bool], Any]:
+def _racecore(tables: int, planes: int, uses: bool = True) -> Callable[[int, bool], Any]:
     lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=tables, n_planes=planes, rng=0)
 
     def make(tokens: int, causal: bool) -> Any:
@@ -221,11 +241,13 @@ def _racecore(tables: int, planes: int) -> Callable[[int, bool], Any]:
         wrt = ("query", "key", "value")
 
         def forward() -> None:
-            racecore.attention(q, k, v, lsh, is_causal=causal, out=out)
+            with tensor_cores(uses):
+                racecore.attention(q, k, v, lsh, is_causal=causal, out=out)
 
         def both() -> None:
-            _, saved = racecore.attention_forward(q, k, v, lsh, is_causal=causal, out=out, wrt=wrt)
-            racecore.attention_backward(g, saved, out=grads)
+            with tensor_cores(uses):
+                _, saved = racecore.attention_forward(q, k, v, lsh, is_causal=causal, out=out, wrt=wrt)
+                racecore.attention_backward(g, saved, out=grads)
 
         return forward, both
 
@@ -356,7 +378,22 @@ def table(rows: list[Row]) -> str:
             lines.append(
                 f"{method}, {'causal' if causal else 'bidirectional'}: faster than SDPA forward + backward {at}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *gains(rows)])
+
+
+def gains(rows: list[Row]) -> list[str]:
+    """Return what tensor cores bring at the longest length that was measured with them and without."""
+    times = {(row.method, row.causal, row.tokens): row for row in rows}
+    best: dict[tuple[str, bool], tuple[Row, Row]] = {}
+    for row in rows:
+        plain = times.get((row.method.replace("racecore ", f"racecore {PLAIN} "), row.causal, row.tokens))
+        if plain is not None and plain is not row:
+            best[row.method, row.causal] = (row, plain)  # lengths come in their order
+    return [
+        f"{row.method}, {'causal' if row.causal else 'bidirectional'}, {row.tokens:,} tokens, with tensor cores and without: "
+        f"forward {row.forward_ms:.2f} and {plain.forward_ms:.2f} ms, both {row.both_ms:.2f} and {plain.both_ms:.2f} ms"
+        for row, plain in best.values()
+    ]
 
 
 def million_12() -> str:

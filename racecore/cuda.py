@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 __all__ = [
-    "LANES", "addresses", "cupy", "empty_pinned", "is_array", "kernel", "reason_unavailable", "shadow", "source",
-    "structure", "to_device",
+    "LANES", "addresses", "cupy", "empty_pinned", "has_bfloat16_products", "is_array", "kernel", "most_shared_bytes",
+    "reason_unavailable", "shadow", "source", "structure", "to_device",
 ]  # fmt: skip
 
-LANES = 32  # threads of a block: one warp, see ops/warp.cuh
+LANES = 32  # threads of a warp, see ops/warp.cuh
 _OPS = Path(__file__).parent / "ops"
 _STORAGE = {"float16": "Half", "bfloat16": "Bfloat", "float32": "float", "float64": "double"}
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -89,21 +89,37 @@ def _pasted(file: str, seen: set[str]) -> str:
     return _INCLUDE.sub(paste, text)
 
 
-def options(dtype: np.dtype, columns: int) -> tuple[str, ...]:
+def has_bfloat16_products() -> bool:
+    """Tell whether the current device has tensor cores that multiply bfloat16."""
+    return int(cupy().cuda.Device().compute_capability) >= 80
+
+
+def most_shared_bytes() -> int:
+    """Return how much shared memory a block of the current device can have if it asks."""
+    return _most_shared_bytes(cupy(), cupy().cuda.Device().id)
+
+
+@cache
+def _most_shared_bytes(library: ModuleType, device: int) -> int:
+    return int(library.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def options(dtype: np.dtype, columns: int, tensor_cores: bool = False) -> tuple[str, ...]:
     """Return what a file is compiled with for arrays stored as `dtype`, `columns` of a row for each lane."""
     real = "double" if dtype.name == "float64" else "float"
-    return ("-std=c++17", f"-DSTORAGE={_STORAGE[dtype.name]}", f"-DREAL={real}", f"-DCOLUMNS={columns}")
+    defines = {"STORAGE": _STORAGE[dtype.name], "REAL": real, "COLUMNS": columns, "TENSOR_CORES": int(tensor_cores)}
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
 
 
 _modules: dict[tuple[Any, ...], Any] = {}
 
 
-def kernel(file: str, name: str, dtype: np.dtype, columns: int) -> Any:
+def kernel(file: str, name: str, dtype: np.dtype, columns: int, tensor_cores: bool = False) -> Any:
     """Return a kernel for the current device, compiled now if this is its first use."""
     library = cupy()
-    key = (library, library.cuda.Device().id, file, dtype.name, columns)
+    key = (library, library.cuda.Device().id, file, dtype.name, columns, tensor_cores)
     if key not in _modules:
-        _modules[key] = library.RawModule(code=source(file), options=options(dtype, columns))
+        _modules[key] = library.RawModule(code=source(file), options=options(dtype, columns, tensor_cores))
     return _modules[key].get_function(name)
 
 

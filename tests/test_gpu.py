@@ -18,6 +18,7 @@ from problems import PROBLEMS, run_library, run_oracle
 
 import racecore
 from racecore import arrays, cuda
+from racecore.ops import cuda_call
 
 pytestmark = pytest.mark.gpu
 GPU = Gpu("cuda")
@@ -145,6 +146,21 @@ def test_long_sequences_agree_with_the_cpu(cupy):
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = fetch(ours).astype(np.float64), np.asarray(theirs, np.float64)
         assert np.linalg.norm(ours - theirs) <= 2e-5 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_sequences_agree_with_tensor_cores_and_without(cupy, is_causal, monkeypatch):
+    """What is rounded to bfloat16 in the end differs in its last bit now and then; float64 gradients by float32's rounding."""
+    device = [put(rows(1 << 17, arrays.dtype_of("bfloat16"), seed), GPU) for seed in range(4)]
+    results = []
+    for limit in (cuda_call.TENSOR_CORES_FROM, 1 << 30):
+        monkeypatch.setattr(cuda_call, "TENSOR_CORES_FROM", limit)
+        out, saved = racecore.attention_forward(*device[:3], racecore.SoftLSH.random(64, rng=0), is_causal=is_causal)
+        results.append([fetch(x) for x in (out, *racecore.attention_backward(device[3], saved)[:4])])
+    for ours, theirs in zip(*results, strict=True):
+        limit = 2e-5 if ours.dtype == np.float64 else 1e-3
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+        assert 0 < np.linalg.norm(ours - theirs) <= limit * np.linalg.norm(theirs)
 
 
 def test_tensors_of_torch(cupy):

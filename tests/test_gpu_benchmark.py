@@ -28,6 +28,7 @@ def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
     with fake_cupy.install() as cupy:
         error = gpu._difference(300, np.float32, lsh, is_causal=is_causal)
         assert 0 < error < 1e-5
+        assert 0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3  # by tensor cores
         monkeypatch.setattr(
             cupy, "asarray", lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x)
         )
@@ -49,6 +50,28 @@ def test_the_table_tells_where_softmax_is_overtaken(gpu):
     printed = gpu.table(rows)
     assert "racecore S=8, causal: faster than SDPA forward + backward from 16,384 tokens on" in printed
     assert "50%     75%" in printed
+    assert "with tensor cores" not in printed
+
+
+def test_the_table_tells_what_tensor_cores_bring(gpu):
+    assert [name for name, _ in gpu.methods()[:5]] == [
+        "racecore S=8", "racecore S=24", "racecore S=64", "racecore plain S=24", "racecore plain S=64",
+    ]  # fmt: skip
+    rows = [gpu.Row("racecore S=64", True, 1 << p, 0.1 * p, 0.3, 0.5, 0.75) for p in (12, 13, 14)]
+    rows += [gpu.Row("racecore plain S=64", True, 1 << p, 0.2 * p, 0.9, 0.5, 0.75) for p in (12, 13)]
+    (line,) = gpu.gains(rows)
+    assert line == (
+        "racecore S=64, causal, 8,192 tokens, with tensor cores and without: "
+        "forward 1.30 and 2.60 ms, both 0.30 and 0.90 ms"
+    )
+
+
+def test_tensor_cores_can_be_switched_off(gpu):
+    before = gpu.cuda_call.TENSOR_CORES_FROM
+    with gpu.tensor_cores(False):
+        assert before < 64 < gpu.cuda_call.TENSOR_CORES_FROM
+    with gpu.tensor_cores(True):
+        assert before == gpu.cuda_call.TENSOR_CORES_FROM
 
 
 def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):

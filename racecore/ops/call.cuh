@@ -21,8 +21,8 @@ struct Call {
 };
 
 __device__ inline int n_buckets(const Call& call) { return (int)(call.n_tables << call.n_planes); }
-__device__ inline int wide_buckets(const Call& call) { return round_up(n_buckets(call), ROWS); }
-__device__ inline int wide_rows(const Call& call) { return round_up((int)(call.n_tables * call.n_planes), ROWS); }
+__device__ inline int wide_buckets(const Call& call) { return wide(n_buckets(call)); }
+__device__ inline int wide_rows(const Call& call) { return wide((int)(call.n_tables * call.n_planes)); }
 __device__ inline i64 state_width(const Call& call) { return n_buckets(call) * (1 + call.value_dim); }
 
 __device__ inline Scratch scratch_of(const Call& call) {
@@ -33,8 +33,8 @@ __device__ inline Scratch scratch_of(const Call& call) {
 __device__ inline Real* take_coefficients(Scratch& scratch, int n_rows) { return scratch.take(TOKENS * n_rows); }
 
 __device__ inline Matrix take_matrix(Scratch& scratch, int n_rows, int n_columns) {
-    int width = round_up(n_columns, SLAB);
-    return Matrix{scratch.take((i64)n_rows * width), n_rows, width};
+    int width = row_width(n_columns);
+    return Matrix{scratch.take((i64)(n_rows - PAD) * width), n_rows, width};
 }
 
 // A task is a segment and a head: `head` counts query heads, or key/value heads.

@@ -1,12 +1,14 @@
 """From a problem to CUDA launches: arguments in one structure, scratch of the right size, sums over segments.
 
-A block takes one segment and head after another. It needs scratch for states and for the numbers of a group of tokens:
+A block takes one segment and head after another. It is one warp, or several where tensor cores do the products, in blocks of
+tokens and columns of another size: `Tiling` says which. It needs scratch for states and for the numbers of a group of tokens:
 shared memory, or global memory where a state is too large for that. The pieces are counted here and handed out in
 `ops/call.cuh`; both lists must agree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,16 +20,50 @@ from racecore import cuda
 from racecore.problem import GradientBuffers, Problem
 
 __all__ = [
-    "Call", "Scratch", "array_fields", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch", "make_call",
-    "new_sums", "scan", "shares", "stash_numbers",
+    "Call", "Scratch", "Tiling", "array_fields", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch",
+    "make_call", "new_sums", "scan", "shares", "stash_numbers", "tiling_of",
 ]  # fmt: skip
 
-TOKENS, ROWS = 8, 4  # as in ops/warp.cuh
-_SHARED_BYTES = 48 << 10  # what a block can have without asking; more would leave an SM too few blocks
+TENSOR_CORES_FROM = 16  # buckets: with fewer, products are not what takes the time
+_ASKING_BYTES = 48 << 10  # shared memory that a block can have without asking
+_SHARED_BYTES = 48 << 10  # of a block of one warp: more would leave an SM too few of them
+_SHARED_BYTES_OF_WARPS = 112 << 10  # of one of several warps
 _WORKSPACE_BYTES = 256 << 20
 _MAX_BLOCKS = 1 << 20
 _SCAN_THREADS = 128
 _ARRAYS = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
+
+
+class Tiling(NamedTuple):
+    """How kernels cut their work up: constants of ops/warp.cuh."""
+
+    tensor_cores: bool
+    warps: int  # of a block
+    tokens: int  # of a group
+    columns: int  # of a lane
+    slab: int  # columns of a row are padded to a multiple of it
+    row_step: int  # likewise rows of a matrix
+    pad: int  # numbers between rows, and rows between coefficients
+
+    def wide(self, n_rows: int) -> int:
+        """Return how far the coefficients of a matrix are apart from token to token."""
+        return _up(n_rows, self.row_step) + self.pad
+
+    def matrix(self, n_rows: int, n_columns: int) -> tuple[int, int]:
+        """Return the shape of a matrix in scratch."""
+        return _up(n_rows, self.row_step), _up(n_columns, self.slab) + self.pad
+
+
+def tiling_of(part: Problem) -> Tiling:
+    """Return how the kernels of a problem cut it: all of them alike, as they leave numbers for each other."""
+    stored: Any = part.query if part.query is not None else part.key
+    # shared keys add up their gradients in float32, so these arrays have another dtype: see `key_gradients`
+    suits = stored.dtype.name == "bfloat16" and part.n_buckets >= TENSOR_CORES_FROM and shares(part) == 1
+    if suits and cuda.has_bfloat16_products():
+        return Tiling(True, warps=4, tokens=16, columns=4, slab=32, row_step=8, pad=4)
+    longest = max(part.planes.shape[3], part.value_dim)
+    columns = 1 if longest <= 32 else 2 if longest <= 64 else 4
+    return Tiling(False, warps=1, tokens=8, columns=columns, slab=cuda.LANES * columns, row_step=4, pad=0)
 
 
 class Call(NamedTuple):
@@ -37,7 +73,7 @@ class Call(NamedTuple):
     kept: tuple[Any, ...]
     dtype: np.dtype  # of the arrays
     real: np.dtype  # of the arithmetic
-    columns: int
+    tiling: Tiling
     n_segments: int
     n_tokens: int
 
@@ -71,15 +107,12 @@ def make_call(
     """Bundle the arguments for the segments of one chunk."""
     arrays = (part.query, part.key, part.value, out, d_out, d_query, d_key, d_value)
     stored = next(array for array in arrays if array is not None)
-    head_dim = part.planes.shape[3]
-    longest = max(head_dim, part.value_dim)
-    columns = 1 if longest <= 32 else 2 if longest <= 64 else 4
+    tiling = tiling_of(part)
     fields: list[tuple[str, int]] = []
     for name, array in zip(_ARRAYS, arrays, strict=True):
-        labels = ("data", "batch", "token", "head", "dim")
-        fields += ((f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True))
-        fields.append((f"{name}.is_wide", _is_wide(array, columns)))
-    segments, planes, beta = _segments(chunk), _planes(part, columns), cuda.to_device(part.beta, part.dtype)
+        fields += array_fields(name, array, tiling.columns)
+    segments, planes = _segments(chunk, tiling.tokens), _planes(part, tiling)
+    beta = cuda.to_device(part.beta, part.dtype)
     mask: Any = None if part.key_mask is None else part.key_mask.view(np.uint8)
     fields += [
         ("segments", segments.data.ptr),
@@ -94,7 +127,7 @@ def make_call(
         ("n_segments", len(chunk)),
         ("n_tables", part.planes.shape[1]),
         ("n_planes", part.planes.shape[2]),
-        ("head_dim", head_dim),
+        ("head_dim", part.planes.shape[3]),
         ("value_dim", part.value_dim),
         ("n_heads", part.n_heads),
         ("n_kv_heads", part.n_kv_heads),
@@ -105,22 +138,22 @@ def make_call(
     ]
     kept = (*arrays, segments, planes, beta, mask)
     n_tokens = int((chunk[:, 3] - chunk[:, 2]).sum())
-    return Call(cuda.structure(fields), kept, stored.dtype, part.dtype, columns, len(chunk), n_tokens)
+    return Call(cuda.structure(fields), kept, stored.dtype, part.dtype, tiling, len(chunk), n_tokens)
 
 
-def _segments(chunk: np.ndarray) -> Any:
+def _segments(chunk: np.ndarray, tokens: int) -> Any:
     """Return a chunk's table on the device, its last column counting groups of tokens in place of blocks."""
     table = chunk.copy()
-    n_groups = -(-(table[:, 3] - table[:, 2]) // TOKENS)
+    n_groups = -(-(table[:, 3] - table[:, 2]) // tokens)
     table[:, 4] = np.cumsum(n_groups) - n_groups
     return cuda.to_device(table)
 
 
-def _planes(part: Problem, columns: int) -> Any:
+def _planes(part: Problem, tiling: Tiling) -> Any:
     """Return planes [M or 1, L*P, D], rows padded with zeros to whole tiles and slabs."""
     planes = part.planes[:1] if part.planes.strides[0] == 0 else part.planes
     heads, n_tables, n_planes, head_dim = planes.shape
-    wide = np.zeros((heads, _up(n_tables * n_planes, ROWS), _up(head_dim, cuda.LANES * columns)), part.dtype)
+    wide = np.zeros((heads, *tiling.matrix(n_tables * n_planes, head_dim)), part.dtype)
     wide[:, : n_tables * n_planes, :head_dim] = planes.reshape(heads, -1, head_dim)
     return cuda.to_device(wide)
 
@@ -138,7 +171,7 @@ def _up(n: int, step: int) -> int:
 
 
 def array_fields(name: str, array: Any, columns: int) -> list[tuple[str, int]]:
-    """Return the fields of an `Array` of ops/warp.cuh for kernels that are told of arrays alone; None is a null pointer."""
+    """Return the fields of an `Array` of ops/warp.cuh; None is a null pointer."""
     labels = ("data", "batch", "token", "head", "dim")
     fields = [(f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)]
     return [*fields, (f"{name}.is_wide", _is_wide(array, columns))]
@@ -149,40 +182,46 @@ def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *ar
     n_tasks = call.n_segments * n_heads
     if n_tasks == 0:
         return 0
-    record, numbers = call.record.copy(), _scratch_numbers(call, scratch)
-    n_bytes = numbers * call.real.itemsize
+    record, numbers, tiling = call.record.copy(), _scratch_numbers(call, scratch), call.tiling
+    n_bytes, most = numbers * call.real.itemsize, _SHARED_BYTES
+    if tiling.tensor_cores:
+        most = min(_SHARED_BYTES_OF_WARPS, cuda.most_shared_bytes())
     blocks, workspace, shared = min(n_tasks, _MAX_BLOCKS), None, n_bytes
-    if n_bytes > _SHARED_BYTES:
+    if n_bytes > most:
         blocks, shared = min(blocks, max(1, _WORKSPACE_BYTES // n_bytes)), 0
         workspace = empty((blocks * numbers,), call.real)
         record["workspace"] = workspace.data.ptr
     record["scratch_numbers"], record["share"] = numbers, share
-    function = cuda.kernel(file, name, call.dtype, call.columns)
-    function((blocks,), (cuda.LANES,), (record, *arguments), shared_mem=shared)
+    function = cuda.kernel(file, name, call.dtype, tiling.columns, tiling.tensor_cores)
+    if shared > _ASKING_BYTES:
+        function.max_dynamic_shared_size_bytes = shared
+    function((blocks,), (tiling.warps * cuda.LANES,), (record, *arguments), shared_mem=shared)
     return call.n_tokens
 
 
 def _scratch_numbers(call: Call, scratch: Scratch) -> int:
     """Count what a block takes, in numbers of the arithmetic's dtype."""
     size = {name: int(call.record[name][0]) for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")}
-    slab = cuda.LANES * call.columns
-    buckets = _up(size["n_tables"] << size["n_planes"], ROWS)
-    rows = _up(size["n_tables"] * size["n_planes"], ROWS)
-    values = buckets * _up(size["value_dim"], slab)
-    numbers = scratch.states * (values + buckets * (8 // call.real.itemsize))
+    tiling, doubles = call.tiling, 8 // call.real.itemsize
+    n_buckets, n_rows = size["n_tables"] << size["n_planes"], size["n_tables"] * size["n_planes"]
+    buckets, rows = tiling.wide(n_buckets), tiling.wide(n_rows)
+    values = math.prod(tiling.matrix(n_buckets, size["value_dim"]))
+    numbers = scratch.states * (values + buckets * doubles)
     numbers += scratch.state_sums * (values + buckets) + scratch.masses * buckets
-    numbers += 3 * TOKENS * rows + scratch.weights * TOKENS * buckets  # u, up, down
+    numbers += 3 * tiling.tokens * rows + scratch.weights * tiling.tokens * buckets  # u, up, down
+    if scratch.hash_sums and tiling.warps > 1:
+        numbers += tiling.warps * doubles
     if scratch.hash_sums and size["hash_width"] > 1:
-        numbers += rows * _up(size["head_dim"], slab)
+        numbers += math.prod(tiling.matrix(n_rows, size["head_dim"]))
     return numbers
 
 
 def stash_numbers(part: Problem, chunk: np.ndarray) -> int:
     """Count what `walk_queries_backward` leaves for `walk_keys_backward`."""
-    n_tables, n_planes = part.planes.shape[1:3]
-    n_groups = int((-(-(chunk[:, 3] - chunk[:, 2]) // TOKENS)).sum())
-    per_group = part.n_state_heads * _up(n_tables * n_planes, ROWS) + 2 * part.n_heads * _up(part.n_buckets, ROWS)
-    return n_groups * TOKENS * per_group
+    tiling, (n_tables, n_planes) = tiling_of(part), part.planes.shape[1:3]
+    n_groups = int((-(-(chunk[:, 3] - chunk[:, 2]) // tiling.tokens)).sum())
+    per_token = part.n_state_heads * tiling.wide(n_tables * n_planes) + 2 * part.n_heads * tiling.wide(part.n_buckets)
+    return n_groups * tiling.tokens * per_token
 
 
 def shares(part: Problem) -> int:

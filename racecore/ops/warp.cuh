@@ -1,32 +1,44 @@
 // What all kernels are made of: rows in registers, sums over columns, products of a few rows with a few tokens.
 //
-// A block is one warp. It works on groups of TOKENS tokens. Every lane owns COLUMNS neighbouring columns of a row (of
-// D or V; a longer row is cut into slabs of 32 * COLUMNS), so rows are read and written in whole cache lines, straight
-// between memory and registers. Products come in tiles of ROWS rows (planes, or buckets of a state) by TOKENS tokens:
+// A block works on groups of TOKENS tokens. It is one warp, or WARPS of them where tensor cores do the products: those are
+// in tensor_cores.cuh. Else every lane owns COLUMNS neighbouring columns of a row (of D or V; a longer row is cut into slabs
+// of 32 * COLUMNS), so rows are read and written in whole cache lines, straight between memory and registers. Products
+// come in tiles of ROWS rows (planes, or buckets of a state) by TOKENS tokens:
 //   project      <row, token>: sums over columns, which `own_total` folds so that every lane ends with one of the 32
 //   expand       sum over rows of c[token][row] * row
 //   accumulate   row += sum over tokens of c[token][row] * token
-// Numbers that lanes exchange (hash, weights, states) lie in *scratch*: shared memory, or global memory where a state is
-// too large for that. Between writing and reading what is another lane's stands __syncthreads(). Every group begins with a
+// Numbers that threads exchange (hash, weights, states) lie in *scratch*: shared memory, or global memory where a state is
+// too large for that. Between writing and reading what is another thread's stands __syncthreads(). Every group begins with a
 // hash and its barriers, so what a task prepares, and sums that move on to float64, need none of their own: their numbers are
-// written and cleared by the same lanes, as all rows are multiples of 32 wide.
+// written and cleared by the same threads, column by column.
 //
-// Set from outside: STORAGE (Half, Bfloat, float or double), REAL (float or double), COLUMNS (1, 2 or 4).
+// Set from outside: STORAGE (Half, Bfloat, float or double), REAL (float or double), COLUMNS (1, 2 or 4), and TENSOR_CORES
+// (1, with Bfloat, float and 4; else 0).
 #pragma once
 
 #include "types.cuh"
+
+#ifndef TENSOR_CORES
+#define TENSOR_CORES 0
+#endif
 
 typedef long long i64;
 typedef STORAGE Stored;
 typedef REAL Real;
 
 constexpr int LANES = 32;
-constexpr int TOKENS = 8;  // of a group
-constexpr int ROWS = 4;    // of a tile: ROWS * TOKENS == LANES, one number of a tile for every lane
-constexpr int SLAB = LANES * COLUMNS;
+constexpr int WARPS = TENSOR_CORES ? 4 : 1;
+constexpr int THREADS = LANES * WARPS;
+constexpr int TOKENS = TENSOR_CORES ? 16 : 8;  // of a group
+constexpr int ROWS = 4;                        // of a tile: ROWS * TOKENS == LANES, one number of a tile for every lane
+constexpr int SHARE = THREADS / TOKENS;        // threads that share the numbers of a token, where it is one by one
+constexpr int SLAB = TENSOR_CORES ? 32 : LANES * COLUMNS;
+// Rows of scratch are a bit longer than what they hold where tensor cores read several of them at once: other banks then.
+constexpr int PAD = TENSOR_CORES ? 4 : 0;
+constexpr int ROW_STEP = TENSOR_CORES ? 8 : ROWS;
 // Blocks that shall fit a multiprocessor at once, which bounds the registers of a thread: 128, 168, or 255 in float64.
-constexpr int MANY = sizeof(Real) == 8 ? 8 : 16;
-constexpr int SOME = sizeof(Real) == 8 ? 8 : 12;
+constexpr int MANY = TENSOR_CORES ? 4 : sizeof(Real) == 8 ? 8 : 16;
+constexpr int SOME = TENSOR_CORES ? 3 : sizeof(Real) == 8 ? 8 : 12;
 constexpr int FLUSH = 256;  // tokens whose sums are of type Real before they are added to float64
 
 extern __shared__ __align__(16) double shared_memory[];
@@ -37,7 +49,9 @@ struct Array {
     i64 batch, token, head, dim, is_wide;
 };
 
-__device__ inline int lane_id() { return (int)threadIdx.x; }
+__device__ inline int thread_id() { return (int)threadIdx.x; }
+__device__ inline int lane_id() { return thread_id() % LANES; }
+__device__ inline int warp_id() { return thread_id() / LANES; }
 
 __device__ inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
@@ -88,35 +102,40 @@ __device__ inline void load_rows(const Rows& rows, int column, Real (&x)[TOKENS]
     for (int i = 0; i < TOKENS; ++i) load_row(rows, i, column, x[i]);
 }
 
-// Write rows, or add to what stands there: heads of a state that share a key go one after another.
-__device__ inline void store_rows(const Rows& rows, int column, const Real (&x)[TOKENS][COLUMNS], bool adds) {
+// Write a row, or add to what stands there: heads of a state that share a key go one after another.
+__device__ inline void store_row(const Rows& rows, int i, int column, const Real (&x)[COLUMNS], bool adds) {
     const Array& a = *rows.array;
-    if (column >= rows.width) return;
+    if (i >= rows.group.n || column >= rows.width) return;
+    Stored* place = rows.first + i * a.token + column * a.dim;
+    if (a.is_wide && !adds) {
+        Pack pack;
 #pragma unroll
-    for (int i = 0; i < TOKENS; ++i) {
-        if (i >= rows.group.n) continue;
-        Stored* place = rows.first + i * a.token + column * a.dim;
-        if (a.is_wide && !adds) {
-            Pack pack;
+        for (int c = 0; c < COLUMNS; ++c) pack.x[c] = to_stored(x[c], Stored());
+        *reinterpret_cast<Pack*>(place) = pack;
+        return;
+    }
 #pragma unroll
-            for (int c = 0; c < COLUMNS; ++c) pack.x[c] = to_stored(x[i][c], Stored());
-            *reinterpret_cast<Pack*>(place) = pack;
-            continue;
-        }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            if (column + c >= rows.width) continue;
-            Stored* cell = place + c * a.dim;
-            *cell = to_stored(adds ? widen(*cell) + x[i][c] : x[i][c], Stored());
-        }
+    for (int c = 0; c < COLUMNS; ++c) {
+        if (column + c >= rows.width) continue;
+        Stored* cell = place + c * a.dim;
+        *cell = to_stored(adds ? widen(*cell) + x[c] : x[c], Stored());
     }
 }
 
-// A matrix in scratch, or planes: rows padded with zeros to whole slabs, their number to a multiple of ROWS.
+__device__ inline void store_rows(const Rows& rows, int column, const Real (&x)[TOKENS][COLUMNS], bool adds) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; ++i) store_row(rows, i, column, x[i], adds);
+}
+
+// A matrix in scratch, or planes: n_rows - PAD rows, padded with zeros to whole slabs and PAD more; their number is padded to
+// a multiple of ROW_STEP. Coefficients for its rows stand n_rows apart from token to token.
 struct Matrix {
     Real* data;
     int n_rows, width;
 };
+
+__device__ inline int wide(int n_rows) { return round_up(n_rows, ROW_STEP) + PAD; }
+__device__ inline int row_width(int n_columns) { return round_up(n_columns, SLAB) + PAD; }
 
 struct alignas(sizeof(Real) * COLUMNS < 16 ? sizeof(Real) * COLUMNS : 16) Wide {
     Real x[COLUMNS];
@@ -140,6 +159,10 @@ __device__ inline void store_tile(const Matrix& m, int row, int column, const Re
         *reinterpret_cast<Wide*>(m.data + (i64)(row + r) * m.width + column) = wide;
     }
 }
+
+#if TENSOR_CORES
+#include "tensor_cores.cuh"
+#else
 
 // Coefficients of a token for the ROWS rows of a tile.
 struct alignas(16) Four {
@@ -186,6 +209,9 @@ __device__ inline void add_own(Real total, Real* c, int width, int row, bool is_
     Real* place = c + lane_id() / ROWS * width + row + lane_id() % ROWS;
     *place = is_first ? total : *place + total;
 }
+
+// What `project` leaves in c is where the lane is that goes on with it.
+__device__ inline void hand_over() {}
 
 // c[token][row] = <row of m, token>
 __device__ inline void project(const Matrix& m, const Rows& x, Real* c) {
@@ -244,6 +270,8 @@ __device__ inline void accumulate(const Real* c, const Matrix& m, const Rows& x)
     }
 }
 
+#endif
+
 // Scratch, handed out piece by piece; the host counts the same pieces.
 struct Scratch {
     Real* next;
@@ -258,13 +286,18 @@ struct Scratch {
 };
 
 __device__ inline void clear(Real* x, i64 n) {
-    for (i64 i = lane_id(); i < n; i += LANES) x[i] = 0;
+    for (i64 i = thread_id(); i < n; i += THREADS) x[i] = 0;
+}
+
+__device__ inline void clear_matrix(const Matrix& m) {
+    for (int row = 0; row < m.n_rows - PAD; ++row)
+        for (int column = thread_id(); column < m.width; column += THREADS) m.data[(i64)row * m.width + column] = 0;
 }
 
 // A matrix of sums in float32 moves on to float64: target[row][column] of n_rows by n_columns.
 __device__ inline void flush_matrix(const Matrix& m, int n_rows, int n_columns, double* target, bool is_first) {
     for (int row = 0; row < n_rows; ++row) {
-        for (int column = lane_id(); column < n_columns; column += LANES) {
+        for (int column = thread_id(); column < n_columns; column += THREADS) {
             Real* place = m.data + (i64)row * m.width + column;
             double* total = target + (i64)row * n_columns + column;
             *total = is_first ? (double)*place : *total + *place;

@@ -1,11 +1,12 @@
 // Enough of CUDA to run this project's kernels on a CPU: the unmodified source is compiled by g++ behind this header.
 //
-// As fibers (the default), one thread runs all CUDA threads of a block in turns; a turn ends at a barrier or a shuffle, so a
-// number that is read before the barrier that should stand in between is not there yet. Barriers that not all threads
-// reach, or not the same way, end the process with a message. With CUDA_ON_CPU_THREADS every CUDA thread is a thread of
-// the system, for the thread sanitiser. Blocks run one after another.
+// As fibers (the default), one thread runs all CUDA threads of a block in turns; a turn ends at a barrier or at what a warp
+// does together (a shuffle, a vote, a product of tensor cores), so a number that is read before the barrier that should
+// stand in between is not there yet. Barriers that not all threads reach, or not the same way, end the process with a
+// message. With CUDA_ON_CPU_THREADS every CUDA thread is a thread of the system, for the thread sanitiser. Blocks run one
+// after another.
 //
-// Not here: inline PTX, tensor cores, cooperative groups, blocks at the same time.
+// Not here: inline PTX, cooperative groups, blocks at the same time.
 #pragma once
 
 #include <cmath>
@@ -30,6 +31,7 @@ struct Dim {
 static Dim blockIdx, blockDim, gridDim;
 
 constexpr int MAX_THREADS = 1024;
+constexpr unsigned WARP = 32;
 constexpr size_t SHARED_BYTES = 232448;  // what a block of compute capability 9.0 can have
 
 [[noreturn]] inline void cuda_on_cpu_failed(const char* reason) {
@@ -50,21 +52,24 @@ extern double shared_memory[];
 static thread_local Dim threadIdx;
 static std::barrier<>* cuda_barrier;
 
-// A shuffle waits too, but by relaxed counting: only a barrier orders memory, and the thread sanitiser shall see that.
-static unsigned long cuda_shuffles;
+// A shuffle waits for its warp, but by relaxed counting: only a barrier orders memory, and the thread sanitiser shall see
+// that.
+static unsigned long cuda_shuffles[MAX_THREADS / WARP];
 
 inline void cuda_wait(Wait wait) {
     if (wait == SYNCTHREADS) return cuda_barrier->arrive_and_wait();
-    unsigned long n = __atomic_fetch_add(&cuda_shuffles, 1, __ATOMIC_RELAXED);
-    unsigned long all = (n / blockDim.x + 1) * blockDim.x;
-    while (__atomic_load_n(&cuda_shuffles, __ATOMIC_RELAXED) < all) std::this_thread::yield();
+    unsigned first = threadIdx.x / WARP * WARP, lanes = blockDim.x - first < WARP ? blockDim.x - first : WARP;
+    unsigned long* count = cuda_shuffles + first / WARP;
+    unsigned long n = __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+    unsigned long all = (n / lanes + 1) * lanes;
+    while (__atomic_load_n(count, __ATOMIC_RELAXED) < all) std::this_thread::yield();
 }
 
 template <typename Body>
 void cuda_run_grid(size_t shared_bytes, const Body& body) {
     std::barrier<> barrier(blockDim.x);
     cuda_barrier = &barrier;
-    cuda_shuffles = 0;
+    memset(cuda_shuffles, 0, sizeof cuda_shuffles);
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < blockDim.x; ++i)
         threads.emplace_back([i, shared_bytes, &body] {
@@ -92,7 +97,7 @@ constexpr size_t STACK_BYTES = 1 << 18;
 
 struct Fiber {
     void* stack_pointer;
-    long n_waits;
+    long n_waits, n_barriers;
     Wait last;
 };
 static Fiber fibers[MAX_THREADS];
@@ -126,12 +131,16 @@ cuda_switch:
 #error "fibers are written for x86-64: define CUDA_ON_CPU_THREADS"
 #endif
 
-// The fibers take turns in a ring, so all have come to their n-th wait before any goes on from there.
+// The fibers of a warp take turns in a ring, so all have come to their n-th wait before any goes on from there. At a
+// barrier, and at the end, a warp hands over to the next one.
 inline void cuda_next(Wait wait) {
-    unsigned me = threadIdx.x, next = me + 1 == blockDim.x ? 0 : me + 1;
+    unsigned me = threadIdx.x, first = me / WARP * WARP, next = me + 1 == blockDim.x ? 0 : me + 1;
+    if (wait == SHUFFLE && (next == 0 || next == first + WARP)) next = first;
     fibers[me].n_waits += 1;
+    fibers[me].n_barriers += wait != SHUFFLE;
     fibers[me].last = wait;
-    if (me > 0 && (fibers[me].n_waits != fibers[0].n_waits || wait != fibers[0].last))
+    if ((me > first && (fibers[me].n_waits != fibers[first].n_waits || wait != fibers[first].last)) ||
+        (wait != SHUFFLE && (fibers[me].n_barriers != fibers[0].n_barriers || wait != fibers[0].last)))
         cuda_on_cpu_failed("threads of a block wait at different places: a barrier in a branch that not all of them take");
     if (wait == RETURN && next == 0) {
         cuda_switch(&fibers[me].stack_pointer, main_stack_pointer);
@@ -161,7 +170,7 @@ void cuda_run_block(const Body& body) {
         *--top = nullptr;                                  // where the fiber's first function would return to
         *--top = reinterpret_cast<void*>(&cuda_fiber);     // where the first switch returns to
         for (int r = 0; r < 6; ++r) *--top = nullptr;      // registers
-        fibers[i] = Fiber{top, 0, SYNCTHREADS};
+        fibers[i] = Fiber{top, 0, 0, SYNCTHREADS};
     }
     threadIdx = Dim{0, 0, 0};
     cuda_switch(&main_stack_pointer, fibers[0].stack_pointer);
@@ -201,6 +210,81 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
     cuda_wait(SHUFFLE);
     __atomic_load(slots + (threadIdx.x ^ (unsigned)other), &received, __ATOMIC_RELAXED);
     return (T)received;
+}
+
+inline bool __any_sync(unsigned mask, bool holds) {
+    if (mask != ~0u) cuda_on_cpu_failed("a vote among some lanes of a warp only");
+    double* slots = cuda_slots[cuda_turn ^= 1];
+    double mine = holds, other;
+    __atomic_store(slots + threadIdx.x, &mine, __ATOMIC_RELAXED);
+    cuda_wait(SHUFFLE);
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        __atomic_load(slots + threadIdx.x / WARP * WARP + lane, &other, __ATOMIC_RELAXED);
+        holds |= other != 0;
+    }
+    return holds;
+}
+
+inline float cuda_bfloat16(unsigned pair, int half) {
+    unsigned bits = half == 0 ? pair << 16 : pair & 0xffff0000u;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// How tensor cores may add: numbers are cut off at the last bit of the largest of them, and so is the sum. (NVIDIA does not
+// say; measurements of others found this, with up to two bits more.)
+inline float cuda_mma_sum(float c, const float (&a)[16], const float (&b)[16]) {
+    double terms[17] = {c}, largest = std::fabs((double)c), plain = c;
+    for (int k = 0; k < 16; ++k) {
+        terms[k + 1] = (double)a[k] * b[k];
+        plain += terms[k + 1];
+        largest = std::fmax(largest, std::fabs(terms[k + 1]));
+    }
+    if (largest == 0 || !std::isfinite(plain)) return (float)plain;
+    int exponent;
+    std::frexp(largest, &exponent);
+    double unit = std::ldexp(1.0, exponent - 24), per_unit = 1 / unit;
+    long long total = 0;
+    for (double term : terms) total += (long long)(term * per_unit);  // towards zero
+    double sum = (double)total * unit;
+    float rounded = (float)sum;
+    return std::fabs((double)rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0) : rounded;
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a @ b + d, of 16 x 16, 16 x 8 and 16 x 8 numbers. Who holds what
+// is in the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with groupID = lane / 4 and
+// threadID_in_group = lane % 4, for the i-th number of a lane, registers of a and b holding two each, the first in the
+// lower half,
+//   a  row    groupID for i = 0, 1, 4, 5, else groupID + 8
+//      column threadID_in_group * 2 + i % 2, and 8 more for i >= 4
+//   b  row    threadID_in_group * 2 + i % 2, and 8 more for i >= 2
+//      column groupID
+//   d  row    groupID for i < 2, else groupID + 8
+//      column threadID_in_group * 2 + i % 2
+inline void cuda_mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    static unsigned words[2][MAX_THREADS][6];
+    auto all = words[cuda_turn ^= 1];
+    for (int r = 0; r < 4; ++r) __atomic_store_n(&all[threadIdx.x][r], a[r], __ATOMIC_RELAXED);
+    for (int r = 0; r < 2; ++r) __atomic_store_n(&all[threadIdx.x][4 + r], b[r], __ATOMIC_RELAXED);
+    cuda_wait(SHUFFLE);
+    unsigned warp = threadIdx.x / WARP * WARP, group = threadIdx.x % WARP / 4, thread = threadIdx.x % 4;
+    auto of_a = [&](unsigned row, unsigned column) {
+        unsigned lane = row % 8 * 4 + column % 8 / 2, i = column % 2 + row / 8 * 2 + column / 8 * 4;
+        return cuda_bfloat16(__atomic_load_n(&all[warp + lane][i / 2], __ATOMIC_RELAXED), i % 2);
+    };
+    auto of_b = [&](unsigned row, unsigned column) {
+        unsigned lane = column * 4 + row % 8 / 2, i = row % 2 + row / 8 * 2;
+        return cuda_bfloat16(__atomic_load_n(&all[warp + lane][4 + i / 2], __ATOMIC_RELAXED), i % 2);
+    };
+    float rows[2][16], columns[2][16];
+    for (unsigned k = 0; k < 16; ++k) {
+        for (unsigned half = 0; half < 2; ++half) {
+            rows[half][k] = of_a(group + 8 * half, k);
+            columns[half][k] = of_b(k, thread * 2 + half);
+        }
+    }
+    for (int i = 0; i < 4; ++i) d[i] = cuda_mma_sum(d[i], rows[i / 2], columns[i % 2]);
 }
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -173,7 +173,9 @@ def _module() -> ModuleType:
             Stream=_Stream,
             get_current_stream=_Stream,
             alloc_pinned_memory=bytearray,
-            Device=lambda: SimpleNamespace(id=0, compute_capability="90"),
+            Device=lambda device=0: SimpleNamespace(
+                id=device, compute_capability="90", attributes={"MaxSharedMemoryPerBlockOptin": 232448}
+            ),
         ),
     }
     for name, function in functions.items():

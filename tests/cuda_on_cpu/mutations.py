@@ -1,7 +1,7 @@
 """Break the kernels one line at a time and tell who noticed: python tests/cuda_on_cpu/mutations.py
 
 Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that nobody sees stands last.
-It takes about a quarter of an hour; test_cuda_kernels.py does so with a few of them.
+It takes half an hour; test_cuda_kernels.py does so with a few of them.
 """
 
 from __future__ import annotations
@@ -55,12 +55,22 @@ _BOUNDS = (
     ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (column >= rows.width) return;"),
     ("warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (!(rows.group.kept >> i & 1)) return;"),
     ("warp.cuh", "if (column + c < rows.width) x[c]", "x[c]"),
-    ("warp.cuh", "    if (column >= rows.width) return;\n#pragma", "#pragma"),
-    ("warp.cuh", "if (i >= rows.group.n) continue;", ""),
+    ("warp.cuh", "if (i >= rows.group.n || column >= rows.width) return;", "if (i >= rows.group.n) return;"),
+    ("warp.cuh", "if (i >= rows.group.n || column >= rows.width) return;", "if (column >= rows.width) return;"),
     ("warp.cuh", "if (column + c >= rows.width) continue;", ""),
     ("call.cuh", "task.end - t < TOKENS ? task.end - t : TOKENS", "TOKENS"),
     ("readout.cuh", "s < buckets && d < width ? (Real)from", "true ? (Real)from"),
     ("sums.cu", "if (column >= heads * width) return;", ""),
+    ("tensor_cores.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
+     "if (column >= rows.width) return quad;"),
+    ("tensor_cores.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
+     "if (!(rows.group.kept >> i & 1)) return quad;"),
+    ("tensor_cores.cuh", "if (column + c < rows.width) quad", "quad"),
+    ("tensor_cores.cuh", "if (r == 0 || is_whole) four =", "four ="),
+    ("tensor_cores.cuh", "if (j % 4 < 2 || is_whole) *place", "*place"),
+    ("tensor_cores.cuh", "row + 8 * r < width - PAD", "true"),
+    ("tensor_cores.cuh", "if (row + j / 2 * 8 < m.n_rows - PAD)", ""),
+    ("causal/tensor_walks.cuh", "if (j % 4 < 2 || is_whole)", ""),
 )  # fmt: skip
 _TERMS = (
     ("warp.cuh", "*place = is_first ? total : *place + total;", "*place = total;"),
@@ -69,7 +79,7 @@ _TERMS = (
     ("soft_hash/soft_hash.cuh", "corner >> (hash.n_planes - 1 - p) & 1", "corner >> p & 1"),
     ("soft_hash/soft_hash.cuh", "hash.down[j] * plus - hash.up[j] * minus", "hash.down[j] * plus"),
     ("soft_hash/soft_hash.cuh", "d_y * hash.beta * slope", "d_y * slope"),
-    ("soft_hash/soft_hash.cuh", "if (lane_id() == 0) *total", "*total"),
+    ("soft_hash/soft_hash.cuh", "if (thread_id() == 0) *total", "*total"),
     ("readout.cuh", "h[j] * factor + d_den * mass[s]", "h[j] * factor"),
     ("readout.cuh", "-token_total(sum) * factor", "-sum * factor"),
     ("readout.cuh", "-rho[j] * h[j] * f * masses.n_tables", "-rho[j] * h[j] * f"),
@@ -77,7 +87,7 @@ _TERMS = (
     ("bidirectional/kernels.cu", "add_group(state, phi, phi, ", "add_group(state, phi + 1, phi, "),
     ("bidirectional/kernels.cu", "add_group(d_state, d_mass, rho, g);", ""),
     ("causal/kernels.cu", "masses[i * wide_buckets + s] = before + sum;", "masses[i * wide_buckets + s] = sum;"),
-    ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// token i", "}\n}\n\n// token i"),
+    ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// What", "}\n}\n\n// What"),
     ("causal/kernels.cu", "d_mass[s] += sum;", ""),
     ("causal/kernels.cu", "for (int i = TOKENS - 1; i >= 0; --i) {", "for (int i = 0; i < TOKENS; ++i) {"),
     ("causal/kernels.cu", "g.first += call.d_out.head;", ""),
@@ -85,6 +95,36 @@ _TERMS = (
     ("causal/kernels.cu", "if (task.head % repeats == 0) copy(hash.u", "if (task.head % repeats == 1) copy(hash.u"),
     ("sums.cu", "parts[i * step + offset] = total;", "parts[i * step + offset] = total + sums[j];"),
     ("sums.cu", "for (i64 r = 1; r < repeats; ++r) sums[j] += part[r * width];", ""),
+    ("soft_hash/soft_hash.cuh", "sums.beta += sums.shares[warp];", "sums.beta += 0;"),
+    ("tensor_cores.cuh", "order >= 0; --order", "order > 0; --order"),
+    ("tensor_cores.cuh", "int order = LAST", "int order = LAST - 1"),
+    ("tensor_cores.cuh", "order - i < M)", "order - i < M && i == 0)"),
+    ("tensor_cores.cuh", "first -= one.value;", ""),
+    ("tensor_cores.cuh", "two.bits &= 0xffff0000u;", ""),
+    ("tensor_cores.cuh", "<< 16 * (c % 2)", "<< 16 * (1 - c % 2)"),
+    ("tensor_cores.cuh", "2 * member_id() + 8 * r", "2 * member_id() + 8 * (1 - r)"),
+    ("tensor_cores.cuh", "lower_halves(first, second);", "lower_halves(second, first);"),
+    ("tensor_cores.cuh", "split(four.x[2], four.x[3], a, r + 2);", "split(four.x[3], four.x[2], a, r + 2);"),
+    ("tensor_cores.cuh", "adds ? *place + sums[j / 4].x[j % 4] : ", ""),
+    ("tensor_cores.cuh", "for (int row = 0; row < m.n_rows - PAD; row += 16) {", "for (int row = 0; row < 16; row += 16) {"),
+    ("tensor_cores.cuh", "i = 2 * h + r % 2;", "i = 2 * h;"),
+    ("tensor_cores.cuh", "{first.x[j % 2], first.x[j % 2 + 2],", "{first.x[j % 2 + 2], first.x[j % 2],"),
+    ("tensor_cores.cuh", "split(place[0], place[m.n_rows], b, r);", "split(place[0], place[0], b, r);"),
+    ("tensor_cores.cuh", "sums[i / 2].x[i % 2 * 2 + j]", "sums[i / 2].x[i % 2 + 2 * j]"),
+    ("causal/tensor_walks.cuh", "backward ? j >= i : j <= i", "backward ? j >= i : j < i"),
+    ("causal/tensor_walks.cuh", "backward ? j >= i : j <= i", "backward ? j > i : j <= i"),
+    ("causal/tensor_walks.cuh", "if (!sees(row, column, backward))", "if (sees(column, row, backward))"),
+    ("causal/tensor_walks.cuh", "if (__any_sync(~0u, !finite)) {", "if (false) {"),
+    ("causal/tensor_walks.cuh", "zero += sum.x[i] * 0;", "zero += 0;"),
+    ("causal/tensor_walks.cuh", "sees(i, token + 1, backward) ?", "true ?"),
+    ("causal/tensor_walks.cuh", "split(square.x[1].x[2 * tile], square.x[1].x[2 * tile + 1], b[tile], 1);",
+     "split(square.x[1].x[2 * tile + 1], square.x[1].x[2 * tile], b[tile], 1);"),
+    ("causal/tensor_walks.cuh", "= square_of_coefficients(rho, phi, state.n_rows, false);", "= {};"),
+    ("causal/tensor_walks.cuh", "add_coefficients(square_of_rows(g, v, false), phi, state.n_rows, false, h);", ""),
+    ("causal/tensor_walks.cuh", "square_of_rows(v, g, true)", "square_of_rows(g, v, true)"),
+    ("causal/tensor_walks.cuh", "project(d_state, v, d_phi, true);", ""),
+    ("causal/tensor_walks.cuh", "first.rho + r * step, d_state.n_rows, true, d_phi", "first.rho, d_state.n_rows, true, d_phi"),
+    ("causal/tensor_walks.cuh", "= square_of_coefficients(phi, first.rho + r * step, d_state.n_rows, true);", "= {};"),
 )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ def _library() -> ctypes.CDLL:
     raise ImportError("libnvrtc is not installed: pip install nvidia-cuda-nvrtc==13.0.88")
 
 
-def compiled(code: str, options: tuple[str, ...], architecture: str) -> tuple[bytes, str]:
-    """Compile to machine code of an architecture such as "sm_90". Return it and the compiler's log.
+def compiled(code: str, options: tuple[str, ...], architecture: str, kind: str = "CUBIN") -> tuple[bytes, str]:
+    """Compile to machine code of an architecture such as "sm_90". Return it, or the "PTX" of it, and the compiler's log.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def compiled(code: str, options: tuple[str, ...], architecture: str) -> tuple[by
         log = _text(program, "ProgramLog").decode()
         if failed:
             raise RuntimeError(f"NVRTC failed for {architecture}:\n{log}")
-        return _text(program, "CUBIN"), log
+        return _text(program, kind), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 __all__ = ["WATCHERS", "failure"]
 
@@ -50,7 +51,7 @@ def problems(watcher: str) -> list:
     from problems import PROBLEMS, Problem
 
     if watcher == "address":
-        return [problem for problem in PROBLEMS if problem.n_keys <= 150]
+        return [(problem, "bfloat16") for problem in PROBLEMS if problem.n_keys <= 150]
     tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 3, "n_planes": 2, "beta": 1.2, "spread": 1.0}
     # more rows and buckets than four, so that lanes meet numbers of others
     wide = tiny | {"head_dim": 70, "value_dim": 66}  # four columns for every lane
@@ -76,7 +77,60 @@ def problems(watcher: str) -> list:
             Problem(4, n_queries=1100, n_keys=1100, is_causal=True, mask="random", **sizes),
             Problem(5, n_queries=600, n_keys=1100, mask="random", **sizes),
         ]
-    return found
+    return [(problem, "float32") for problem in found] + [(problem, "bfloat16") for problem in for_tensor_cores()]
+
+
+def for_tensor_cores() -> list:
+    """Return problems in bfloat16 that tensor cores take: rows and buckets that are no multiples of 16, several warps."""
+    from problems import Problem
+
+    sizes = {
+        "n_queries": 19,
+        "n_keys": 19,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "head_dim": 5,
+        "value_dim": 70,
+        "n_tables": 3,
+    }
+    sizes |= {"batch": None, "n_planes": 3, "beta": 1.2, "spread": 1.0, "mask": "random", "has_initial_state": True}
+    return [
+        Problem(6, is_causal=True, has_d_state=True, **sizes),
+        Problem(7, readout="bucket_mean", **sizes | {"head_dim": 36, "value_dim": 3}),
+    ]
+
+
+def past_that_changed(problem: Any, backend: str = "cuda") -> str:
+    """Return which results change where they must not, when a token late in a causal problem becomes NaN or infinite."""
+    import numpy as np
+    from devices import fetch, put
+
+    import racecore
+
+    x, t = problem.arrays("bfloat16"), problem.n_keys - 2  # not the first of its group
+    lsh = racecore.SoftLSH(x.planes, x.beta)
+    changed = []
+    for poisoned in ("query", "key", "value", "d_out"):
+        results = []
+        for value in (1.0, np.nan, np.inf):
+            rows = {name: np.array(getattr(x, name)) for name in ("query", "key", "value", "d_out")}
+            rows[poisoned][..., t, :, :] = value
+            q, k, v, d_out = (put(row, backend) for row in rows.values())
+            out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=True)
+            grads = racecore.attention_backward(d_out, saved)
+            before = (fetch(out), fetch(grads.query))
+            after = (fetch(grads.key), fetch(grads.value)) if poisoned in ("query", "d_out") else ()
+            results.append([x[..., :t, :, :] for x in before] + [x[..., t + 1 :, :, :] for x in after])
+            meets = before[1 if poisoned == "d_out" else 0][..., t, :, :].astype(np.float32)
+            if value != 1 and np.isfinite(meets).all():
+                changed.append(f"nothing where {poisoned} becomes {value}")
+        changed += [
+            f"{poisoned} {i}"
+            for i, (x, *others) in enumerate(zip(*results, strict=True))
+            for y in others
+            if (x != y).any()
+        ]
+    return ", ".join(changed)
 
 
 def main() -> None:
@@ -97,14 +151,16 @@ def main() -> None:
     if watcher == "thread":
         cuda_call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
     with fake_cupy.install():
-        for problem in problems(watcher):
-            dtype = "bfloat16" if watcher == "address" else "float32"
+        for problem, dtype in problems(watcher):
             found = run_library(problem, dtype, "cuda")
             if watcher == "results":
                 for name, expected in run_oracle(problem, dtype).items():
                     error = relative_error(found[name], expected, 1e-2)
-                    if not error < 1e-5:
+                    limit = 1e-5 if dtype == "float32" else 2e-6 if found[name].dtype == "float64" else 3e-3
+                    if not error < limit:
                         sys.exit(f"{name} is off by {error:.1g} in {problem}")
+                if dtype == "bfloat16" and problem.is_causal and (changed := past_that_changed(problem)):
+                    sys.exit(f"a later token changes {changed}")
 
 
 if __name__ == "__main__":

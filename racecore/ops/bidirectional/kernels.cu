@@ -3,7 +3,7 @@
 #include "readout.cuh"
 
 // sums[segment][m] = masses and value sums of the segment's keys
-extern "C" __global__ __launch_bounds__(LANES, MANY) void sum_keys(const Call call, double* sums) {
+extern "C" __global__ __launch_bounds__(THREADS, MANY) void sum_keys(const Call call, double* sums) {
     Scratch scratch = scratch_of(call);
     StateSums state = state_sums(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -25,7 +25,7 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void sum_keys(const Call ca
 }
 
 // Gradients of keys and values, given that of the state they were added to, d_states[sequence][m].
-extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
+extern "C" __global__ __launch_bounds__(THREADS, SOME) void sum_keys_backward(
     const Call call, const double* d_states, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     State d_state = new_state(call, scratch);
@@ -44,11 +44,12 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
             hash_group(hash, k, phi);
             // value_sum += phi * v; d_v comes last, for it may stand where v did
             project(d_state.values, rows_of(call.value, group, g, (int)call.value_dim), d_phi);
+            hand_over();
             if (call.d_value.data != nullptr)
                 expand(phi, d_state.values, rows_of(call.d_value, group, g, (int)call.value_dim), call.share > 0);
             __syncthreads();
             // mass += phi
-            for (int j = lane_id(); j < TOKENS * hash.wide_buckets; j += LANES)
+            for (int j = thread_id(); j < TOKENS * hash.wide_buckets; j += THREADS)
                 d_phi[j] += (Real)d_state.mass[j % hash.wide_buckets];
             __syncthreads();
             Rows d_k = rows_of(call.d_key, group, g, (int)call.head_dim);
@@ -60,7 +61,7 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void sum_keys_backward(
 }
 
 // Answers from states[sequence][m].
-extern "C" __global__ __launch_bounds__(LANES, MANY) void read_out(const Call call, const double* states) {
+extern "C" __global__ __launch_bounds__(THREADS, MANY) void read_out(const Call call, const double* states) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
     Hash hash = hash_of(call, scratch);
@@ -84,7 +85,7 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void read_out(const Call ca
 }
 
 // Gradients of queries, and what each segment adds to that of the state, d_sums[segment][query head].
-extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
+extern "C" __global__ __launch_bounds__(THREADS, SOME) void read_out_backward(
     const Call call, const double* states, double* d_sums, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     State state = new_state(call, scratch);
@@ -111,7 +112,8 @@ extern "C" __global__ __launch_bounds__(LANES, SOME) void read_out_backward(
             Real factor = weigh(masses, phi, rho);
             // out = rho @ value_sum
             project(state.values, g, d_phi);
-            // rho = weigh(phi, mass); a lane's own d_phi
+            hand_over();
+            // rho = weigh(phi, mass)
             weigh_backward(masses, phi, rho, factor, d_phi, d_mass);
             __syncthreads();
             add_group(d_state, d_mass, rho, g);

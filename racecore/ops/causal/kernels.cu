@@ -1,11 +1,12 @@
 // Causal attention by segments, each from the state before it; see reference.py for the same in plain NumPy.
-// The state walks along with the tokens, ROWS buckets of it in registers at a time: a token is added, then asks. Sums over
-// the keys of segments come from bidirectional/kernels.cu, and ops/sums.cu makes states of them. Nothing is subtracted.
+// The state walks along with the tokens, ROWS buckets of it in registers at a time: a token is added, then asks; tensor cores
+// take a group of tokens at once, see tensor_walks.cuh. Sums over the keys of segments come from bidirectional/kernels.cu,
+// and ops/sums.cu makes states of them. Nothing is subtracted.
 #include "readout.cuh"
 
 // masses[TOKENS][S]: up to and including each token; `mass` moves on by the group.
 __device__ inline void running_masses(const Real* phi, int wide_buckets, double* mass, Real* masses) {
-    for (int s = lane_id(); s < wide_buckets; s += LANES) {
+    for (int s = thread_id(); s < wide_buckets; s += THREADS) {
         Real before = (Real)mass[s], sum = 0;
         for (int i = 0; i < TOKENS; ++i) {
             sum += phi[i * wide_buckets + s];
@@ -14,6 +15,23 @@ __device__ inline void running_masses(const Real* phi, int wide_buckets, double*
         mass[s] += sum;
     }
 }
+
+// What the walk for queries leaves for the walk for keys: u of the keys, by state head, and rho and d_mass by query head.
+struct Stash {
+    Real *u, *rho, *d_mass;
+};
+
+__device__ inline Stash stash_of(const Call& call, Real* stash, const Task& task, i64 t, i64 query_head, i64 state_head) {
+    i64 group = task.groups_before + (t - task.begin) / TOKENS, rows = TOKENS * wide_rows(call);
+    i64 buckets = TOKENS * wide_buckets(call);
+    Real* first = stash + group * (call.n_state_heads * rows + 2 * call.n_heads * buckets);
+    Real* rho = first + call.n_state_heads * rows + 2 * query_head * buckets;
+    return Stash{first + state_head * rows, rho, rho + buckets};
+}
+
+#if TENSOR_CORES
+#include "causal/tensor_walks.cuh"
+#else
 
 // token i of out = sum over buckets of rho[i] * state after tokens 0 ... i, which moves on by the group.
 __device__ inline void walk_rows(const Matrix& state, const Real* phi, const Rows& v, const Real* rho, const Rows& out) {
@@ -39,39 +57,6 @@ __device__ inline void walk_rows(const Matrix& state, const Real* phi, const Row
     }
 }
 
-// Before compute capability 9 the walk needs more registers than MANY leaves it; else it spills where rows are wide.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int WALKERS = SOME;
-#else
-constexpr int WALKERS = MANY;
-#endif
-
-extern "C" __global__ __launch_bounds__(LANES, WALKERS) void walk(const Call call, const double* states) {
-    Scratch scratch = scratch_of(call);
-    State state = new_state(call, scratch);
-    Hash hash = hash_of(call, scratch);
-    Real *phi_k = take_coefficients(scratch, hash.wide_buckets), *phi_q = take_coefficients(scratch, hash.wide_buckets);
-    Real *mass = take_coefficients(scratch, hash.wide_buckets), *rho = take_coefficients(scratch, hash.wide_buckets);
-    Masses masses = masses_of(call, mass, hash.wide_buckets);
-    for (i64 number = blockIdx.x; number < call.n_segments * call.n_heads; number += gridDim.x) {
-        Task task = task_of(call, number, call.n_heads);
-        int m = (int)(task.head / (call.n_heads / call.n_state_heads)), kv = (int)(task.head / (call.n_heads / call.n_kv_heads));
-        use_head(hash, call, m);
-        load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
-        for (i64 t = task.begin; t < task.end; t += TOKENS) {
-            Group keys = key_group(call, task, t), queries = query_group(task, t);
-            hash_group(hash, rows_of(call.key, keys, kv, (int)call.head_dim), phi_k);
-            running_masses(phi_k, hash.wide_buckets, state.mass, mass);
-            hash_group(hash, rows_of(call.query, queries, task.head, (int)call.head_dim), phi_q);
-            weigh(masses, phi_q, rho);
-            __syncthreads();
-            Rows v = rows_of(call.value, keys, kv, (int)call.value_dim);
-            walk_rows(state.values, phi_k, v, rho, rows_of(call.out, queries, task.head, (int)call.value_dim));
-            __syncthreads();
-        }
-    }
-}
-
 // h[i] = <state after tokens 0 ... i, g[i]>, bucket by bucket; the state moves on by the group.
 __device__ inline void walk_weights(const Matrix& state, const Real* phi, const Rows& v, const Rows& g, Real* h) {
     for (int slab = 0; slab < v.width; slab += SLAB) {
@@ -94,88 +79,6 @@ __device__ inline void walk_weights(const Matrix& state, const Real* phi, const 
             store_tile(state, row, column, a);
             add_own(own_total(sums), h, state.n_rows, row, slab == 0);
         }
-    }
-}
-
-// What the walk for queries leaves for the walk for keys: u of the keys, by state head, and rho and d_mass by query head.
-struct Stash {
-    Real *u, *rho, *d_mass;
-};
-
-__device__ inline Stash stash_of(const Call& call, Real* stash, const Task& task, i64 t, i64 query_head, i64 state_head) {
-    i64 group = task.groups_before + (t - task.begin) / TOKENS, rows = TOKENS * wide_rows(call);
-    i64 buckets = TOKENS * wide_buckets(call);
-    Real* first = stash + group * (call.n_state_heads * rows + 2 * call.n_heads * buckets);
-    Real* rho = first + call.n_state_heads * rows + 2 * query_head * buckets;
-    return Stash{first + state_head * rows, rho, rho + buckets};
-}
-
-__device__ inline void copy(const Real* from, i64 n, Real* to) {
-    for (i64 j = lane_id(); j < n; j += LANES) to[j] = from[j];
-}
-
-// Walk forward again: gradients of queries, a stash, and what each segment adds to the gradients of earlier states,
-// d_sums[segment][query head].
-extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_queries_backward(
-    const Call call, const double* states, double* d_sums, double* hash_parts, Real* stash) {
-    Scratch scratch = scratch_of(call);
-    State state = new_state(call, scratch);
-    StateSums d_state = state_sums(call, scratch);
-    Hash hash = hash_of(call, scratch);
-    HashSums hash_total = hash_sums(call, scratch);
-    Real *phi_k = take_coefficients(scratch, hash.wide_buckets), *phi_q = take_coefficients(scratch, hash.wide_buckets);
-    Real *mass = take_coefficients(scratch, hash.wide_buckets), *rho = take_coefficients(scratch, hash.wide_buckets);
-    Real *d_phi = take_coefficients(scratch, hash.wide_buckets), *d_mass = take_coefficients(scratch, hash.wide_buckets);
-    Masses masses = masses_of(call, mass, hash.wide_buckets);
-    i64 n_rows = TOKENS * hash.planes.n_rows, n_weights = TOKENS * hash.wide_buckets;
-    for (i64 number = blockIdx.x; number < call.n_segments * call.n_heads; number += gridDim.x) {
-        Task task = task_of(call, number, call.n_heads);
-        i64 repeats = call.n_heads / call.n_state_heads;
-        int m = (int)(task.head / repeats), kv = (int)(task.head / (call.n_heads / call.n_kv_heads));
-        use_head(hash, call, m);
-        load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
-        start_state_sums(d_state, d_sums + number * state_width(call));
-        start_hash_sums(hash_total, hash_parts + number * call.hash_width);
-        for (i64 t = task.begin; t < task.end; t += TOKENS) {
-            Group keys = key_group(call, task, t), queries = query_group(task, t);
-            Stash place = stash_of(call, stash, task, t, task.head, m);
-            hash_group(hash, rows_of(call.key, keys, kv, (int)call.head_dim), phi_k);
-            if (task.head % repeats == 0) copy(hash.u, n_rows, place.u);
-            running_masses(phi_k, hash.wide_buckets, state.mass, mass);
-            __syncthreads();
-            Rows q = rows_of(call.query, queries, task.head, (int)call.head_dim);
-            Rows g = rows_of(call.d_out, queries, task.head, (int)call.value_dim);
-            hash_group(hash, q, phi_q);
-            Real factor = weigh(masses, phi_q, rho);
-            // out = rho @ value_sum
-            walk_weights(state.values, phi_k, rows_of(call.value, keys, kv, (int)call.value_dim), g, d_phi);
-            // rho = weigh(phi_q, mass); a lane's own d_phi
-            weigh_backward(masses, phi_q, rho, factor, d_phi, d_mass);
-            __syncthreads();
-            copy(rho, n_weights, place.rho);
-            copy(d_mass, n_weights, place.d_mass);
-            add_group(d_state, d_mass, rho, g);
-            // phi_q = hash(q)
-            Rows d_q = rows_of(call.d_query, queries, task.head, (int)call.head_dim);
-            hash_group_backward(hash, phi_q, d_phi, q, d_q, false, hash_total);
-            if (flushes(task, t)) {
-                flush_state_sums(d_state, is_first_flush(task, t));
-                flush_hash_sums(hash_total, hash, (int)call.head_dim, is_first_flush(task, t));
-            }
-        }
-    }
-}
-
-// d_phi[j] = what tokens i >= j ask of the masses; d_mass, what later groups ask, moves to before this group.
-__device__ inline void running_masses_backward(
-    const Call& call, const Stash& first, i64 repeats, int wide_buckets, double* d_mass, Real* d_phi) {
-    for (int s = lane_id(); s < wide_buckets; s += LANES) {
-        Real later = (Real)d_mass[s], sum = 0;
-        for (int i = TOKENS - 1; i >= 0; --i) {
-            for (i64 r = 0; r < repeats; ++r) sum += first.d_mass[(2 * r * TOKENS + i) * wide_buckets + s];
-            d_phi[i * wide_buckets + s] = later + sum;
-        }
-        d_mass[s] += sum;
     }
 }
 
@@ -215,8 +118,112 @@ __device__ inline void walk_back(
     }
 }
 
+#endif
+
+// Before compute capability 9 the walk needs more registers than MANY leaves it; else it spills where rows are wide.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int WALKERS = SOME;
+#else
+constexpr int WALKERS = MANY;
+#endif
+
+extern "C" __global__ __launch_bounds__(THREADS, WALKERS) void walk(const Call call, const double* states) {
+    Scratch scratch = scratch_of(call);
+    State state = new_state(call, scratch);
+    Hash hash = hash_of(call, scratch);
+    Real *phi_k = take_coefficients(scratch, hash.wide_buckets), *phi_q = take_coefficients(scratch, hash.wide_buckets);
+    Real *mass = take_coefficients(scratch, hash.wide_buckets), *rho = take_coefficients(scratch, hash.wide_buckets);
+    Masses masses = masses_of(call, mass, hash.wide_buckets);
+    for (i64 number = blockIdx.x; number < call.n_segments * call.n_heads; number += gridDim.x) {
+        Task task = task_of(call, number, call.n_heads);
+        int m = (int)(task.head / (call.n_heads / call.n_state_heads)), kv = (int)(task.head / (call.n_heads / call.n_kv_heads));
+        use_head(hash, call, m);
+        load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
+        for (i64 t = task.begin; t < task.end; t += TOKENS) {
+            Group keys = key_group(call, task, t), queries = query_group(task, t);
+            hash_group(hash, rows_of(call.key, keys, kv, (int)call.head_dim), phi_k);
+            running_masses(phi_k, hash.wide_buckets, state.mass, mass);
+            hash_group(hash, rows_of(call.query, queries, task.head, (int)call.head_dim), phi_q);
+            weigh(masses, phi_q, rho);
+            __syncthreads();
+            Rows v = rows_of(call.value, keys, kv, (int)call.value_dim);
+            walk_rows(state.values, phi_k, v, rho, rows_of(call.out, queries, task.head, (int)call.value_dim));
+            __syncthreads();
+        }
+    }
+}
+
+__device__ inline void copy(const Real* from, i64 n, Real* to) {
+    for (i64 j = thread_id(); j < n; j += THREADS) to[j] = from[j];
+}
+
+// Walk forward again: gradients of queries, a stash, and what each segment adds to the gradients of earlier states,
+// d_sums[segment][query head].
+extern "C" __global__ __launch_bounds__(THREADS, SOME) void walk_queries_backward(
+    const Call call, const double* states, double* d_sums, double* hash_parts, Real* stash) {
+    Scratch scratch = scratch_of(call);
+    State state = new_state(call, scratch);
+    StateSums d_state = state_sums(call, scratch);
+    Hash hash = hash_of(call, scratch);
+    HashSums hash_total = hash_sums(call, scratch);
+    Real *phi_k = take_coefficients(scratch, hash.wide_buckets), *phi_q = take_coefficients(scratch, hash.wide_buckets);
+    Real *mass = take_coefficients(scratch, hash.wide_buckets), *rho = take_coefficients(scratch, hash.wide_buckets);
+    Real *d_phi = take_coefficients(scratch, hash.wide_buckets), *d_mass = take_coefficients(scratch, hash.wide_buckets);
+    Masses masses = masses_of(call, mass, hash.wide_buckets);
+    i64 n_rows = TOKENS * hash.planes.n_rows, n_weights = TOKENS * hash.wide_buckets;
+    for (i64 number = blockIdx.x; number < call.n_segments * call.n_heads; number += gridDim.x) {
+        Task task = task_of(call, number, call.n_heads);
+        i64 repeats = call.n_heads / call.n_state_heads;
+        int m = (int)(task.head / repeats), kv = (int)(task.head / (call.n_heads / call.n_kv_heads));
+        use_head(hash, call, m);
+        load_state(state, call, states + (task.index * call.n_state_heads + m) * state_width(call));
+        start_state_sums(d_state, d_sums + number * state_width(call));
+        start_hash_sums(hash_total, hash_parts + number * call.hash_width);
+        for (i64 t = task.begin; t < task.end; t += TOKENS) {
+            Group keys = key_group(call, task, t), queries = query_group(task, t);
+            Stash place = stash_of(call, stash, task, t, task.head, m);
+            hash_group(hash, rows_of(call.key, keys, kv, (int)call.head_dim), phi_k);
+            if (task.head % repeats == 0) copy(hash.u, n_rows, place.u);
+            running_masses(phi_k, hash.wide_buckets, state.mass, mass);
+            __syncthreads();
+            Rows q = rows_of(call.query, queries, task.head, (int)call.head_dim);
+            Rows g = rows_of(call.d_out, queries, task.head, (int)call.value_dim);
+            hash_group(hash, q, phi_q);
+            Real factor = weigh(masses, phi_q, rho);
+            // out = rho @ value_sum
+            walk_weights(state.values, phi_k, rows_of(call.value, keys, kv, (int)call.value_dim), g, d_phi);
+            // rho = weigh(phi_q, mass); d_phi is a lane's own, or tensor cores have passed a barrier since
+            weigh_backward(masses, phi_q, rho, factor, d_phi, d_mass);
+            __syncthreads();
+            copy(rho, n_weights, place.rho);
+            copy(d_mass, n_weights, place.d_mass);
+            add_group(d_state, d_mass, rho, g);
+            // phi_q = hash(q)
+            Rows d_q = rows_of(call.d_query, queries, task.head, (int)call.head_dim);
+            hash_group_backward(hash, phi_q, d_phi, q, d_q, false, hash_total);
+            if (flushes(task, t)) {
+                flush_state_sums(d_state, is_first_flush(task, t));
+                flush_hash_sums(hash_total, hash, (int)call.head_dim, is_first_flush(task, t));
+            }
+        }
+    }
+}
+
+// d_phi[j] = what tokens i >= j ask of the masses; d_mass, what later groups ask, moves to before this group.
+__device__ inline void running_masses_backward(
+    const Call& call, const Stash& first, i64 repeats, int wide_buckets, double* d_mass, Real* d_phi) {
+    for (int s = thread_id(); s < wide_buckets; s += THREADS) {
+        Real later = (Real)d_mass[s], sum = 0;
+        for (int i = TOKENS - 1; i >= 0; --i) {
+            for (i64 r = 0; r < repeats; ++r) sum += first.d_mass[(2 * r * TOKENS + i) * wide_buckets + s];
+            d_phi[i * wide_buckets + s] = later + sum;
+        }
+        d_mass[s] += sum;
+    }
+}
+
 // Walk backward: gradients of keys and values, from d_states, those of the states after each segment.
-extern "C" __global__ __launch_bounds__(LANES, SOME) void walk_keys_backward(
+extern "C" __global__ __launch_bounds__(THREADS, SOME) void walk_keys_backward(
     const Call call, const double* d_states, double* hash_parts, Real* stash, i64 d_state_step) {
     Scratch scratch = scratch_of(call);
     State d_state = new_state(call, scratch);

@@ -3,12 +3,12 @@
 
 __device__ inline void copy_rows(const Real* from, i64 first, i64 step, int n, int n_buckets, int wide, Real* to) {
     for (int i = 0; i < TOKENS; ++i)
-        for (int s = lane_id(); s < wide; s += LANES)
+        for (int s = thread_id(); s < wide; s += THREADS)
             to[i * wide + s] = i < n && s < n_buckets ? from[first + i * step + s] : 0;
 }
 
 // phi [N, M, S]
-extern "C" __global__ __launch_bounds__(LANES, MANY) void hash_rows(const Call call, Real* out) {
+extern "C" __global__ __launch_bounds__(THREADS, MANY) void hash_rows(const Call call, Real* out) {
     Scratch scratch = scratch_of(call);
     Hash hash = hash_of(call, scratch);
     Real* phi = take_coefficients(scratch, hash.wide_buckets);
@@ -20,14 +20,14 @@ extern "C" __global__ __launch_bounds__(LANES, MANY) void hash_rows(const Call c
             Group group = query_group(task, t);
             hash_group(hash, rows_of(call.query, group, task.head, (int)call.head_dim), phi);
             for (int i = 0; i < group.n; ++i)
-                for (int s = lane_id(); s < hash.n_buckets; s += LANES)
+                for (int s = thread_id(); s < hash.n_buckets; s += THREADS)
                     out[(t + i) * step + task.head * hash.n_buckets + s] = phi[i * hash.wide_buckets + s];
             __syncthreads();
         }
     }
 }
 
-extern "C" __global__ __launch_bounds__(LANES, MANY) void hash_rows_backward(
+extern "C" __global__ __launch_bounds__(THREADS, MANY) void hash_rows_backward(
     const Call call, const Real* d_out, double* hash_parts) {
     Scratch scratch = scratch_of(call);
     Hash hash = hash_of(call, scratch);

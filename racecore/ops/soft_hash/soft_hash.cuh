@@ -13,7 +13,7 @@ struct Hash {
 __device__ inline Hash hash_of(const Call& call, Scratch& scratch) {
     int rows = wide_rows(call);
     Hash hash;
-    hash.planes = Matrix{nullptr, rows, round_up((int)call.head_dim, SLAB)};
+    hash.planes = Matrix{nullptr, rows, row_width((int)call.head_dim)};
     hash.beta = 0;
     hash.n_tables = (int)call.n_tables;
     hash.n_planes = (int)call.n_planes;
@@ -26,14 +26,14 @@ __device__ inline Hash hash_of(const Call& call, Scratch& scratch) {
 }
 
 __device__ inline void use_head(Hash& hash, const Call& call, int m) {
-    i64 size = (i64)hash.planes.n_rows * hash.planes.width;
+    i64 size = (i64)(hash.planes.n_rows - PAD) * hash.planes.width;
     hash.planes.data = const_cast<Real*>(call.planes) + (call.planes_per_head ? m * size : 0);
     hash.beta = call.beta[m];
 }
 
 // up, down = sigmoid(+-2 beta tanh(u)), each to full relative precision
 __device__ inline void activate(const Hash& hash) {
-    for (int j = lane_id(); j < TOKENS * hash.planes.n_rows; j += LANES) {
+    for (int j = thread_id(); j < TOKENS * hash.planes.n_rows; j += THREADS) {
         Real z = 2 * hash.beta * tangent(hash.u[j]);
         Real e = power_of_e(-magnitude(z)), large = 1 / (1 + e);
         hash.up[j] = z < 0 ? e * large : large;
@@ -43,9 +43,9 @@ __device__ inline void activate(const Hash& hash) {
 
 // phi[token][bucket]: the product over planes; zero for tokens that do not take part
 __device__ inline void multiply(const Hash& hash, unsigned kept, Real* phi) {
-    int i = lane_id() / ROWS, corners = 1 << hash.n_planes;
+    int i = thread_id() / SHARE, corners = 1 << hash.n_planes;
     const Real *up = hash.up + i * hash.planes.n_rows, *down = hash.down + i * hash.planes.n_rows;
-    for (int s = lane_id() % ROWS; s < hash.wide_buckets; s += ROWS) {
+    for (int s = thread_id() % SHARE; s < hash.wide_buckets; s += SHARE) {
         Real product = s < hash.n_buckets && (kept >> i & 1) ? 1 : 0;
         if (product != 0) {
             int first = (s >> hash.n_planes) * hash.n_planes, corner = s & (corners - 1);
@@ -71,12 +71,12 @@ __device__ inline void hash_group(const Hash& hash, const Rows& x, Real* phi) {
     __syncthreads();
 }
 
-// Turn u into its gradient, given d_phi [TOKENS][S]; return what the lane's rows add to the gradient of beta.
+// Turn u into its gradient, given d_phi [TOKENS][S]; return what the thread's rows add to the gradient of beta.
 __device__ inline double hash_backward(const Hash& hash, const Real* phi, const Real* d_phi) {
-    int i = lane_id() / ROWS, corners = 1 << hash.n_planes;
+    int i = thread_id() / SHARE, corners = 1 << hash.n_planes;
     const Real *f = phi + i * hash.wide_buckets, *d_f = d_phi + i * hash.wide_buckets;
     double d_beta = 0;
-    for (int row = lane_id() % ROWS; row < hash.planes.n_rows; row += ROWS) {
+    for (int row = thread_id() % SHARE; row < hash.planes.n_rows; row += SHARE) {
         int j = i * hash.planes.n_rows + row, table = row / hash.n_planes, p = row % hash.n_planes;
         if (table >= hash.n_tables) {
             hash.u[j] = 0;
@@ -102,8 +102,9 @@ __device__ inline double hash_backward(const Hash& hash, const Real* phi, const 
 
 // Sums of the gradients of planes and beta over the groups of a task.
 struct HashSums {
-    Matrix planes;  // [L*P, D], none where only that of beta is wanted
-    double beta;    // this lane's share
+    Matrix planes;   // [L*P, D], none where only that of beta is wanted
+    double beta;     // this thread's share
+    double* shares;  // [WARPS], those of the warps
     double* target;
     i64 width;
 };
@@ -111,6 +112,7 @@ struct HashSums {
 __device__ inline HashSums hash_sums(const Call& call, Scratch& scratch) {
     HashSums sums = {};
     sums.width = call.hash_width;
+    if constexpr (WARPS > 1) sums.shares = scratch.take_doubles(WARPS);
     if (call.hash_width > 1) sums.planes = take_matrix(scratch, wide_rows(call), (int)call.head_dim);
     return sums;
 }
@@ -118,7 +120,7 @@ __device__ inline HashSums hash_sums(const Call& call, Scratch& scratch) {
 __device__ inline void start_hash_sums(HashSums& sums, double* target) {
     sums.beta = 0;
     sums.target = target;
-    clear(sums.planes.data, (i64)sums.planes.n_rows * sums.planes.width);
+    if (sums.width > 1) clear_matrix(sums.planes);
 }
 
 // From d_phi to d_x, and what the group adds to the sums. Begins and ends with numbers other lanes wrote in place.
@@ -138,7 +140,12 @@ __device__ inline void flush_hash_sums(HashSums& sums, const Hash& hash, int hea
     if (sums.width > 1)
         flush_matrix(sums.planes, hash.n_tables * hash.n_planes, head_dim, sums.target, is_first);
     for (int step = LANES / 2; step > 0; step /= 2) sums.beta += __shfl_xor_sync(~0u, sums.beta, step);
+    if constexpr (WARPS > 1) {
+        if (lane_id() == 0) sums.shares[warp_id()] = sums.beta;
+        __syncthreads();
+        for (int warp = 1; warp < WARPS; ++warp) sums.beta += sums.shares[warp];
+    }
     double* total = sums.target + sums.width - 1;
-    if (lane_id() == 0) *total = is_first ? sums.beta : *total + sums.beta;
+    if (thread_id() == 0) *total = is_first ? sums.beta : *total + sums.beta;
     sums.beta = 0;
 }
