@@ -30,7 +30,8 @@ def make(scorer: str, n_tables: int = 6, n_planes: int = 8, scale: float = 1.0, 
     if kind == "sinks":  # a few norms are far from the others, and some are zero
         value[:, ::500] *= 1e4
         value[:, 1::7] = 0
-    index = racecore.SocketIndex(racecore.SoftLSH.random(D, n_tables, n_planes, rng=1), scorer=scorer)
+    lsh = racecore.SoftLSH.random(D, n_tables, n_planes, rng=1)
+    index = racecore.SocketIndex(lsh, scorer=scorer, weight_by_value_norm=True)
     index.append(key, value, lengths=[T, 4333])
     planes = np.broadcast_to(index.lsh.planes, (G, n_tables, n_planes, D)).astype(np.float64)
     hashed = index.hashed
@@ -81,11 +82,12 @@ def test_bounds_select_what_exact_scores_select(scorer, kind, monkeypatch):
 
 @pytest.mark.parametrize("widened", [0.0, 0.1, 2.0, 50.0])
 def test_wide_bounds_decide_less_but_never_wrongly(widened):
-    tables, keys, multiplies = make("soft", kind="sinks")
+    """Scores of either sign, whose upper bounds go by the norm if they are wide: then tokens below the bar matter."""
+    tables, keys, multiplies = make("signed_jl", kind="sinks")
     call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
     coarse.fill_coarse(call, 0, len(call.planes))
     exact = group_scores(tables, keys, multiplies)[0]
-    by = np.float32(widened * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact > 0))
+    by = np.float32(widened * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact != 0))
     call.numbers[:, 1] += by
     call.numbers[:, 2] += 2 * by
     n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
