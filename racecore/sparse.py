@@ -73,6 +73,7 @@ def sparse_attention(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import racecore
     >>> rng = np.random.default_rng(0)
     >>> key, value = (rng.standard_normal((1, 5000, 2, 64), dtype=np.float32) for _ in range(2))

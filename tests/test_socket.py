@@ -478,7 +478,7 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     assert type(index.lengths) is np.ndarray
     assert isinstance(index.copy().nbytes, int)
     # arrays of the host go there and back where that is asked for
-    from_host = racecore.SocketIndex(index.lsh)
+    from_host = racecore.SocketIndex(index.lsh, **OF_THE_PAPER)
     from_host.append(key, value, backend="cuda")
     assert from_host.on_device
     there = racecore.sparse_attention(query, key, value, from_host, budget=20, backend="cuda")

@@ -191,23 +191,27 @@ def limit_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     bits = 0
     while bits < 64 and (np.uint64(highest - lowest) >> np.uint64(bits)) > 0:
         bits += _RADIX_BITS
-    counts, rest = np.empty(1 << _RADIX_BITS, np.int64), np.empty(n if bits > _RADIX_BITS else 0, np.int64)
+    counts, largest = np.empty(1 << _RADIX_BITS, np.int64), np.uint64(0xFFFFFFFFFFFFFFFF)
     left = np.int64(rank)
     while bits > 0:
         bits -= _RADIX_BITS
         shift = np.uint64(bits)
         counts[:] = 0
         for i in range(n):
-            counts[np.int64(np.uint64(keys[i] - lowest) >> shift)] += 1
+            offset = np.uint64(keys[i] - lowest)
+            if offset <= largest:
+                counts[np.int64(offset >> shift)] += 1
         digit = (1 << _RADIX_BITS) - 1
         while counts[digit] < left:
             left -= counts[digit]
             digit -= 1
-        if bits > 0:  # go on with those that share the digit
-            found = 0
-            for i in range(n):
-                rest[found] = keys[i]
-                found += np.int64(np.uint64(keys[i] - lowest) >> shift) == digit
-            keys, n = rest, found
         lowest += np.int64(np.uint64(digit) << shift)
+        largest = (np.uint64(1) << shift) - np.uint64(1)
+        if bits > 0 and counts[digit] < n // 2:  # go on with those that share the digit
+            rest, found = np.empty(counts[digit], np.int64), 0
+            for i in range(n):
+                if np.uint64(keys[i] - lowest) <= largest:
+                    rest[found] = keys[i]
+                    found += 1
+            keys, n = rest, found
     return lowest, left
