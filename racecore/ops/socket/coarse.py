@@ -24,7 +24,7 @@ from racecore import arrays
 from racecore.jit import helper, kernel
 from racecore.ops import processor
 from racecore.ops.socket.layout import BLOCK_TOKENS
-from racecore.ops.socket.lookup import norms_of, score_tile
+from racecore.ops.socket.lookup import norms_of
 from racecore.ops.socket.ranking import NOBODY, candidates, key_of, limit_of, write_selected
 from racecore.ops.socket.scoring import norm_of
 from racecore.ops.tiles import Emitter
@@ -253,21 +253,53 @@ def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: in
                 block += 1
 
 
+def _key_tile(multiplies: bool) -> Any:
+    """Return what scores one key of two digits for one query, to the bit as `lookup.score_tile` does. In plain Python::
+
+    worth = [(tables[32 * l + (codes[64 * l] & 15)], tables[32 * l + 16 + (codes[64 * l] >> 4)]) for l in range(count)]
+    return sum(a * b if multiplies else a + b for a, b in worth) * norm
+    """
+
+    @intrinsic
+    def tile(typing_context, codes, tables, count, norm):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            codes, tables, count, norm = arguments
+            emit = Emitter(builder, ir.FloatType())
+
+            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+                byte = builder.load(builder.inttoptr(addresses[0], ir.IntType(8).as_pointer()), align=1)
+                own = builder.zext(byte, emit.word)
+                digits = builder.and_(own, ir.Constant(emit.word, 15)), builder.lshr(own, ir.Constant(emit.word, 4))
+                first, second = (
+                    emit.load(emit.address(addresses[1], digit, 16 * n), emit.element) for n, digit in enumerate(digits)
+                )
+                if multiplies:
+                    return [emit.fma(first, second, sums[0])]
+                return [builder.fadd(sums[0], builder.fadd(first, second))]
+
+            steps = [ir.Constant(emit.word, BLOCK_TOKENS), ir.Constant(emit.word, 2 * 16 * 4)]
+            (total,) = emit.loop(count, [ir.Constant(emit.element, 0.0)], [codes, tables], steps, step)
+            return builder.fmul(total, norm)
+
+        return types.float32(types.int64, types.int64, types.int64, types.float32), code
+
+    return tile
+
+
 def _settle_kernel(multiplies: bool) -> Any:
     """Return the kernel that picks by bounds, for digits that are multiplied or added."""
-    exact_tile = score_tile(1, 2, multiplies)
+    score_of_head = _key_tile(multiplies)
 
     @helper
-    def exact(call, b, g, block, scores):
-        """Write the exact scores of a block of 64 tokens to scores [2, 64]: heads one after the other, as `add_groups` does."""
-        group = call.tables.shape[1] // call.codes.shape[1]
-        codes, norms = call.codes[b, g, block].ctypes.data, call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-        for h in range(group):
-            tables = call.tables[b, g * group + h].ctypes.data
-            exact_tile(codes, norms, tables, 0, call.tables.shape[2], 0, at(scores, min(h, 1), 0), 0)
-            if h > 0:
-                for i in range(BLOCK_TOKENS):
-                    scores[0, i] += scores[1, i]
+    def exact(call, b, g, t):
+        """Return the exact score of a key: heads one after the other, as `add_groups` does."""
+        group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
+        codes = call.codes[b, g, t // BLOCK_TOKENS].ctypes.data + t % BLOCK_TOKENS
+        tables, norm = call.tables[b, g * group :].ctypes.data, norm_of(call.norms[b, g, t])
+        total = score_of_head(codes, tables, n_tables, norm)
+        for h in range(1, group):
+            total += score_of_head(codes, tables + h * call.tables.strides[1], n_tables, norm)
+        return total
 
     def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
         """Write rows first ... last - 1 of selected, as `ranking.pick` does, given upper bounds as integers of the same bits.
@@ -275,7 +307,6 @@ def _settle_kernel(multiplies: bool) -> Any:
         pairs [rows, 2] are the sequences and key/value heads of the rows. A token is in if its lower bound is above the
         budget-th largest upper bound, and out if its upper bound is below the lower ones of `budget` tokens.
         """
-        scores = np.empty((2, BLOCK_TOKENS), np.float32)
         for row in range(first, last):
             b, g = pairs[row]
             n, budget = lengths[row], min(budgets[row], lengths[row])
@@ -286,7 +317,7 @@ def _settle_kernel(multiplies: bool) -> Any:
             if lowest < bar:  # then others may matter than those that reached the bar
                 tokens, keys, bar = candidates(highs[row], n, n)
                 lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
-            open_keys, n_open, n_in, known = np.empty(len(keys), np.int64), 0, 0, -1
+            open_keys, n_open, n_in = np.empty(len(keys), np.int64), 0, 0
             for c in range(len(keys)):
                 if lows[c] > limit:
                     keys[c] = _IN
@@ -294,10 +325,7 @@ def _settle_kernel(multiplies: bool) -> Any:
                 elif keys[c] < lowest:
                     keys[c] = NOBODY
                 else:
-                    if tokens[c] // BLOCK_TOKENS != known:
-                        known = tokens[c] // BLOCK_TOKENS
-                        exact(call, b, g, known, scores)
-                    keys[c] = key_of(bits_of(scores[0, tokens[c] % BLOCK_TOKENS]), False)
+                    keys[c] = key_of(bits_of(exact(call, b, g, tokens[c])), False)
                     open_keys[n_open] = keys[c]
                     n_open += 1
             limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
