@@ -256,8 +256,10 @@ def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: in
 def _key_tile(multiplies: bool) -> Any:
     """Return what scores one key of two digits for one query, to the bit as `lookup.score_tile` does. In plain Python::
 
-    worth = [(tables[32 * l + (codes[64 * l] & 15)], tables[32 * l + 16 + (codes[64 * l] >> 4)]) for l in range(count)]
-    return sum(a * b if multiplies else a + b for a, b in worth) * norm
+        worth = [(tables[32 * l + (codes[64 * l] & 15)], tables[32 * l + 16 + (codes[64 * l] >> 4)]) for l in range(count)]
+        return sum(a * b if multiplies else a + b for a, b in worth) * norm
+
+    A row of a block of codes is 64 bytes, and a table of a query 32 numbers.
     """
 
     @intrinsic
