@@ -213,21 +213,27 @@ __device__ inline void add_own(Real total, Real* c, int width, int row, bool is_
 // What `project` leaves in c is where the lane is that goes on with it.
 __device__ inline void hand_over() {}
 
+// c[token][row] = <row of m, token> over the slab of columns from a lane's `column` on, added to those of slabs before.
+__device__ inline void project_slab(
+    const Matrix& m, const Real (&rows)[TOKENS][COLUMNS], int column, bool is_first, Real* c) {
+    for (int row = 0; row < m.n_rows; row += ROWS) {
+        Real a[ROWS][COLUMNS], sums[LANES];
+        load_tile(m, row, column, a);
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) sums[i * ROWS + r] = dot(a[r], rows[i]);
+        add_own(own_total(sums), c, m.n_rows, row, is_first);
+    }
+}
+
 // c[token][row] = <row of m, token>
 __device__ inline void project(const Matrix& m, const Rows& x, Real* c) {
     for (int slab = 0; slab < x.width; slab += SLAB) {
         int column = slab + lane_id() * COLUMNS;
         Real rows[TOKENS][COLUMNS];
         load_rows(x, column, rows);
-        for (int row = 0; row < m.n_rows; row += ROWS) {
-            Real a[ROWS][COLUMNS], sums[LANES];
-            load_tile(m, row, column, a);
-#pragma unroll
-            for (int i = 0; i < TOKENS; ++i)
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) sums[i * ROWS + r] = dot(a[r], rows[i]);
-            add_own(own_total(sums), c, m.n_rows, row, slab == 0);
-        }
+        project_slab(m, rows, column, slab == 0, c);
     }
 }
 

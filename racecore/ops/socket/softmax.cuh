@@ -105,15 +105,7 @@ __device__ inline void dot_keys(const Attention& call, const Tokens& tokens, con
         int column = slab + lane_id() * COLUMNS;
         Real keys[TOKENS][COLUMNS];
         load_tokens(call.key, tokens, (int)call.head_dim, column, keys);
-        for (int row = 0; row < q.n_rows; row += ROWS) {
-            Real a[ROWS][COLUMNS], sums[LANES];
-            load_tile(q, row, column, a);
-#pragma unroll
-            for (int i = 0; i < TOKENS; ++i)
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) sums[i * ROWS + r] = dot(a[r], keys[i]);
-            add_own(own_total(sums), c, q.n_rows, row, slab == 0);
-        }
+        project_slab(q, keys, column, slab == 0, c);
     }
 }
 
