@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,10 +76,7 @@ def steps(
             options: dict[str, Any] = {"budget": SHARE, "sink": SINK, "window": WINDOW, "group_selection": way}
             if way == "dense":
                 options = {"budget": 1.0}
-
-            def call(options: dict[str, Any] = options) -> Any:
-                return racecore.sparse_attention(query, key, value, index, **options)  # noqa: B023
-
+            call = partial(racecore.sparse_attention, query, key, value, index, **options)
             yield Step(way, context, seconds(call) * 1e3, bytes_of_step(way, context))
         if peer is not None:
             yield Step("SDPA, torch", context, seconds(peer(query, key, value)) * 1e3, bytes_of_step("dense", context))
