@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 from racecore import cuda
 
 __all__ = [
-    "as_array", "as_numpy", "brought", "compute_dtype", "empty", "is_bfloat16", "is_on_device", "is_supported", "restorer",
+    "as_array", "as_numpy", "brought", "compute_dtype", "copied", "empty", "is_bfloat16", "is_on_device", "is_supported", "restorer",
     "zeros",
 ]  # fmt: skip
 
@@ -31,16 +31,25 @@ _HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = 1, 3, 2, 13  # DLPack's device t
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
     """Return an uninitialised C-contiguous array whose data starts on a cache line."""
-    if on_device:
-        return cuda.cupy().empty(shape, dtype)
-    dtype = np.dtype(dtype)
-    buffer = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
-    return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _ALIGNMENT)
+    return cuda.cupy().empty(shape, dtype) if on_device else _aligned(np.empty, shape, dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
-    """Return a zero-filled array. Large ones come from the system already zero and cost nothing until touched."""
-    return cuda.cupy().zeros(shape, dtype) if on_device else np.zeros(shape, dtype)
+    """Return the same filled with zeros. Large ones come from the system already zero and cost nothing until touched."""
+    return cuda.cupy().zeros(shape, dtype) if on_device else _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(new: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    buffer = new(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _ALIGNMENT)
+
+
+def copied(array: Any) -> Any:
+    """Return a copy as `empty` makes arrays, where the array is."""
+    new = empty(array.shape, array.dtype, cuda.is_array(array))
+    new[...] = array
+    return new
 
 
 def brought(array: Any, on_device: bool) -> Any:

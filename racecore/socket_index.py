@@ -371,8 +371,8 @@ def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
     n_blocks = -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)
     if not isinstance(sequences, slice):
         sequences = arrays.brought(sequences, cuda.is_array(hashed.codes))
-    codes = hashed.codes[:, :, :n_blocks][sequences].copy()
-    norms = hashed.norms[:, :, : n_blocks * BLOCK_TOKENS][sequences].copy()
+    codes = arrays.copied(hashed.codes[:, :, :n_blocks][sequences])
+    norms = arrays.copied(hashed.norms[:, :, : n_blocks * BLOCK_TOKENS][sequences])
     return hashed._replace(codes=codes, norms=norms, lengths=lengths)
 
 

@@ -24,6 +24,8 @@ from racecore.ops.socket.listed import (
     project_listed,
 )
 from racecore.ops.socket.running import flush, highest_logit, raise_peak, turn_into_weights
+from racecore.ops.tiles import prefetch
+from racecore.ops.vectors import VECTOR_BYTES
 from racecore.plan import BLOCK, SEGMENT
 
 __all__ = ["LISTS", "ListedSums", "arrange_queries", "attend_listed", "can_attend_listed", "scale_of"]
@@ -110,7 +112,7 @@ def attend_listed(table, places, selected, ends, shape, s, out):
                 if selected.shape[2] == 0:
                     keys, values = _run_of_tokens(table, places, selected, j, t, ends[1], s.rows)
                 else:
-                    keys, values = _chosen_tokens(table, places, selected, j, t, ends, s.rows)
+                    keys, values = _chosen_tokens(table, places, selected, j, t, ends, s)
                 _add_block(table, j, min(BLOCK, ends[1] - t), n_heads, keys, values, s)
         for j in range(places.shape[0]):
             flush(n_heads, value_dim, is_narrow(table, VALUE), s.peak[j], s.weight[j], s.sums[j], out[j])
@@ -161,16 +163,38 @@ def _run_of_tokens(table, places, selected, j, t, end, rows):
 
 
 @helper
-def _chosen_tokens(table, places, selected, j, t, ends, rows):
+def _chosen_tokens(table, places, selected, j, t, ends, s):
     """Return the lists of the block at t of selected tokens, for keys and for values."""
-    narrow, now, left = is_narrow(table, KEY), t // BLOCK % 2, ends[1] - t - BLOCK
+    narrow, now, left, rows = is_narrow(table, KEY), t // BLOCK % 2, ends[1] - t - BLOCK, s.rows
+    itemsize = 2 if narrow else 4
     if t == ends[0]:
         _list(table, places, selected, j, t, min(BLOCK, ends[1] - t), rows, now)
+        _ask_for_rows(rows[j, now, 0], itemsize * s.q.shape[2])
+        _ask_for_rows(rows[j, now, 1], itemsize * s.sums.shape[2])
     if left > 0:
         _list(table, places, selected, j, t + BLOCK, min(BLOCK, left), rows, 1 - now)
+        _ask_for_ends(rows[j, 1 - now, 0], itemsize * s.q.shape[2])
+        _ask_for_ends(rows[j, 1 - now, 1], itemsize * s.sums.shape[2])
     this = _list_at(rows, j, now)
     ahead = _list_at(rows, j, 1 - now) if left > 0 else this
     return Lists(this, 0, ahead, 0, narrow), Lists(this + _LIST, 0, ahead + _LIST, 0, narrow)
+
+
+@helper
+def _ask_for_rows(addresses: np.ndarray, n_bytes: int) -> None:
+    """Ask for rows at once: those of the first block, which nobody could ask for in good time."""
+    for i in range(addresses.shape[0]):
+        for byte in range(0, n_bytes, VECTOR_BYTES):
+            prefetch(addresses[i] + byte)
+    _ask_for_ends(addresses, n_bytes)
+
+
+@helper
+def _ask_for_ends(addresses: np.ndarray, n_bytes: int) -> None:
+    """Ask for the last lines of rows that do not begin with a line: NumPy's arrays do not. Tiles ask for all others."""
+    for i in range(addresses.shape[0]):
+        if addresses[i] % VECTOR_BYTES != 0:
+            prefetch(addresses[i] + n_bytes - 1)
 
 
 @helper
