@@ -15,12 +15,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.jit import helper, kernel
+from racecore.ops import processor
 
 __all__ = ["NOBODY", "add_groups", "candidates", "key_of", "limit_of", "pick", "write_selected"]
 
 _SAMPLE = 2048
 _RADIX_BITS = 11
 _LANES = 16
+_CAN_COMPRESS = processor.has("avx512f")  # processors then write the chosen of 16 lanes at once
 NOBODY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody reaches it
 
 
@@ -103,10 +105,10 @@ def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.
         return np.empty(0, np.int64), np.empty(0, np.int64), NOBODY
     bar = _bar(scores, n, budget)
     room = min(n, 4 * budget + _SAMPLE) if bar > NOBODY else n
-    tokens = np.empty(room, np.int64)
+    tokens = np.empty(room + _LANES, np.int64)
     found = _note(scores, n, bar, tokens)
     if found < budget or found > room:  # the sample has misled
-        bar, tokens = NOBODY, np.empty(n, np.int64)
+        bar, tokens = NOBODY, np.empty(n + _LANES, np.int64)
         found = _note(scores, n, bar, tokens)
     keys = np.empty(found, np.int64)
     for c in range(found):
@@ -116,42 +118,73 @@ def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.
 
 @helper
 def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
-    """Write the tokens whose keys reach the bar, as far as there is room; return more than that if there is not."""
-    is_wide, found, room, whole = scores.itemsize == 8, 0, tokens.shape[0], n // _LANES * _LANES
+    """Write the tokens whose keys reach the bar and return how many; stop where the room, all but 16 places, does not do."""
+    is_wide, found, room, whole = scores.itemsize == 8, 0, tokens.shape[0] - _LANES, n // _LANES * _LANES
     bits = _bits_of(bar, is_wide)
     for t in range(0, whole, _LANES):
-        who = _reaching(scores.ctypes.data + scores.itemsize * t, bits, scores[0])
-        while who != 0:
-            if found == room:
-                return room + 1
-            tokens[found] = t + _lowest(who)
-            found += 1
-            who &= who - 1
+        address = scores.ctypes.data + scores.itemsize * t
+        if _CAN_COMPRESS:
+            found += _append_reaching(address, bits, scores[0], t, tokens.ctypes.data + 8 * found)
+        else:
+            who = _reaching(address, bits, scores[0])
+            while who != 0:
+                tokens[found] = t + _lowest(who)
+                found += 1
+                who &= who - 1
+        if found > room:
+            return found
     for t in range(whole, n):
         if key_of(np.int64(scores[t]), is_wide) >= bar:
-            if found == room:
-                return room + 1
             tokens[found] = t
             found += 1
     return found
 
 
+def _who_reaches(builder: Any, address: Any, bar: Any, size: int) -> Any:
+    """Return for each of the 16 numbers from an address on: is it NaN, or at least that of the bits `bar`?"""
+    element = ir.DoubleType() if size == 64 else ir.FloatType()
+    kind = ir.VectorType(element, _LANES)
+    values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
+    number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
+    return builder.fcmp_unordered(">=", values, _spread(builder, number))
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """Return a vector with the same number in all 16 lanes."""
+    kind = ir.VectorType(number.type, _LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES))
+
+
 @intrinsic
 def _reaching(typing_context, address, bar, like):
-    """Return a bit for each of the 16 numbers from an address on: is it NaN, or at least that of the bits `bar`?"""
+    """Return a bit for each of 16 numbers, see `_who_reaches`."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, bar, _ = arguments
-        element, size = (ir.DoubleType(), 64) if like.bitwidth == 64 else (ir.FloatType(), 32)
-        kind = ir.VectorType(element, _LANES)
-        values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
-        number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
-        first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
-        reaches = builder.fcmp_unordered(">=", values, builder.shuffle_vector(first, first, zeros))
+        reaches = _who_reaches(builder, arguments[0], arguments[1], like.bitwidth)
         return builder.zext(builder.bitcast(reaches, ir.IntType(_LANES)), ir.IntType(64))
 
     return types.int64(types.int64, types.int64, like), code
+
+
+@intrinsic
+def _append_reaching(typing_context, address, bar, like, first, out):
+    """Write first + i for those of 16 numbers that reach the bar, then anything, 16 int64 in all; return how many do."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, bar, _, first, out = arguments
+        reaches = _who_reaches(builder, address, bar, like.bitwidth)
+        places = ir.VectorType(ir.IntType(32), _LANES)
+        kind = ir.FunctionType(places, [places, places, reaches.type])
+        name = "llvm.x86.avx512.mask.compress.v16i32"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        numbers = ir.Constant(places, list(range(_LANES)))
+        wide = builder.zext(builder.call(function, [numbers, numbers, reaches]), ir.VectorType(ir.IntType(64), _LANES))
+        tokens = builder.add(wide, _spread(builder, first))
+        builder.store(tokens, builder.inttoptr(out, tokens.type.as_pointer()), align=8)
+        return builder.zext(builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64, like, types.int64, types.int64), code
 
 
 @intrinsic
