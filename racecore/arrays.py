@@ -20,8 +20,8 @@ from numpy.typing import DTypeLike
 from racecore import cuda
 
 __all__ = [
-    "as_array", "as_numpy", "brought", "compute_dtype", "copied", "empty", "is_bfloat16", "is_on_device", "is_supported", "restorer",
-    "zeros",
+    "as_array", "as_numpy", "brought", "compute_dtype", "copied", "empty", "is_bfloat16", "is_on_device", "is_supported",
+    "restorer", "zeros",
 ]  # fmt: skip
 
 DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"

@@ -155,7 +155,7 @@ def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> 
     from racecore.ops.socket import ranking
 
     selected, counts = np.full(shape, -7), np.zeros(len(scores), np.int64)
-    ranking.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, 2, 3, selected, counts, 0, len(scores))
+    ranking.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, (2, 3), selected, counts, 0, len(scores))
     assert (counts == (selected >= 0).sum(axis=1)).all()
     return selected
 

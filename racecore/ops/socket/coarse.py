@@ -26,7 +26,7 @@ from racecore.ops import processor
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.lookup import norms_of
 from racecore.ops.socket.ranking import NOBODY, candidates, key_of, limit_of, write_selected
-from racecore.ops.socket.scoring import norm_of
+from racecore.ops.socket.scoring import block_scorer, norm_of
 from racecore.ops.tiles import Emitter
 from racecore.ops.vectors import at, bits_of, float_of, load_vector, spread, store_vector
 
@@ -161,9 +161,10 @@ def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.n
     return CoarseCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
 
 
-def overflows(call: CoarseCall) -> bool:
-    """Tell whether scores are so large that bounds of them could be infinite."""
-    return not bool((call.numbers[:, 3] < _LARGEST).all())
+def overflows(call: CoarseCall, row: int | None = None) -> bool:
+    """Tell whether scores are so large that bounds of them could be infinite; of one row, or of any."""
+    sizes = call.numbers[:, 3] if row is None else call.numbers[row, 3]
+    return not bool((sizes < _LARGEST).all())
 
 
 @kernel
@@ -253,55 +254,29 @@ def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: in
                 block += 1
 
 
-def _key_tile(multiplies: bool) -> Any:
-    """Return what scores one key of two digits for one query, to the bit as `lookup.score_tile` does. In plain Python::
-
-        worth = [(tables[32 * l + (codes[64 * l] & 15)], tables[32 * l + 16 + (codes[64 * l] >> 4)]) for l in range(count)]
-        return sum(a * b if multiplies else a + b for a, b in worth) * norm
-
-    A row of a block of codes is 64 bytes, and a table of a query 32 numbers.
-    """
-
-    @intrinsic
-    def tile(typing_context, codes, tables, count, norm):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, tables, count, norm = arguments
-            emit = Emitter(builder, ir.FloatType())
-
-            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                byte = builder.load(builder.inttoptr(addresses[0], ir.IntType(8).as_pointer()), align=1)
-                own = builder.zext(byte, emit.word)
-                digits = builder.and_(own, ir.Constant(emit.word, 15)), builder.lshr(own, ir.Constant(emit.word, 4))
-                first, second = (
-                    emit.load(emit.address(addresses[1], digit, 16 * n), emit.element) for n, digit in enumerate(digits)
-                )
-                if multiplies:
-                    return [emit.fma(first, second, sums[0])]
-                return [builder.fadd(sums[0], builder.fadd(first, second))]
-
-            steps = [ir.Constant(emit.word, BLOCK_TOKENS), ir.Constant(emit.word, 2 * 16 * 4)]
-            (total,) = emit.loop(count, [ir.Constant(emit.element, 0.0)], [codes, tables], steps, step)
-            return builder.fmul(total, norm)
-
-        return types.float32(types.int64, types.int64, types.int64, types.float32), code
-
-    return tile
-
-
 def _settle_kernel(multiplies: bool) -> Any:
     """Return the kernel that picks by bounds, for digits that are multiplied or added."""
-    score_of_head = _key_tile(multiplies)
+    score_block = block_scorer(2, multiplies)
 
     @helper
-    def exact(call, b, g, t):
-        """Return the exact score of a key: heads one after the other, as `add_groups` does."""
+    def score_undecided(call, b, g, tokens, undecided, keys, open_keys):
+        """Write the exact keys of some tokens to keys[undecided] and open_keys: blocks of 64 are put together of them."""
         group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
-        codes = call.codes[b, g, t // BLOCK_TOKENS].ctypes.data + t % BLOCK_TOKENS
-        tables, norm = call.tables[b, g * group :].ctypes.data, norm_of(call.norms[b, g, t])
-        total = score_of_head(codes, tables, n_tables, norm)
-        for h in range(1, group):
-            total += score_of_head(codes, tables + h * call.tables.strides[1], n_tables, norm)
-        return total
+        tables, head = call.tables[b, g * group].ctypes.data, call.tables.strides[1] // 4
+        codes, norms = np.zeros((n_tables, BLOCK_TOKENS), np.uint8), np.zeros(BLOCK_TOKENS, np.uint16)
+        scores = np.empty((group, BLOCK_TOKENS), np.float32)
+        for start in range(0, len(open_keys), BLOCK_TOKENS):
+            n = min(BLOCK_TOKENS, len(open_keys) - start)
+            for i in range(n):
+                _copy_key(call, b, g, tokens[undecided[start + i]], codes, norms, i)
+            score_block(
+                codes.ctypes.data, norms.ctypes.data, tables, group, head, (n_tables, 0), scores.ctypes.data, BLOCK_TOKENS
+            )
+            for i in range(n):
+                total = scores[0, i]
+                for h in range(1, group):  # one after the other, as `add_groups` does
+                    total += scores[h, i]
+                open_keys[start + i] = keys[undecided[start + i]] = key_of(bits_of(total), False)
 
     def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
         """Write rows first ... last - 1 of selected, as `ranking.pick` does, given upper bounds as integers of the same bits.
@@ -319,7 +294,7 @@ def _settle_kernel(multiplies: bool) -> Any:
             if lowest < bar:  # then others may matter than those that reached the bar
                 tokens, keys, bar = candidates(highs[row], n, n)
                 lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
-            open_keys, n_open, n_in = np.empty(len(keys), np.int64), 0, 0
+            undecided, n_open, n_in = np.empty(len(keys), np.int64), 0, 0
             for c in range(len(keys)):
                 if lows[c] > limit:
                     keys[c] = _IN
@@ -327,14 +302,24 @@ def _settle_kernel(multiplies: bool) -> Any:
                 elif keys[c] < lowest:
                     keys[c] = NOBODY
                 else:
-                    keys[c] = key_of(bits_of(exact(call, b, g, tokens[c])), False)
-                    open_keys[n_open] = keys[c]
+                    undecided[n_open] = c
                     n_open += 1
+            open_keys = np.empty(n_open, np.int64)
+            score_undecided(call, b, g, tokens, undecided, keys, open_keys)
             limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
             counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
 
     settle.__qualname__ = f"settle_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
     return kernel(settle)
+
+
+@helper
+def _copy_key(call, b, g, t, codes, norms, i):
+    """Copy the codes and the norm of a key to column i of a block."""
+    block, lane = call.codes[b, g, t // BLOCK_TOKENS], t % BLOCK_TOKENS
+    for table in range(codes.shape[0]):
+        codes[table, i] = block[table, lane]
+    norms[i] = call.norms[b, g, t]
 
 
 @helper

@@ -43,6 +43,7 @@ _SCORED_AT_ONCE = 128  # blocks of a task: 8,192 tokens, whose scores stay in th
 _SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
 _PARTIAL_BYTES = 32 << 20  # of sums of shares
 _LAUNCHES = 8  # for each thread
+_ROWS_EACH = 4  # key/value heads for each thread, from which on threads take whole ones
 _MOST_SHARES = 64  # of a tile
 _LONGEST_SHARE = 1 << 17  # tokens: a launch must not take long, for Ctrl-C
 _MOST_TILES = 16  # side by side: their sums stay in the second-level cache
@@ -133,48 +134,91 @@ def select(
     """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with -1 at the end."""
     batch, n_heads = tables.shape[:2]
     n_kv_heads = keys.codes.shape[1]
-    group = n_heads // n_kv_heads
-    rows_per_pair = 1 if is_shared else group
+    rows_per_pair = 1 if is_shared else n_heads // n_kv_heads
     width = int(np.minimum(keys.lengths, np.minimum(budgets, keys.lengths) + sum(ends)).max(initial=0))
-    longest = _whole_blocks(int(keys.lengths.max(initial=0))) * BLOCK_TOKENS
     selected = np.empty((batch * n_kv_heads * rows_per_pair, width), np.int64)
     counts = np.zeros(len(selected), np.int64)
-    pairs = [(b, g) for b in range(batch) for g in range(n_kv_heads)]
-    coarse = _bounds(tables, keys, multiplies) if is_shared and group > 1 else None
-    scores_per_pair = group if coarse is None else 1
-    at_once = max(1, _SCORE_BYTES // max(1, longest * scores_per_pair * tables.dtype.itemsize))
-    room = arrays.empty((min(at_once, len(pairs)) * scores_per_pair, longest), tables.dtype)
-    sums = arrays.empty((len(room) // group if is_shared and coarse is None else 0, longest), tables.dtype)
-    bits = np.dtype(f"i{tables.dtype.itemsize}")
-    for start in range(0, len(pairs), at_once):
-        some = pairs[start : start + at_once]
-        score = room[: len(some) * scores_per_pair]
-        sequence = np.repeat([b for b, _ in some], rows_per_pair)
-        limits = (keys.lengths[sequence], budgets[sequence])
-        rows = slice(start * rows_per_pair, (start + len(some)) * rows_per_pair)
-        results = (selected[rows], counts[rows])
-        if coarse is not None:
-            tasks = _score_tasks(keys, some, 1)
-            _run_some(partial(score_coarse, coarse, tasks, score), len(tasks))
-            arguments = (coarse, score.view(bits), np.array(some), *limits, ends)
-            run(partial(SETTLE[multiplies], *arguments, *results), len(some), 1)
-            continue
-        _score(tables, keys, multiplies, some, score)
-        if is_shared:
-            by_group = score.reshape(len(some), group, longest)
-            score = sums[: len(some)]
-            run(partial(add_groups, by_group, score), len(some), 1)
-        _run_some(partial(pick, score.view(bits), *limits, *ends, *results), len(score))
+    sequence = np.repeat(np.arange(batch), n_kv_heads * rows_per_pair)
+    picks = _Picks((keys.lengths[sequence], budgets[sequence]), ends, (selected, counts))
+    if not (is_shared and rows_per_pair < n_heads // n_kv_heads and _select_by_bounds(tables, keys, multiplies, picks)):
+        _select_by_scores(tables, keys, multiplies, picks)
     return selected[:, : int(counts.max(initial=0))].reshape(batch, n_kv_heads * rows_per_pair, -1)
 
 
-def _bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> CoarseCall | None:
-    """Return what bounds of the scores of groups need; None where exact scores are found as fast, or have no bounds."""
+class _Picks(NamedTuple):
+    """What to pick, by row: of every sequence and key/value head, or of every query head."""
+
+    limits: tuple[np.ndarray, np.ndarray]  # lengths and budgets
+    ends: tuple[int, int]
+    results: tuple[np.ndarray, np.ndarray]  # tokens and how many they are
+
+    def some(self, first: int, last: int) -> Any:
+        """Return arguments of a kernel that picks rows first ... last - 1."""
+        return *(x[first:last] for x in self.limits), self.ends, *(x[first:last] for x in self.results)
+
+
+def _pairs(keys: HashedKeys) -> list[tuple[int, int]]:
+    return [(b, g) for b in range(keys.codes.shape[0]) for g in range(keys.codes.shape[1])]
+
+
+def _select_by_scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool, picks: _Picks) -> None:
+    """Score all keys exactly, and pick the best; a few key/value heads at once, as the memory for their scores allows."""
+    pairs, group = _pairs(keys), tables.shape[1] // keys.codes.shape[1]
+    longest, rows_per_pair = _room_for(keys), len(picks.results[0]) // len(pairs)
+    at_once = max(1, _SCORE_BYTES // max(1, longest * group * tables.dtype.itemsize))
+    room = arrays.empty((min(at_once, len(pairs)) * group, longest), tables.dtype)
+    sums = arrays.empty((len(room) // group if rows_per_pair < group else 0, longest), tables.dtype)
+    bits = np.dtype(f"i{tables.dtype.itemsize}")
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        score = room[: len(some) * group]
+        _score(tables, keys, multiplies, some, score)
+        if rows_per_pair < group:
+            by_group = score.reshape(len(some), group, longest)
+            score = sums[: len(some)]
+            run(partial(add_groups, by_group, score), len(some), 1)
+        arguments = picks.some(start * rows_per_pair, (start + len(some)) * rows_per_pair)
+        _run_some(partial(pick, score.view(bits), *arguments), len(score))
+
+
+def _select_by_bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool, picks: _Picks) -> bool:
+    """Do the same for groups by bounds of their scores; tell whether that could be done."""
     if not can_bound(tables, high_bits(keys.n_planes), int(keys.lengths.max(initial=0))):
-        return None
-    call = new_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies)
-    run(partial(fill_coarse, call), len(call.planes), 1)
-    return None if overflows(call) else call
+        return False
+    coarse, pairs = new_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies), _pairs(keys)
+    at_once = min(len(pairs), max(1, _SCORE_BYTES // (4 * _room_for(keys))))
+    if at_once >= count() and len(pairs) >= _ROWS_EACH * count():
+        run(partial(_bound_and_settle, coarse, keys, pairs, picks), len(pairs), 1)  # scores stay in a core's cache
+        return not overflows(coarse)
+    run(partial(fill_coarse, coarse), len(pairs), 1)
+    if overflows(coarse):
+        return False
+    room = arrays.empty((at_once, _room_for(keys)), np.float32)
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        tasks = _score_tasks(keys, some, 1)
+        _run_some(partial(score_coarse, coarse, tasks, room), len(tasks))
+        arguments = (coarse, room.view(np.int32), np.array(some), *picks.some(start, start + len(some)))
+        run(partial(SETTLE[multiplies], *arguments), len(some), 1)
+    return True
+
+
+def _bound_and_settle(
+    coarse: CoarseCall, keys: HashedKeys, pairs: list[tuple[int, int]], picks: _Picks, first: int, last: int
+) -> None:
+    """Pick for one key/value head after the other, unless scores are too large for bounds."""
+    room = arrays.empty((1, _room_for(keys)), np.float32)
+    for row in range(first, last):
+        fill_coarse(coarse, row, row + 1)
+        if not overflows(coarse, row):
+            tasks = _score_tasks(keys, pairs[row : row + 1], 1)
+            score_coarse(coarse, tasks, room, 0, len(tasks))
+            arguments = (coarse, room.view(np.int32), np.array(pairs[row : row + 1]), *picks.some(row, row + 1))
+            SETTLE[coarse.multiplies](*arguments, 0, 1)
+
+
+def _room_for(keys: HashedKeys) -> int:
+    return _whole_blocks(int(keys.lengths.max(initial=0))) * BLOCK_TOKENS
 
 
 def attend_selected(

@@ -39,7 +39,7 @@ def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> N
 
 @kernel
 def pick(
-    scores: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, sink: int, window: int,
+    scores: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, ends: tuple[int, int],
     selected: np.ndarray, counts: np.ndarray, first: int, last: int,
 ) -> None:  # fmt: skip
     """Write rows first ... last - 1 of selected [rows, W], ascending, and how many they are; the rest becomes -1.
@@ -50,7 +50,7 @@ def pick(
         n, budget = lengths[row], min(budgets[row], lengths[row])
         tokens, keys, _ = candidates(scores[row], n, budget)
         limit, n_equal = limit_of(keys, len(keys), budget)
-        counts[row] = write_selected(tokens, keys, limit, n_equal, n, (sink, window), selected[row])
+        counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
 
 
 @helper

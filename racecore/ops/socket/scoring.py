@@ -18,7 +18,7 @@ from racecore.ops.vectors import load as load_vector
 from racecore.plan import BLOCK, TOKENS
 
 __all__ = [
-    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "fill_tables", "hash_blocks", "norm_of",
+    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "block_scorer", "fill_tables", "hash_blocks", "norm_of",
     "score_one_by_one",
 ]  # fmt: skip
 
@@ -188,27 +188,38 @@ class ScoreCall(NamedTuple):
     multiplies: bool
 
 
+def block_scorer(n_digits: int, multiplies: bool) -> Any:
+    """Return the function that scores 64 keys, for codes of so many digits, which are multiplied or added."""
+    four, one = score_tile(4, n_digits, multiplies), score_tile(1, n_digits, multiplies)
+
+    @helper
+    def score_block(codes, norms, tables, group, head, sizes, out, out_row):
+        """Write scores of the heads of a group to rows of 64 numbers, all given by addresses; sizes = (L, high bits)."""
+        for h in range(0, group - 3, 4):
+            four(codes, norms, tables + 4 * h * head, head, *sizes, out + 4 * h * out_row, out_row)
+        for h in range(group // 4 * 4, group):
+            one(codes, norms, tables + 4 * h * head, head, *sizes, out + 4 * h * out_row, out_row)
+
+    return score_block
+
+
 def _score_kernel(n_digits: int, multiplies: bool) -> Any:
     """Return the kernel for codes of so many digits, which are multiplied or added."""
-    four, one = score_tile(4, n_digits, multiplies), score_tile(1, n_digits, multiplies)
+    score_block = block_scorer(n_digits, multiplies)
 
     def score(call: ScoreCall, out: np.ndarray, first: int, last: int) -> None:
         """Write scores to rows of out [rows, tokens], whole blocks of 64."""
-        group = call.tables.shape[1] // call.codes.shape[1]
+        group, sizes = call.tables.shape[1] // call.codes.shape[1], (call.n_tables, call.high_bits)
         head = call.tables.strides[1] // 4
         for task in range(first, last):
             b, g, begin, end, row = call.tasks[task]
+            tables = call.tables[b, g * group].ctypes.data
             for block in range(begin, end):
                 codes = call.codes[b, g, block].ctypes.data
                 norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-                for h in range(0, group - 3, 4):
-                    tables = call.tables[b, g * group + h].ctypes.data
-                    place = at(out, row + h, block * BLOCK_TOKENS)
-                    four(codes, norms, tables, head, call.n_tables, call.high_bits, place, out.shape[1])
-                for h in range(group // 4 * 4, group):
-                    tables = call.tables[b, g * group + h].ctypes.data
-                    place = at(out, row + h, block * BLOCK_TOKENS)
-                    one(codes, norms, tables, head, call.n_tables, call.high_bits, place, out.shape[1])
+                score_block(
+                    codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1]
+                )
 
     score.__qualname__ = (
         f"score_{n_digits}_digits_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
