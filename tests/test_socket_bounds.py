@@ -69,8 +69,10 @@ def test_bounds_hold(scorer, n_planes, kind):
 
 @pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
 @pytest.mark.parametrize("kind", ["random", "ties", "sinks"])
-def test_bounds_select_what_exact_scores_select(scorer, kind, monkeypatch):
+@pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
+def test_bounds_select_what_exact_scores_select(scorer, kind, whole_heads, monkeypatch):
     tables, keys, multiplies = make(scorer, kind=kind)
+    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
     for budget in (1, 37, 400, 3000, 4999):
         for ends in ((0, 1), (100, 200)):
             chosen = []
@@ -113,10 +115,22 @@ def test_bounds_are_used_where_they_help_and_only_there():
     assert not coarse.can_bound(tables, layout.high_bits(8), T)
 
 
-def test_huge_scores_are_left_to_exact_ones():
+@pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
+@pytest.mark.parametrize(("factor", "fits"), [(1.0, True), (1e25, False), (1e-38, True)])
+def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypatch):
     tables, keys, multiplies = make("signed_jl")
-    assert cpu._bounds(tables, keys, multiplies) is not None
-    assert cpu._bounds(tables * np.float32(1e25), keys, multiplies) is None
-    tiny = cpu._bounds(tables * np.float32(1e-38), keys, multiplies)
-    assert tiny is not None
-    assert np.isfinite(tiny.numbers).all()
+    tables *= np.float32(factor)
+    answers, decide = [], cpu._select_by_bounds
+    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
+    monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
+    selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
+    assert answers == [fits]
+    scores = cpu.scores(tables, keys, multiplies).reshape(B, G, H // G, -1)
+    exact = scores[:, :, 0].copy()
+    for h in range(1, H // G):  # one after the other, as kernels do
+        exact += scores[:, :, h]
+    last = keys.lengths - 1
+    for b in range(B):
+        for g in range(G):
+            best = np.argsort(-exact[b, g], kind="stable")[:100]
+            np.testing.assert_array_equal(np.unique(selected[b, g]), np.unique([*best, last[b]]))

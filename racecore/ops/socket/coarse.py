@@ -30,7 +30,16 @@ from racecore.ops.socket.scoring import block_scorer, norm_of
 from racecore.ops.tiles import Emitter
 from racecore.ops.vectors import at, bits_of, float_of, load_vector, spread, store_vector
 
-__all__ = ["SETTLE", "CoarseCall", "can_bound", "fill_coarse", "new_call", "overflows", "score_coarse"]
+__all__ = [
+    "BOUND_AND_SETTLE",
+    "SETTLE",
+    "CoarseCall",
+    "can_bound",
+    "fill_coarse",
+    "new_call",
+    "overflows",
+    "score_coarse",
+]
 
 _CODES = 256  # of a table of at most eight planes
 _MOST_TABLES = 512  # whose seven bits add up in 16
@@ -161,10 +170,9 @@ def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.n
     return CoarseCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
 
 
-def overflows(call: CoarseCall, row: int | None = None) -> bool:
-    """Tell whether scores are so large that bounds of them could be infinite; of one row, or of any."""
-    sizes = call.numbers[:, 3] if row is None else call.numbers[row, 3]
-    return not bool((sizes < _LARGEST).all())
+def overflows(call: CoarseCall) -> bool:
+    """Tell whether scores are so large that bounds of them could be infinite."""
+    return not bool((call.numbers[:, 3] < _LARGEST).all())
 
 
 @kernel
@@ -254,8 +262,8 @@ def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: in
                 block += 1
 
 
-def _settle_kernel(multiplies: bool) -> Any:
-    """Return the kernel that picks by bounds, for digits that are multiplied or added."""
+def _settle_kernels(multiplies: bool) -> list[Any]:
+    """Return the kernels that pick by bounds, for digits that are multiplied or added."""
     score_block = block_scorer(2, multiplies)
 
     @helper
@@ -270,7 +278,14 @@ def _settle_kernel(multiplies: bool) -> Any:
             for i in range(n):
                 _copy_key(call, b, g, tokens[undecided[start + i]], codes, norms, i)
             score_block(
-                codes.ctypes.data, norms.ctypes.data, tables, group, head, (n_tables, 0), scores.ctypes.data, BLOCK_TOKENS
+                codes.ctypes.data,
+                norms.ctypes.data,
+                tables,
+                group,
+                head,
+                (n_tables, 0),
+                scores.ctypes.data,
+                BLOCK_TOKENS,
             )
             for i in range(n):
                 total = scores[0, i]
@@ -278,39 +293,73 @@ def _settle_kernel(multiplies: bool) -> Any:
                     total += scores[h, i]
                 open_keys[start + i] = keys[undecided[start + i]] = key_of(bits_of(total), False)
 
-    def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
-        """Write rows first ... last - 1 of selected, as `ranking.pick` does, given upper bounds as integers of the same bits.
+    @helper
+    def settle_row(call, b, g, highs, n, budget, ends, out):
+        """Write the tokens of a key/value head to out, as `ranking.pick` does, and return how many they are.
 
-        pairs [rows, 2] are the sequences and key/value heads of the rows. A token is in if its lower bound is above the
-        budget-th largest upper bound, and out if its upper bound is below the lower ones of `budget` tokens.
+        highs are upper bounds, as integers of the same bits. A token is in if its lower bound is above the budget-th largest
+        upper bound, and out if its upper bound is below the lower ones of `budget` tokens.
+        """
+        tokens, keys, bar = candidates(highs, n, budget)
+        limit, _ = limit_of(keys, len(keys), budget)
+        lows, lowest = _lower_bounds(call, b, g, highs, tokens, keys, limit)
+        if lowest < bar:  # then others may matter than those that reached the bar
+            tokens, keys, bar = candidates(highs, n, n)
+            lows, lowest = _lower_bounds(call, b, g, highs, tokens, keys, limit)
+        undecided, n_open = np.empty(len(keys), np.int64), 0
+        for c in range(len(keys)):
+            if (lows[c] <= limit) & (keys[c] >= lowest):
+                undecided[n_open] = c
+                n_open += 1
+        n_in = _decide(lows, limit, lowest, keys)
+        open_keys = np.empty(n_open, np.int64)
+        score_undecided(call, b, g, tokens, undecided, keys, open_keys)
+        limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
+        return write_selected(tokens, keys, limit, n_equal, n, ends, out)
+
+    def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
+        """Write rows first ... last - 1 of selected, given upper bounds of scores.
+
+        pairs [rows, 2] are the sequences and key/value heads of the rows.
         """
         for row in range(first, last):
             b, g = pairs[row]
-            n, budget = lengths[row], min(budgets[row], lengths[row])
-            tokens, keys, bar = candidates(highs[row], n, budget)
-            lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
-            limit, _ = limit_of(keys, len(keys), budget)
-            lowest = _lowest_of(lows, keys, limit)
-            if lowest < bar:  # then others may matter than those that reached the bar
-                tokens, keys, bar = candidates(highs[row], n, n)
-                lows = _lower_bounds(call, b, g, highs[row], tokens, len(keys))
-            undecided, n_open, n_in = np.empty(len(keys), np.int64), 0, 0
-            for c in range(len(keys)):
-                if lows[c] > limit:
-                    keys[c] = _IN
-                    n_in += 1
-                elif keys[c] < lowest:
-                    keys[c] = NOBODY
-                else:
-                    undecided[n_open] = c
-                    n_open += 1
-            open_keys = np.empty(n_open, np.int64)
-            score_undecided(call, b, g, tokens, undecided, keys, open_keys)
-            limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
-            counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
+            budget = min(budgets[row], lengths[row])
+            counts[row] = settle_row(call, b, g, highs[row], lengths[row], budget, ends, selected[row])
 
-    settle.__qualname__ = f"settle_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
-    return kernel(settle)
+    def bound_and_settle(call, longest, lengths, budgets, ends, selected, counts, first, last):
+        """Do everything for rows first ... last - 1, the key/value heads of all sequences: tables, bounds, and which tokens.
+
+        A row of bounds is picked from while it is in the cache. `longest` is the room for it. Where `overflows`, nothing is done.
+        """
+        bounds, tasks = np.empty((1, longest), np.float32), np.zeros((1, 5), np.int64)
+        for row in range(first, last):
+            fill_coarse(call, row, row + 1)
+            if call.numbers[row, 3] < _LARGEST:
+                b, g, n = row // call.codes.shape[1], row % call.codes.shape[1], lengths[row]
+                tasks[0, 0], tasks[0, 1], tasks[0, 3] = b, g, -(-n // BLOCK_TOKENS)
+                score_coarse(call, tasks, bounds, 0, 1)
+                highs, budget = bounds[0].view(np.int32), min(budgets[row], n)
+                counts[row] = settle_row(call, b, g, highs, n, budget, ends, selected[row])
+
+    return [_named_kernel(function, multiplies) for function in (settle, bound_and_settle)]
+
+
+def _named_kernel(function: Any, multiplies: bool) -> Any:
+    """Return a kernel with a name of its own in the kernel cache."""
+    function.__qualname__ = f"{function.__name__}_{'multiplied' if multiplies else 'added'}"
+    return kernel(function)
+
+
+@helper
+def _decide(lows: np.ndarray, limit: int, lowest: int, keys: np.ndarray) -> Any:
+    """Let those that are in have the highest key, and those that are out the lowest; return how many are in."""
+    n_in = np.int64(0)
+    for c in range(len(keys)):
+        key = keys[c] if keys[c] >= lowest else NOBODY
+        keys[c] = _IN if lows[c] > limit else key
+        n_in += 1 if lows[c] > limit else 0
+    return n_in
 
 
 @helper
@@ -323,23 +372,17 @@ def _copy_key(call, b, g, t, codes, norms, i):
 
 
 @helper
-def _lower_bounds(call, b, g, highs, tokens, n):
-    """Return keys of the lower bounds of n tokens."""
-    keys, norms, distance = np.empty(n, np.int64), call.norms[b, g], call.numbers[b * call.codes.shape[1] + g, 2]
+def _lower_bounds(call, b, g, highs, tokens, keys, limit):
+    """Return keys of the lower bounds of tokens, and the lowest of those whose upper bounds, `keys`, reach a limit."""
+    n, norms, distance = len(keys), call.norms[b, g], call.numbers[b * call.codes.shape[1] + g, 2]
+    lows, lowest = np.empty(n, np.int64), _IN
     for c in range(n):
         high = float_of(np.int64(highs[tokens[c]]))
-        keys[c] = key_of(bits_of(high - norm_of(norms[tokens[c]]) * distance), False)
-    return keys
+        lows[c] = key_of(bits_of(high - norm_of(norms[tokens[c]]) * distance), False)
+    for c in range(n):
+        lowest = min(lowest, lows[c] if keys[c] >= limit else _IN)
+    return lows, lowest
 
 
-@helper
-def _lowest_of(lows: np.ndarray, keys: np.ndarray, limit: int) -> Any:
-    """Return the lowest of the lower bounds of those whose upper bounds reach a limit."""
-    lowest = _IN
-    for c in range(len(keys)):
-        if keys[c] >= limit:
-            lowest = min(lowest, lows[c])
-    return lowest
-
-
-SETTLE = {multiplies: _settle_kernel(multiplies) for multiplies in (False, True)}
+_KERNELS = {multiplies: _settle_kernels(multiplies) for multiplies in (False, True)}
+SETTLE, BOUND_AND_SETTLE = ({key: kernels[i] for key, kernels in _KERNELS.items()} for i in range(2))

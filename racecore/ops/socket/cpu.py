@@ -11,7 +11,15 @@ import numpy as np
 from racecore import arrays
 from racecore.ops.blocks import describe
 from racecore.ops.products import padded
-from racecore.ops.socket.coarse import SETTLE, CoarseCall, can_bound, fill_coarse, new_call, overflows, score_coarse
+from racecore.ops.socket.coarse import (
+    BOUND_AND_SETTLE,
+    SETTLE,
+    can_bound,
+    fill_coarse,
+    new_call,
+    overflows,
+    score_coarse,
+)
 from racecore.ops.socket.layout import (
     BLOCK_TOKENS,
     DIGIT_VALUES,
@@ -188,7 +196,8 @@ def _select_by_bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool, pi
     coarse, pairs = new_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies), _pairs(keys)
     at_once = min(len(pairs), max(1, _SCORE_BYTES // (4 * _room_for(keys))))
     if at_once >= count() and len(pairs) >= _ROWS_EACH * count():
-        run(partial(_bound_and_settle, coarse, keys, pairs, picks), len(pairs), 1)  # scores stay in a core's cache
+        arguments = picks.some(0, len(pairs))
+        run(partial(BOUND_AND_SETTLE[multiplies], coarse, _room_for(keys), *arguments), len(pairs), 1)
         return not overflows(coarse)
     run(partial(fill_coarse, coarse), len(pairs), 1)
     if overflows(coarse):
@@ -198,23 +207,9 @@ def _select_by_bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool, pi
         some = pairs[start : start + at_once]
         tasks = _score_tasks(keys, some, 1)
         _run_some(partial(score_coarse, coarse, tasks, room), len(tasks))
-        arguments = (coarse, room.view(np.int32), np.array(some), *picks.some(start, start + len(some)))
-        run(partial(SETTLE[multiplies], *arguments), len(some), 1)
+        arguments = (np.array(some), *picks.some(start, start + len(some)))
+        run(partial(SETTLE[multiplies], coarse, room.view(np.int32), *arguments), len(some), 1)
     return True
-
-
-def _bound_and_settle(
-    coarse: CoarseCall, keys: HashedKeys, pairs: list[tuple[int, int]], picks: _Picks, first: int, last: int
-) -> None:
-    """Pick for one key/value head after the other, unless scores are too large for bounds."""
-    room = arrays.empty((1, _room_for(keys)), np.float32)
-    for row in range(first, last):
-        fill_coarse(coarse, row, row + 1)
-        if not overflows(coarse, row):
-            tasks = _score_tasks(keys, pairs[row : row + 1], 1)
-            score_coarse(coarse, tasks, room, 0, len(tasks))
-            arguments = (coarse, room.view(np.int32), np.array(pairs[row : row + 1]), *picks.some(row, row + 1))
-            SETTLE[coarse.multiplies](*arguments, 0, 1)
 
 
 def _room_for(keys: HashedKeys) -> int:

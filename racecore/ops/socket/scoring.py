@@ -217,9 +217,7 @@ def _score_kernel(n_digits: int, multiplies: bool) -> Any:
             for block in range(begin, end):
                 codes = call.codes[b, g, block].ctypes.data
                 norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-                score_block(
-                    codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1]
-                )
+                score_block(codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1])
 
     score.__qualname__ = (
         f"score_{n_digits}_digits_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
