@@ -224,7 +224,7 @@ def list_rows(
 ) -> None:
     """Write the addresses of n rows (b, tokens[b, r, first + i], h) to rows[at], or (b, first + i, h) if there are no tokens.
 
-    place = (b, r, h). The last address is repeated: lists are full blocks.
+    place = (b, r, h). The last address is repeated, so that lists are full.
     """
     b, r, h = place
     j, k, m = at
@@ -235,7 +235,7 @@ def list_rows(
     else:
         for i in range(n):
             rows[j, k, m, i] = start + step * (first + i)
-    for i in range(n, BLOCK):
+    for i in range(n, rows.shape[3]):
         rows[j, k, m, i] = rows[j, k, m, n - 1]
 
 

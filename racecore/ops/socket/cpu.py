@@ -52,6 +52,8 @@ _SCORE_BYTES = 64 << 20  # of scores in memory while the best are picked
 _PARTIAL_BYTES = 32 << 20  # of sums of shares
 _LAUNCHES = 8  # for each thread
 _ROWS_EACH = 4  # key/value heads for each thread, from which on threads take whole ones
+_PRODUCTS_AT_ONCE = 1 << 21  # of a launch that fills tables, and numbers of one that joins: less is done before a helper wakes
+_JOINED_AT_ONCE = 1 << 16
 _MOST_SHARES = 64  # of a tile
 _LONGEST_SHARE = 1 << 17  # tokens: a launch must not take long, for Ctrl-C
 _MOST_TILES = 16  # side by side: their sums stay in the second-level cache
@@ -94,7 +96,8 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
         table=describe(query), planes=_padded(planes, dtype), n_tables=n_tables, n_kv_heads=n_kv_heads, head_dim=head_dim,
         kind=_KINDS[scorer.kind], factor=2 / (head_dim**0.5 * scorer.tau),
     )  # fmt: skip
-    run(partial(fill_tables, call, tables), batch * n_kv_heads, 1)
+    products = n_heads // n_kv_heads * n_tables * n_planes * head_dim
+    run(partial(fill_tables, call, tables), batch * n_kv_heads, max(1, _PRODUCTS_AT_ONCE // products))
     return tables
 
 
@@ -286,7 +289,7 @@ def _attend(
         )  # fmt: skip
         sums = np.empty((len(shares), n_tiles, rows, width))
         _run_some(partial(attend_shares, call, sums), len(shares))
-        _run_some(partial(join_shares, call, sums), len(tiles))
+        run(partial(join_shares, call, sums), len(tiles), max(1, _JOINED_AT_ONCE * len(tiles) // max(1, sums.size)))
 
 
 def _heads_per_tile(n_sharing: int) -> int:

@@ -26,13 +26,14 @@ from racecore.ops.socket.listed import (
 from racecore.ops.socket.running import flush, highest_logit, raise_peak, turn_into_weights
 from racecore.ops.tiles import prefetch
 from racecore.ops.vectors import VECTOR_BYTES
-from racecore.plan import BLOCK, SEGMENT
+from racecore.plan import SEGMENT
 
-__all__ = ["LISTS", "ListedSums", "arrange_queries", "attend_listed", "can_attend_listed", "scale_of"]
+__all__ = ["LISTED", "LISTS", "ListedSums", "arrange_queries", "attend_listed", "can_attend_listed", "scale_of"]
 
 LISTS = 3  # of a tile
 _FIRST, _SECOND, _ASKED = np.int64(0), np.int64(1), np.int64(2)
-_LIST = 8 * BLOCK  # bytes
+LISTED = 64  # tokens of a block: more than elsewhere, as nothing is copied, and every block has to begin and to end
+_LIST = 8 * LISTED  # bytes
 
 
 class ListedSums(NamedTuple):
@@ -107,13 +108,13 @@ def attend_listed(table, places, selected, ends, shape, s, out):
         s.peak[:] = -np.inf
         s.weight[:] = 0
         s.sums[:] = 0
-        for t in range(segment, min(segment + SEGMENT, ends[1]), BLOCK):
+        for t in range(segment, min(segment + SEGMENT, ends[1]), LISTED):
             for j in range(places.shape[0]):  # neighbouring heads are neighbours in memory
                 if selected.shape[2] == 0:
                     keys, values = _run_of_tokens(table, places, selected, j, t, ends[1], s.rows)
                 else:
                     keys, values = _chosen_tokens(table, places, selected, j, t, ends, s)
-                _add_block(table, j, min(BLOCK, ends[1] - t), n_heads, keys, values, s)
+                _add_block(table, j, min(LISTED, ends[1] - t), n_heads, keys, values, s)
         for j in range(places.shape[0]):
             flush(n_heads, value_dim, is_narrow(table, VALUE), s.peak[j], s.weight[j], s.sums[j], out[j])
 
@@ -143,18 +144,18 @@ def _list_a_block(table, places, selected, rows):
     """
     n_tiles = places.shape[0]
     for j in range(n_tiles):
-        _list(table, places, selected, j, 0, BLOCK, rows, _FIRST)
+        _list(table, places, selected, j, 0, LISTED, rows, _FIRST)
     for side in range(2):
-        for p in range(n_tiles * BLOCK):
-            rows[p // BLOCK, _ASKED, side, p % BLOCK] = rows[p % n_tiles, _FIRST, side, p // n_tiles]
+        for p in range(n_tiles * LISTED):
+            rows[p // LISTED, _ASKED, side, p % LISTED] = rows[p % n_tiles, _FIRST, side, p // n_tiles]
 
 
 @helper
 def _run_of_tokens(table, places, selected, j, t, end, rows):
     """Return the lists of the block at t where all tokens are attended to, for keys and for values."""
     narrow, asked = is_narrow(table, KEY), _list_at(rows, j, _ASKED)
-    next_k, next_v = row_bytes(table, KEY) * (t + BLOCK), row_bytes(table, VALUE) * (t + BLOCK)
-    if t + BLOCK > end:  # beyond the last token there may be no memory
+    next_k, next_v = row_bytes(table, KEY) * (t + LISTED), row_bytes(table, VALUE) * (t + LISTED)
+    if t + LISTED > end:  # beyond the last token there may be no memory
         _list(table, places, selected, j, t, end - t, rows, _SECOND)
         this, base_k, base_v = _list_at(rows, j, _SECOND), 0, 0
     else:
@@ -165,14 +166,14 @@ def _run_of_tokens(table, places, selected, j, t, end, rows):
 @helper
 def _chosen_tokens(table, places, selected, j, t, ends, s):
     """Return the lists of the block at t of selected tokens, for keys and for values."""
-    narrow, now, left, rows = is_narrow(table, KEY), t // BLOCK % 2, ends[1] - t - BLOCK, s.rows
+    narrow, now, left, rows = is_narrow(table, KEY), t // LISTED % 2, ends[1] - t - LISTED, s.rows
     itemsize = 2 if narrow else 4
     if t == ends[0]:
-        _list(table, places, selected, j, t, min(BLOCK, ends[1] - t), rows, now)
+        _list(table, places, selected, j, t, min(LISTED, ends[1] - t), rows, now)
         _ask_for_rows(rows[j, now, 0], itemsize * s.q.shape[2])
         _ask_for_rows(rows[j, now, 1], itemsize * s.sums.shape[2])
     if left > 0:
-        _list(table, places, selected, j, t + BLOCK, min(BLOCK, left), rows, 1 - now)
+        _list(table, places, selected, j, t + LISTED, min(LISTED, left), rows, 1 - now)
         _ask_for_ends(rows[j, 1 - now, 0], itemsize * s.q.shape[2])
         _ask_for_ends(rows[j, 1 - now, 1], itemsize * s.sums.shape[2])
     this = _list_at(rows, j, now)

@@ -14,7 +14,6 @@ from racecore.jit import helper
 from racecore.ops.elementary import exp_of_nonpositive
 from racecore.ops.socket.listed import paired_column
 from racecore.ops.vectors import highest, lanes, load, maximum, spread, store, total
-from racecore.plan import BLOCK
 
 __all__ = ["clear", "flush", "highest_logit", "raise_peak", "turn_into_weights"]
 
@@ -31,10 +30,10 @@ def clear(out: np.ndarray) -> None:
 @helper
 def highest_logit(c: np.ndarray, r: int, n: int) -> Any:
     """Return the largest of c[r, :n]; the rest of the block becomes minus infinity."""
-    for i in range(n, BLOCK):
+    for i in range(n, c.shape[1]):
         c[r, i] = -np.inf
     best = load(c, r, 0)
-    for i in range(lanes(c), BLOCK, lanes(c)):
+    for i in range(lanes(c), c.shape[1], lanes(c)):
         best = maximum(best, load(c, r, i))
     return highest(best)
 
@@ -44,15 +43,15 @@ def turn_into_weights(c: np.ndarray, r: int, n: int, peak: Any) -> Any:
     """Turn logits c[r, :n] into weights relative to a peak, the rest of the block into 0; return their sum."""
     base = spread(peak)
     added = base - base
-    for i in range(0, BLOCK, lanes(c)):
+    for i in range(0, c.shape[1], lanes(c)):
         share = exp_of_nonpositive(load(c, r, i) - base)
         store(c, r, i, share)
         added = added + share
-    if n < BLOCK:
+    if n < c.shape[1]:
         added = base - base
-        for i in range(n, BLOCK):
+        for i in range(n, c.shape[1]):
             c[r, i] = 0
-        for i in range(0, BLOCK, lanes(c)):
+        for i in range(0, c.shape[1], lanes(c)):
             added = added + load(c, r, i)
     return total(added)
 
