@@ -44,8 +44,13 @@ def exact_helper(function: Callable[..., Any]) -> Any:
     return numba.njit(**_EXACT)(function)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python launches; its compiled form is kept on disk."""
+def kernel(function: Callable[..., Any], variant: str = "") -> Any:
+    """Compile a function that Python launches; its compiled form is kept on disk.
+
+    What a factory makes needs the name of its variant: the files in the cache are named after functions.
+    """
+    if variant:
+        function.__qualname__ = f"{function.__name__}_{variant}"
     return kernel_cache.attach(numba.njit(**_OPTIONS)(function))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import racecore
 from racecore.ops import processor
-from racecore.ops.socket import coarse, cpu, layout
+from racecore.ops.socket import coarse, cpu, layout, settling
 
 pytestmark = pytest.mark.skipif(
     not processor.has("avx512vbmi"), reason="the processor has no AVX-512 VBMI: all scores are exact here"
@@ -97,8 +97,7 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
     coarse.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
     selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
     limits = (np.full(G, T), np.full(G, budget))
-    pairs = np.array([(0, g) for g in range(G)])
-    coarse.SETTLE[multiplies](call, highs.view(np.int32), pairs, *limits, (0, 0), selected, counts, 0, G)
+    settling.SETTLE[multiplies](call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G)
     for g in range(G):
         best = np.sort(np.argsort(-exact[g], kind="stable")[:budget])
         np.testing.assert_array_equal(selected[g], best)
@@ -125,6 +124,10 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [fits]
+    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    coarse.fill_coarse(call, 0, len(call.planes))
+    assert coarse.overflows(call) != fits
+    assert np.isfinite(call.numbers).all() or not fits
     scores = cpu.scores(tables, keys, multiplies).reshape(B, G, H // G, -1)
     exact = scores[:, :, 0].copy()
     for h in range(1, H // G):  # one after the other, as kernels do

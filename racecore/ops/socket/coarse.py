@@ -4,8 +4,7 @@ Why: an exact score asks two registers of float32 for every table, key and query
 those a rough score tells. The heads of a group, added up, have one number for each of the 256 codes of a table. It is cut to 14
 bits: two planes of 7, each of 256 bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at
 once. The sums are whole numbers, so how far they can be from the scores is known. `fill_coarse` makes the tables,
-`score_coarse` upper bounds, and `SETTLE` picks: it scores exactly the few keys that the bounds do not decide. So what is
-selected is what exact scores select; the plain twin of it all is `reference.select`.
+`score_coarse` upper bounds, and `settling` picks by them.
 
 How: as in `ops.tiles`. What the tile does is said in plain Python beside it. Only processors with AVX-512 VBMI can run it; for
 others `can_bound` says no, and everything is scored exactly.
@@ -25,21 +24,10 @@ from racecore.jit import helper, kernel
 from racecore.ops import processor
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.lookup import norms_of
-from racecore.ops.socket.ranking import NOBODY, candidates, key_of, limit_of, write_selected
-from racecore.ops.socket.scoring import block_scorer, norm_of
 from racecore.ops.tiles import Emitter
-from racecore.ops.vectors import at, bits_of, float_of, load_vector, spread, store_vector
+from racecore.ops.vectors import at, load_vector, spread, store_vector
 
-__all__ = [
-    "BOUND_AND_SETTLE",
-    "SETTLE",
-    "CoarseCall",
-    "can_bound",
-    "fill_coarse",
-    "new_call",
-    "overflows",
-    "score_coarse",
-]
+__all__ = ["CoarseCall", "can_bound", "fill_coarse", "fits", "new_call", "overflows", "score_coarse"]
 
 _CODES = 256  # of a table of at most eight planes
 _MOST_TABLES = 512  # whose seven bits add up in 16
@@ -48,7 +36,6 @@ _LARGEST = 1e25  # of what scores may amount to, without the norm: nothing overf
 _SMALLEST_STEP = np.float32(1e-30)
 _PLANES = 2
 _TOP = 128 * 128 - 1
-_IN = np.int64(1 << 40)  # a key above that of any float32
 _AT_ONCE = 4  # blocks of 64 tokens: with their sums and a plane of two tables the registers are full
 _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (8, 16))
 
@@ -175,6 +162,12 @@ def overflows(call: CoarseCall) -> bool:
     return not bool((call.numbers[:, 3] < _LARGEST).all())
 
 
+@helper
+def fits(call: CoarseCall, row: int) -> bool:
+    """Tell of one row that they are not."""
+    return call.numbers[row, 3] < _LARGEST
+
+
 @kernel
 def fill_coarse(call: CoarseCall, first: int, last: int) -> None:
     """Fill `planes` and `numbers` of rows first ... last - 1, each of neighbouring heads."""
@@ -260,129 +253,3 @@ def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: in
             else:
                 _one(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
                 block += 1
-
-
-def _settle_kernels(multiplies: bool) -> list[Any]:
-    """Return the kernels that pick by bounds, for digits that are multiplied or added."""
-    score_block = block_scorer(2, multiplies)
-
-    @helper
-    def score_undecided(call, b, g, tokens, undecided, keys, open_keys):
-        """Write the exact keys of some tokens to keys[undecided] and open_keys: blocks of 64 are put together of them."""
-        group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
-        tables, head = call.tables[b, g * group].ctypes.data, call.tables.strides[1] // 4
-        codes, norms = np.zeros((n_tables, BLOCK_TOKENS), np.uint8), np.zeros(BLOCK_TOKENS, np.uint16)
-        scores = np.empty((group, BLOCK_TOKENS), np.float32)
-        for start in range(0, len(open_keys), BLOCK_TOKENS):
-            n = min(BLOCK_TOKENS, len(open_keys) - start)
-            for i in range(n):
-                _copy_key(call, b, g, tokens[undecided[start + i]], codes, norms, i)
-            score_block(
-                codes.ctypes.data,
-                norms.ctypes.data,
-                tables,
-                group,
-                head,
-                (n_tables, 0),
-                scores.ctypes.data,
-                BLOCK_TOKENS,
-            )
-            for i in range(n):
-                total = scores[0, i]
-                for h in range(1, group):  # one after the other, as `add_groups` does
-                    total += scores[h, i]
-                open_keys[start + i] = keys[undecided[start + i]] = key_of(bits_of(total), False)
-
-    @helper
-    def settle_row(call, b, g, highs, n, budget, ends, out):
-        """Write the tokens of a key/value head to out, as `ranking.pick` does, and return how many they are.
-
-        highs are upper bounds, as integers of the same bits. A token is in if its lower bound is above the budget-th largest
-        upper bound, and out if its upper bound is below the lower ones of `budget` tokens.
-        """
-        tokens, keys, bar = candidates(highs, n, budget)
-        limit, _ = limit_of(keys, len(keys), budget)
-        lows, lowest = _lower_bounds(call, b, g, highs, tokens, keys, limit)
-        if lowest < bar:  # then others may matter than those that reached the bar
-            tokens, keys, bar = candidates(highs, n, n)
-            lows, lowest = _lower_bounds(call, b, g, highs, tokens, keys, limit)
-        undecided, n_open = np.empty(len(keys), np.int64), 0
-        for c in range(len(keys)):
-            if (lows[c] <= limit) & (keys[c] >= lowest):
-                undecided[n_open] = c
-                n_open += 1
-        n_in = _decide(lows, limit, lowest, keys)
-        open_keys = np.empty(n_open, np.int64)
-        score_undecided(call, b, g, tokens, undecided, keys, open_keys)
-        limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
-        return write_selected(tokens, keys, limit, n_equal, n, ends, out)
-
-    def settle(call, highs, pairs, lengths, budgets, ends, selected, counts, first, last):
-        """Write rows first ... last - 1 of selected, given upper bounds of scores.
-
-        pairs [rows, 2] are the sequences and key/value heads of the rows.
-        """
-        for row in range(first, last):
-            b, g = pairs[row]
-            budget = min(budgets[row], lengths[row])
-            counts[row] = settle_row(call, b, g, highs[row], lengths[row], budget, ends, selected[row])
-
-    def bound_and_settle(call, longest, lengths, budgets, ends, selected, counts, first, last):
-        """Do everything for rows first ... last - 1, the key/value heads of all sequences: tables, bounds, and which tokens.
-
-        A row of bounds is picked from while it is in the cache. `longest` is the room for it. Where `overflows`, nothing is done.
-        """
-        bounds, tasks = np.empty((1, longest), np.float32), np.zeros((1, 5), np.int64)
-        for row in range(first, last):
-            fill_coarse(call, row, row + 1)
-            if call.numbers[row, 3] < _LARGEST:
-                b, g, n = row // call.codes.shape[1], row % call.codes.shape[1], lengths[row]
-                tasks[0, 0], tasks[0, 1], tasks[0, 3] = b, g, -(-n // BLOCK_TOKENS)
-                score_coarse(call, tasks, bounds, 0, 1)
-                highs, budget = bounds[0].view(np.int32), min(budgets[row], n)
-                counts[row] = settle_row(call, b, g, highs, n, budget, ends, selected[row])
-
-    return [_named_kernel(function, multiplies) for function in (settle, bound_and_settle)]
-
-
-def _named_kernel(function: Any, multiplies: bool) -> Any:
-    """Return a kernel with a name of its own in the kernel cache."""
-    function.__qualname__ = f"{function.__name__}_{'multiplied' if multiplies else 'added'}"
-    return kernel(function)
-
-
-@helper
-def _decide(lows: np.ndarray, limit: int, lowest: int, keys: np.ndarray) -> Any:
-    """Let those that are in have the highest key, and those that are out the lowest; return how many are in."""
-    n_in = np.int64(0)
-    for c in range(len(keys)):
-        key = keys[c] if keys[c] >= lowest else NOBODY
-        keys[c] = _IN if lows[c] > limit else key
-        n_in += 1 if lows[c] > limit else 0
-    return n_in
-
-
-@helper
-def _copy_key(call, b, g, t, codes, norms, i):
-    """Copy the codes and the norm of a key to column i of a block."""
-    block, lane = call.codes[b, g, t // BLOCK_TOKENS], t % BLOCK_TOKENS
-    for table in range(codes.shape[0]):
-        codes[table, i] = block[table, lane]
-    norms[i] = call.norms[b, g, t]
-
-
-@helper
-def _lower_bounds(call, b, g, highs, tokens, keys, limit):
-    """Return keys of the lower bounds of tokens, and the lowest of those whose upper bounds, `keys`, reach a limit."""
-    n, norms, distance = len(keys), call.norms[b, g], call.numbers[b * call.codes.shape[1] + g, 2]
-    lows, lowest = np.empty(n, np.int64), _IN
-    for c in range(n):
-        high = float_of(np.int64(highs[tokens[c]]))
-        lows[c] = key_of(bits_of(high - norm_of(norms[tokens[c]]) * distance), False)
-    for c in range(n):
-        lowest = min(lowest, lows[c] if keys[c] >= limit else _IN)
-    return lows, lowest
-
-
-_KERNELS = {multiplies: _settle_kernels(multiplies) for multiplies in (False, True)}
-SETTLE, BOUND_AND_SETTLE = ({key: kernels[i] for key, kernels in _KERNELS.items()} for i in range(2))

@@ -11,15 +11,7 @@ import numpy as np
 from racecore import arrays
 from racecore.ops.blocks import describe
 from racecore.ops.products import padded
-from racecore.ops.socket.coarse import (
-    BOUND_AND_SETTLE,
-    SETTLE,
-    can_bound,
-    fill_coarse,
-    new_call,
-    overflows,
-    score_coarse,
-)
+from racecore.ops.socket.coarse import can_bound, fill_coarse, new_call, overflows, score_coarse
 from racecore.ops.socket.layout import (
     BLOCK_TOKENS,
     DIGIT_VALUES,
@@ -39,6 +31,7 @@ from racecore.ops.socket.scoring import (
     hash_blocks,
     score_one_by_one,
 )
+from racecore.ops.socket.settling import BOUND_AND_SETTLE, SETTLE
 from racecore.ops.socket.softmax import ROWS, AttendCall, attend_shares, join_shares
 from racecore.plan import SEGMENT
 from racecore.threads import count, run
@@ -151,8 +144,8 @@ def select(
     counts = np.zeros(len(selected), np.int64)
     sequence = np.repeat(np.arange(batch), n_kv_heads * rows_per_pair)
     picks = _Picks((keys.lengths[sequence], budgets[sequence]), ends, (selected, counts))
-    if not (is_shared and rows_per_pair < n_heads // n_kv_heads and _select_by_bounds(tables, keys, multiplies, picks)):
-        _select_by_scores(tables, keys, multiplies, picks)
+    if not (is_shared and n_heads > n_kv_heads and _select_by_bounds(tables, keys, multiplies, picks)):
+        _select_by_scores(tables, keys, multiplies, rows_per_pair, picks)
     return selected[:, : int(counts.max(initial=0))].reshape(batch, n_kv_heads * rows_per_pair, -1)
 
 
@@ -172,10 +165,12 @@ def _pairs(keys: HashedKeys) -> list[tuple[int, int]]:
     return [(b, g) for b in range(keys.codes.shape[0]) for g in range(keys.codes.shape[1])]
 
 
-def _select_by_scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool, picks: _Picks) -> None:
+def _select_by_scores(
+    tables: np.ndarray, keys: HashedKeys, multiplies: bool, rows_per_pair: int, picks: _Picks
+) -> None:
     """Score all keys exactly, and pick the best; a few key/value heads at once, as the memory for their scores allows."""
     pairs, group = _pairs(keys), tables.shape[1] // keys.codes.shape[1]
-    longest, rows_per_pair = _room_for(keys), len(picks.results[0]) // len(pairs)
+    longest = _room_for(keys)
     at_once = max(1, _SCORE_BYTES // max(1, longest * group * tables.dtype.itemsize))
     room = arrays.empty((min(at_once, len(pairs)) * group, longest), tables.dtype)
     sums = arrays.empty((len(room) // group if rows_per_pair < group else 0, longest), tables.dtype)
@@ -197,21 +192,22 @@ def _select_by_bounds(tables: np.ndarray, keys: HashedKeys, multiplies: bool, pi
     if not can_bound(tables, high_bits(keys.n_planes), int(keys.lengths.max(initial=0))):
         return False
     coarse, pairs = new_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies), _pairs(keys)
-    at_once = min(len(pairs), max(1, _SCORE_BYTES // (4 * _room_for(keys))))
+    longest = _room_for(keys)
+    at_once = min(len(pairs), max(1, _SCORE_BYTES // (4 * longest)))
     if at_once >= count() and len(pairs) >= _ROWS_EACH * count():
         arguments = picks.some(0, len(pairs))
-        run(partial(BOUND_AND_SETTLE[multiplies], coarse, _room_for(keys), *arguments), len(pairs), 1)
+        run(partial(BOUND_AND_SETTLE[multiplies], coarse, longest, *arguments), len(pairs), 1)
         return not overflows(coarse)
     run(partial(fill_coarse, coarse), len(pairs), 1)
     if overflows(coarse):
         return False
-    room = arrays.empty((at_once, _room_for(keys)), np.float32)
+    room = arrays.empty((at_once, longest), np.float32)
     for start in range(0, len(pairs), at_once):
         some = pairs[start : start + at_once]
         tasks = _score_tasks(keys, some, 1)
         _run_some(partial(score_coarse, coarse, tasks, room), len(tasks))
-        arguments = (np.array(some), *picks.some(start, start + len(some)))
-        run(partial(SETTLE[multiplies], coarse, room.view(np.int32), *arguments), len(some), 1)
+        arguments = (room.view(np.int32), start, *picks.some(start, start + len(some)))
+        run(partial(SETTLE[multiplies], coarse, *arguments), len(some), 1)
     return True
 
 

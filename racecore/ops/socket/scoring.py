@@ -219,10 +219,7 @@ def _score_kernel(n_digits: int, multiplies: bool) -> Any:
                 norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
                 score_block(codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1])
 
-    score.__qualname__ = (
-        f"score_{n_digits}_digits_{'multiplied' if multiplies else 'added'}"  # its name in the kernel cache
-    )
-    return kernel(score)
+    return kernel(score, f"{n_digits}_digits_{'multiplied' if multiplies else 'added'}")
 
 
 SCORE_KERNELS = {(n, multiplies): _score_kernel(n, multiplies) for n in (2, 3, 4) for multiplies in (False, True)}
