@@ -48,6 +48,7 @@ __all__ = [
     "QUERY",
     "VALUE",
     "WIDENED",
+    "ask_for_row",
     "can_list",
     "describe",
     "is_narrow",
@@ -204,18 +205,22 @@ def load_scattered(
     """
     code, step = table[line, _CODE], table[line, 4]
     size = _size(code)
-    lines = -(-width * size // _LINE) if step == 1 else 0
     widens = step == 1 and code == _BFLOAT16 and block.itemsize == 4 and width % LANES == 0
     for i in range(n):
-        if first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
-            ahead = _address(table, line, (b, tokens[first + i + BLOCK], g))
-            for c in range(lines):
-                tiles.prefetch(ahead + c * _LINE)
+        if step == 1 and first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
+            ask_for_row(_address(table, line, (b, tokens[first + i + BLOCK], g)), width * size)
         address = _address(table, line, (b, tokens[first + i], g))
         if widens:
             tiles.widen_row(block.ctypes.data + i * block.strides[0], address, width // LANES)
         else:
             _load_row(address, step, code, block[i, :width])
+
+
+@helper
+def ask_for_row(address: int, n_bytes: int) -> None:
+    """Ask for all cache lines of a row, which need not begin with one: those of NumPy's arrays do not."""
+    for line in range(address // _LINE * _LINE, address + n_bytes, _LINE):
+        tiles.prefetch(line)
 
 
 @helper

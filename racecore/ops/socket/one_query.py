@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.blocks import KEY, QUERY, VALUE, can_list, is_narrow, list_rows, row_bytes
+from racecore.ops.blocks import KEY, QUERY, VALUE, ask_for_row, can_list, is_narrow, list_rows, row_bytes
 from racecore.ops.socket.listed import (
     CAN_DOT,
     Lists,
@@ -170,8 +170,9 @@ def _chosen_tokens(table, places, selected, j, t, ends, s):
     itemsize = 2 if narrow else 4
     if t == ends[0]:
         _list(table, places, selected, j, t, min(LISTED, ends[1] - t), rows, now)
-        _ask_for_rows(rows[j, now, 0], itemsize * s.q.shape[2])
-        _ask_for_rows(rows[j, now, 1], itemsize * s.sums.shape[2])
+        for i in range(LISTED):  # nobody could ask for these in good time
+            ask_for_row(rows[j, now, 0, i], itemsize * s.q.shape[2])
+            ask_for_row(rows[j, now, 1, i], itemsize * s.sums.shape[2])
     if left > 0:
         _list(table, places, selected, j, t + LISTED, min(LISTED, left), rows, 1 - now)
         _ask_for_ends(rows[j, 1 - now, 0], itemsize * s.q.shape[2])
@@ -182,17 +183,8 @@ def _chosen_tokens(table, places, selected, j, t, ends, s):
 
 
 @helper
-def _ask_for_rows(addresses: np.ndarray, n_bytes: int) -> None:
-    """Ask for rows at once: those of the first block, which nobody could ask for in good time."""
-    for i in range(addresses.shape[0]):
-        for byte in range(0, n_bytes, VECTOR_BYTES):
-            prefetch(addresses[i] + byte)
-    _ask_for_ends(addresses, n_bytes)
-
-
-@helper
 def _ask_for_ends(addresses: np.ndarray, n_bytes: int) -> None:
-    """Ask for the last lines of rows that do not begin with a line: NumPy's arrays do not. Tiles ask for all others."""
+    """Ask for the last lines of rows that do not begin with a line, as `ask_for_row` does. Tiles ask for all others."""
     for i in range(addresses.shape[0]):
         if addresses[i] % VECTOR_BYTES != 0:
             prefetch(addresses[i] + n_bytes - 1)
