@@ -68,19 +68,18 @@ class AttendCall(NamedTuple):
 @kernel
 def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
     """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak, weight and weighted values."""
-    dtype, n_most = call.like.dtype, partial.shape[1]
+    dtype, n_most, n_rows = call.like.dtype, partial.shape[1], partial.shape[2]
     wide_d, wide_v = padded(call.head_dim), padded(call.value_dim)
-    n_rows = call.heads_per_tile if call.n_queries == 1 else ROWS
     q, sums = matrices(n_most, n_rows, wide_d, dtype), matrices(n_most, n_rows, wide_v, dtype)
     k, v = matrices(1, TOKENS, wide_d, dtype)[0], matrices(1, TOKENS, wide_v, dtype)[0]
-    c, c_listed = matrices(1, ROWS, TOKENS, dtype)[0], matrices(1, n_rows, LISTED, dtype)[0]
+    is_listed = can_attend_listed(call.table, call.n_queries, (call.head_dim, call.value_dim), k, v)
+    c = matrices(1, n_rows, LISTED if is_listed else TOKENS, dtype)[0]
     for j in range(n_most):
         clear_columns(q[j], call.head_dim)
     clear_columns(k, call.head_dim)
     clear_columns(v, call.value_dim)
-    keep, peak, weight = np.ones(BLOCK), np.empty((n_most, ROWS), dtype), np.empty((n_most, ROWS), dtype)
+    keep, peak, weight = np.ones(BLOCK), np.empty((n_most, n_rows), dtype), np.empty((n_most, n_rows), dtype)
     rows, places = np.empty((n_most, LISTS, 2, LISTED), np.int64), np.empty((n_most, 3), np.int64)
-    is_listed = can_attend_listed(call.table, call.n_queries, (call.head_dim, call.value_dim), k, v)
     for share in range(first, last):
         tile, tile_end, begin, end = call.shares[share]
         for j in range(tile_end - tile):
@@ -93,7 +92,7 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
             clear(partial[share, j])
         if is_listed:
             n, shape = tile_end - tile, (call.heads_per_tile, call.value_dim)
-            scratch = ListedSums(q[:n], np.float32(scale_of(call.head_dim)), c_listed, peak[:n], weight[:n], sums[:n], rows)
+            scratch = ListedSums(q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows)
             attend_listed(call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share])
             continue
         for segment in range(begin, end, SEGMENT):
