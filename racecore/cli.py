@@ -99,6 +99,7 @@ def _termination_as_exit() -> Iterator[None]:
     """Let SIGTERM (batch systems, `timeout`) unwind the program as Ctrl-C does, so that partial files are removed."""
 
     def leave(number: int, frame: object) -> NoReturn:
+        """Raise what unwinds the program."""
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

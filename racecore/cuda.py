@@ -79,6 +79,7 @@ def source(file: str) -> str:
 
 def _pasted(file: str, seen: set[str]) -> str:
     def paste(match: re.Match[str]) -> str:
+        """Return the text of an included file, or nothing the second time."""
         name = match[1]
         if name in seen:
             return ""

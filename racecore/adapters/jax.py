@@ -168,9 +168,11 @@ def _call(task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.A
     text = task.text
 
     def in_place(*arguments: jax.Array) -> list[jax.Array]:
+        """XLA calls the task on its own buffers."""
         return jax.ffi.ffi_call(_TARGET, shapes, vmap_method="expand_dims")(*arguments, task=text)
 
     def with_copies(*arguments: jax.Array) -> list[jax.Array]:
+        """Python calls it, on copies: on other devices, or where XLA cannot."""
         results = jax.pure_callback(_WithCopies(text, tuple(shapes)), shapes, *arguments, vmap_method="expand_dims")
         # Else the result of a call for all shards, if a jit returns nothing else, has a sharding that no operation takes.
         return jax.lax.optimization_barrier(results)

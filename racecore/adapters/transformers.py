@@ -68,11 +68,13 @@ def register(
     @torch.compiler.disable(reason="layers of one fixed hash are not compiled: convert the model, then compile it")
     @lru_cache
     def default_hash(head_dim: int) -> RaceHash:
+        """Return the hash of all layers of this width that have none of their own."""
         lsh = SoftLSH.random(head_dim, n_tables, n_planes, beta, rng)
         with torch.inference_mode(False):  # whatever the first call is under: it is kept for all
             return RaceHash(lsh, readout, learn_beta=False, learn_planes=False)
 
     def attend(module: Any, query: torch.Tensor, *others: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        """Attend with the layer's own hash, or the one of its width."""
         own = getattr(module, "race", None)
         return _attend(own or default_hash(query.shape[-1]), module, query, *others, **options)
 

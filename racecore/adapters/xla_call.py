@@ -117,6 +117,7 @@ def register(name: str, function: Function) -> None:
     """
 
     def handle(frame: Any) -> int | None:
+        """Answer one call of XLA: describe the handler, or do a task."""
         call = frame.contents
         try:
             if call.extension and call.extension.contents.type == _METADATA:

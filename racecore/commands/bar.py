@@ -41,6 +41,7 @@ def token_bar(label: str, total: int, n_tokens: int | None = None) -> Iterator[N
     with tqdm(total=total, desc=label, file=sys.stderr, **options) as bar:
 
         def advance(n_steps: int) -> None:
+            """Move the bar."""
             rate = bar.format_dict["rate"]  # recent, as tqdm smooths it
             speed = f"{rate * share:,.0f} tokens/s, " if rate else ""
             bar.set_postfix_str(f"{speed}{_megabytes()}", refresh=False)
@@ -55,6 +56,7 @@ def _lines(label: str, total: int, share: float) -> Callable[[int], None]:
     done = done_then = 0
 
     def advance(n_steps: int) -> None:
+        """Count, and print a line if the last one is old."""
         nonlocal done, done_then, last
         done = min(done + n_steps, total)
         now = time.monotonic()

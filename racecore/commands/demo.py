@@ -174,6 +174,7 @@ def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
     betas = (1.0, 4.0)
 
     def distance(out: np.ndarray) -> str:
+        """Return the relative distance from the exact result, in per cent."""
         return f"{np.linalg.norm(out - exact) / np.linalg.norm(exact):.0%}"
 
     _say(f"""

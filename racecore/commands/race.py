@@ -39,6 +39,7 @@ def softmax_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, poo
     values = [np.ascontiguousarray(value[:, h]) for h in range(n_heads)]
 
     def block(task: tuple[int, int]) -> None:
+        """Write some rows of one head."""
         h, begin = task
         scores = query[begin : begin + _ROWS, h] @ scaled[h]
         scores -= scores.max(axis=1, keepdims=True)

@@ -160,6 +160,7 @@ def _measured(args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, 
     names = ("out", "d_query", "d_key", "d_value")[: 1 if args.forward_only else 4]
 
     def go(sources: dict[str, Any], sinks: dict[str, Any], label: str | None) -> Any:
+        """Run over these sources into these sinks."""
         gradients = {name: sinks[name] for name in names[1:]}
         if not args.forward_only:
             gradients["d_out"] = sources["d_out"]
@@ -175,6 +176,7 @@ def _measured(args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, 
         )
 
     def made(n: int) -> dict[str, Any]:
+        """Return sources of n made-up tokens."""
         return {name: Synthetic((n, args.heads, args.head_dim), dtype, seed) for name, seed in seeds.items()}
 
     try:

@@ -137,6 +137,7 @@ def _listening(listener: Callable[[int, int], object] | bool | str | None, run: 
     done = 0
 
     def advance(n_tokens: int) -> None:
+        """Tell the listener how much is done."""
         nonlocal done
         done = min(done + n_tokens, run.n_steps)
         listener(done, run.n_steps)

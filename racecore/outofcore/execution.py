@@ -226,6 +226,7 @@ class Run:
         last = 0
 
         def skipped(task: schedule.Task) -> None:
+            """Count a task that an earlier run did."""
             nonlocal last
             last = task.number
             begin, end = task.tokens(self.passes[task.stage].reads[0])
@@ -234,9 +235,11 @@ class Run:
             progress.advance(n_tokens)
 
         def read(step: Step, slot: int) -> Arrays:
+            """Return the inputs of a task, where it is computed."""
             return place.bring(self._read(step.task, slot, buffers))
 
         def compute(step: Step, slot: int, read: Arrays) -> tuple[Arrays, Arrays, int | None]:
+            """Do a task: into the sinks themselves where they lend their memory, else into buffers."""
             nonlocal last
             task, rows = step.task, {}
             last = max(last, task.number)
@@ -254,6 +257,7 @@ class Run:
             return written, rows, state
 
         def write(step: Step, computed: tuple[Arrays, Arrays, int | None]) -> None:
+            """Bring what a task left back, and write it."""
             written, rows, state = computed
             place.send(written, rows)
             results.write(step.task, rows, state)

@@ -106,10 +106,12 @@ def run(
     """
 
     def timed_read(item: Item, slot: int) -> Arrays:
+        """Read, and tell the clock."""
         with clock.running("reading"):
             return read(item, slot)
 
     def timed_write(item: Item, results: Computed) -> None:
+        """Write, and tell the clock."""
         with clock.running("writing"):
             write(item, results)
 

@@ -227,6 +227,7 @@ def _seconds_per_token(run_: Run) -> float:
     wants_planes = bool(request.d_lsh) or None
 
     def work() -> int:
+        """Compute; return the tokens."""
         run(
             arrays["query"], arrays["key"], arrays["value"], None, request.lsh, is_causal=request.is_causal,
             readout=request.readout, d_out=arrays.get("d_out"), d_lsh=wants_planes,
@@ -245,6 +246,7 @@ def _reading_speed(paths: list[str]) -> float:
     sizes = [os.fstat(file).st_size for file in files]
 
     def work() -> int:
+        """Read a piece of some file; return its bytes."""
         which = int(rng.integers(len(files)))
         place = int(rng.integers(max(1, sizes[which] - _PIECE)))
         return os.preadv(files[which], [buffer.data], place)
@@ -263,6 +265,7 @@ def _writing_speed(folder: str) -> float:
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
         def work() -> int:
+            """Write a piece to the disk; return its bytes."""
             nonlocal place
             write_at(file.fileno(), place, piece)
             os.fdatasync(file.fileno())

@@ -54,6 +54,7 @@ class Results:
             return all_steps(tasks)
 
         def take_over(task: Task) -> None:
+            """Count the checksums of a task that is done already."""
             for name, checksum in self._entry(task).rows.items():
                 self.sinks[name].checksum = (self.sinks[name].checksum + checksum) % 2**64
             skipped(task)

@@ -98,27 +98,30 @@ class _DigestOnly:
         self.name, self.shape, self.dtype, self.checksum = name, shape, dtype, 0
 
     def place(self, begin: int, end: int) -> np.ndarray | None:
+        """Return None: there is no memory to lend."""
         return None
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
+        """Return the checksum of rows, and add it to that of all."""
         found = checksum(rows, begin)
         self.checksum = (self.checksum + found) % 2**64
         return found
 
     def holds(self, begin: int, end: int, expected: int) -> bool:
+        """Return True: there is nothing that could have changed."""
         return True
 
     def sync(self) -> None:
-        pass
+        """Do nothing."""
 
     def finish(self) -> None:
-        pass
+        """Do nothing."""
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
     def abandon(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class _InArray(_DigestOnly):
@@ -129,12 +132,14 @@ class _InArray(_DigestOnly):
         self._array, self._n_axes = array, len(array.shape) - 2
 
     def place(self, begin: int, end: int) -> np.ndarray | None:
+        """Return the rows of the array themselves, if they are in one piece."""
         parts = list(pieces(self.shape, begin, end, self._n_axes))
         if not isinstance(self._array, np.ndarray) or len(parts) != 1:
             return None
         return self._array[parts[0][0]]
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
+        """Copy rows into the array, unless they are its own."""
         for index, first, last in pieces(self.shape, begin, end, self._n_axes):
             part = rows[first - begin : last - begin]
             if not isinstance(self._array, np.ndarray) or not np.may_share_memory(self._array[index], part):
@@ -166,10 +171,12 @@ class _NpyFile(_DigestOnly):
             raise
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
+        """Write rows to their place in the file."""
         write_at(self._file, self._offset + begin * self._row_bytes, rows)
         return super().write(begin, end, rows)
 
     def holds(self, begin: int, end: int, expected: int) -> bool:
+        """Read rows back, and compare their checksum."""
         step, found = max(1, _PIECE // max(1, self._row_bytes)), 0
         for first in range(begin, end, step):
             rows = np.empty((min(step, end - first), *self.shape[-2:]), self.dtype)
@@ -178,19 +185,23 @@ class _NpyFile(_DigestOnly):
         return found % 2**64 == expected
 
     def sync(self) -> None:
+        """Wait until what was written is on the disk."""
         os.fsync(self._file)
 
     def finish(self) -> None:
+        """Give the file its name: now it is complete."""
         os.replace(self._partial, self._path)
         _sync_folder(os.path.dirname(self._path))
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
 
     def abandon(self) -> None:
+        """Remove the file."""
         if self._file >= 0:
             _remove(self._partial)
         self.close()

@@ -94,6 +94,7 @@ class _ArrayRows:
         self._lends = is_plain and not any(s % stored.itemsize for s in array.strides)
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
+        """Return rows of the array themselves if they are in one piece, else copied to the buffer."""
         parts = list(pieces(self.shape, begin, end, self._n_axes))
         if self._lends and len(parts) == 1:
             return self._array[parts[0][0]]
@@ -102,7 +103,7 @@ class _ArrayRows:
         return buffer
 
     def close(self) -> None:
-        pass
+        """Do nothing: the array is the caller's."""
 
 
 class _SyntheticRows:
@@ -116,11 +117,12 @@ class _SyntheticRows:
         self._row = math.prod(self.shape[-2:])
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
+        """Make rows up in the buffer."""
         self._array.fill(buffer, begin * self._row)
         return buffer
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class _NpyRows:
@@ -140,12 +142,14 @@ class _NpyRows:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
+        """Read rows of the file into the buffer, and bring their bytes into this machine's order."""
         read_at(self._file, self._offset + begin * self._row_bytes, buffer, self._path)
         if not self._stored.isnative:
             buffer.byteswap(inplace=True)
         return buffer
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._file)
 
 

@@ -225,6 +225,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
+        """Compute, and give autograd what backward needs."""
         wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
         with same_place(query):
             out = target((*query.shape[:-1], value.shape[-1]), query)
@@ -241,6 +242,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
+        """Return the gradients of the first five arguments; the others have none."""
         query, key, value, planes, beta, key_mask, *flat = ctx.saved_tensors
         with torch.no_grad():
             grads = _backward(ctx, d_out, (query, key, value), planes, beta, key_mask, iter(flat))
@@ -269,6 +271,7 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, d_out, query, key, value, planes, beta, *grads):
+        """Return the gradients as they are."""
         return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
 
     backward = staticmethod(no_second_derivative)
