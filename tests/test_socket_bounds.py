@@ -69,10 +69,12 @@ def test_bounds_hold(scorer, n_planes, kind):
 
 @pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
 @pytest.mark.parametrize("kind", ["random", "ties", "sinks"])
-@pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
-def test_bounds_select_what_exact_scores_select(scorer, kind, whole_heads, monkeypatch):
+@pytest.mark.parametrize("way", ["whole heads", "pieces", "pieces of three heads"])
+def test_bounds_select_what_exact_scores_select(scorer, kind, way, monkeypatch):
     tables, keys, multiplies = make(scorer, kind=kind)
-    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
+    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if way == "whole heads" else 1000)
+    if way == "pieces of three heads":
+        monkeypatch.setattr(cpu, "_SCORE_BYTES", 3 * 4 * 79 * 64)
     for budget in (1, 37, 400, 3000, 4999):
         for ends in ((0, 1), (100, 200)):
             chosen = []
