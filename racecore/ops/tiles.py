@@ -46,8 +46,8 @@ __all__ = [
     "outer_8x2_narrow",
     "outer_8xhalf",
     "prefetch",
+    "store_totals",
     "stream_row",
-    "totals",
     "transpose",
     "widen_row",
 ]
@@ -268,9 +268,7 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             steps = [ir.Constant(emit.word, size) for size in (_VECTOR_BYTES, _VECTOR_BYTES // (2 if narrow else 1))]
             sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], steps, step)
-            for r in range(n_rows):
-                values = totals(emit, sums[r * n_columns : (r + 1) * n_columns])
-                emit.store(values, emit.address(c, emit.times(c_row, r)))
+            store_totals(emit, sums, n_columns, c, c_row)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, like), code
@@ -278,31 +276,53 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
     return tile
 
 
-def totals(emit: Emitter, vectors: list[Any]) -> Any:
-    """Add up the lanes of each of 1, 2, 4, ... vectors; return the totals as one vector.
+def store_totals(emit: Emitter, sums: list[Any], n_columns: int, c: Any, c_row: Any, scale: Any = None) -> None:
+    """Store the totals of vectors, `n_columns` in a row, to c[r * c_row + i], times `scale` if there is one."""
+    at_once = max(n_columns, min(len(sums), emit.lanes))
+    for start in range(0, len(sums), at_once):
+        values = totals(emit, sums[start : start + at_once])
+        values = values if scale is None else emit.builder.fmul(values, emit.splat(scale, values.type))
+        for i in range(0, at_once, n_columns):
+            part = ir.Constant(ir.VectorType(ir.IntType(32), n_columns), list(range(i, i + n_columns)))
+            row = emit.times(c_row, (start + i) // n_columns)
+            emit.store(emit.builder.shuffle_vector(values, values, part), emit.address(c, row))
 
-    Every round adds even lanes to odd ones, of two vectors at a time while there are two. Neighbours are added first,
-    however many vectors there are: a total has the same bits in every size of tile.
+
+def totals(emit: Emitter, vectors: list[Any]) -> Any:
+    """Add up the lanes of each of 1, 2, 4, ... vectors, at most as many as lanes; return the totals as one vector.
+
+    Neighbours are added first, then their sums, ..., however many vectors there are: a total has the same bits in every size of
+    tile. Two vectors become one while there are two. The first rounds stay within 128 bits, since shuffles that do not leave
+    those cost least; the others move whole ones.
     """
-    lanes_per_total = emit.lanes
-    while lanes_per_total > 1:
+    near, added, n = 16 // emit.size, 1, len(vectors)
+    while added < emit.lanes:
+        unit, chunk = (1, near) if added < near else (min(n, near), emit.lanes)
         if len(vectors) > 1:
-            vectors = [_add_neighbours(emit, a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [_add_neighbours(emit, a, b, unit, chunk) for a, b in pairs]
         else:
-            vectors = [_add_neighbours(emit, vectors[0], None)]
-        lanes_per_total //= 2
+            vectors = [_add_neighbours(emit, vectors[0], None, unit, vectors[0].type.count)]
+        added *= 2
     return vectors[0]
 
 
-def _add_neighbours(emit: Emitter, a: Any, b: Any | None) -> Any:
-    """Return a[0] + a[1], a[2] + a[3], ..., then the same of b."""
-    n = a.type.count * (1 if b is None else 2)
-    index = ir.VectorType(ir.IntType(32), n // 2)
+def _add_neighbours(emit: Emitter, a: Any, b: Any | None, unit: int, chunk: int) -> Any:
+    """Add, of every `chunk` lanes, even units to odd ones: those of a, then those of b."""
+    n, sources = a.type.count, [0] if b is None else [0, a.type.count]
     even, odd = (
-        emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, list(range(first, n, 2))))
-        for first in (0, 1)
+        [
+            start + source + u + i
+            for start in range(0, n, chunk)
+            for source in sources
+            for u in range(first, chunk, 2 * unit)
+            for i in range(unit)
+        ]
+        for first in (0, unit)
     )
-    return emit.builder.fadd(even, odd)
+    index = ir.VectorType(ir.IntType(32), len(even))
+    parts = [emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, lanes)) for lanes in (even, odd)]
+    return emit.builder.fadd(*parts)
 
 
 @intrinsic

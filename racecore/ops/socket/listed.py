@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from racecore.jit import helper
 from racecore.ops import processor
 from racecore.ops.narrow import load_widened_pairs
-from racecore.ops.tiles import Emitter, totals
+from racecore.ops.tiles import Emitter, store_totals
 from racecore.ops.vectors import VECTOR_BYTES
 
 __all__ = ["CAN_DOT", "Lists", "Matrix", "accumulate_listed", "dot_listed", "paired_column", "project_listed"]
@@ -83,8 +83,7 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
             steps = [ir.Constant(emit.word, VECTOR_BYTES * per_line)] + [line] * 8
             starts = [*_four(emit, rows, base), *_four(emit, ahead, ahead_base)]
             sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], steps, step)
-            for r in range(n_queries):
-                emit.store(totals(emit, sums[4 * r : 4 * r + 4]), emit.address(c, emit.times(c_row, r)))
+            store_totals(emit, sums, 4, c, c_row)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), code
@@ -123,10 +122,7 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             line = ir.Constant(emit.word, VECTOR_BYTES)
             sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], [line] * 9, step)
-            for r in range(n_queries):
-                values = totals(emit, sums[4 * r : 4 * r + 4])
-                values = builder.fmul(values, emit.splat(scale, values.type))
-                emit.store(values, emit.address(c, emit.times(c_row, r)))
+            store_totals(emit, sums, 4, c, c_row, scale)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9, types.float32), code
