@@ -26,9 +26,10 @@ from racecore.jit import helper, inlined
 
 __all__ = [
     "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "bits_of", "copy", "exp_by_lanes",
-    "float_of", "floor", "fma", "highest",
-    "lanes", "load", "load_rounded", "load_vector", "maximum", "power_of_two", "select", "spread",
-    "store", "store_vector", "tanh_by_lanes", "total", "widen_add",
+    "first_interleaved", "float_of", "floor", "fma", "highest",
+    "lanes", "load", "load_number", "load_rounded", "load_vector", "maximum", "power_of_two", "scale_add",
+    "second_interleaved", "select", "size_of", "spread",
+    "store", "store_number", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
 
 VECTOR_BYTES = 64
@@ -97,6 +98,28 @@ def store_vector(typing_context, value, address):
 
 
 @intrinsic
+def load_number(typing_context, address, like):
+    """Return the number at an address, of the type of `like`."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], arguments[1].type.as_pointer()))
+
+    return like(types.int64, like), code
+
+
+@intrinsic
+def store_number(typing_context, value, address, like):
+    """Write a number to an address, as one of the type of `like`."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.cast(builder, arguments[0], value, like)
+        builder.store(number, builder.inttoptr(arguments[1], number.type.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(value, types.int64, like), code
+
+
+@intrinsic
 def float_of(typing_context, bits):
     """Return the float32 of the lowest 32 bits."""
 
@@ -117,17 +140,30 @@ def bits_of(typing_context, number):
 
 
 @intrinsic
+def size_of(typing_context, like):
+    """Return the bytes of a number of the type of `like`."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), like.bitwidth // 8)
+
+    return types.int64(like), code
+
+
+@intrinsic
 def spread(typing_context, number):
     """Return a vector with the same number in every lane."""
     kind = Vector(number)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        undefined = ir.Constant(context.get_value_type(kind), ir.Undefined)
-        one = builder.insert_element(undefined, arguments[0], ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), [0] * kind.lanes)
-        return builder.shuffle_vector(one, undefined, zeros)
+        return _in_every_lane(builder, arguments[0], context.get_value_type(kind))
 
     return kind(number), code
+
+
+def _in_every_lane(builder: Any, number: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return _picked(builder, one, undefined, [0] * kind.count)
 
 
 @inlined
@@ -324,6 +360,41 @@ def widen_add(typing_context, a, address):
         return context.get_dummy_value()
 
     return types.void(a, types.int64), code
+
+
+@intrinsic
+def scale_add(typing_context, address, past, a, present):
+    """Let the float64 numbers from an address on be `past` times what they are, plus `present` times the lanes."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, past, value, present = arguments
+        kind = ir.VectorType(ir.DoubleType(), a.lanes)
+        pointer = builder.inttoptr(address, kind.as_pointer())
+        wide = builder.fpext(value, kind) if a.element == types.float32 else value
+        old = builder.fmul(builder.load(pointer, align=8), _in_every_lane(builder, past, kind), flags=_FUSE)
+        new = builder.fmul(wide, _in_every_lane(builder, present, kind), flags=_FUSE)
+        added = builder.fadd(old, new, flags=_FUSE)
+        builder.store(added, pointer, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64, a, types.float64), code
+
+
+def _interleaved(half: int) -> Any:
+    """Return an intrinsic for the first or the second lanes of two vectors: even[0], odd[0], even[1], ..."""
+
+    @intrinsic
+    def interleaved(typing_context, even, odd):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            n = even.lanes
+            return _picked(builder, arguments[0], arguments[1], [n // 2 * half + i // 2 + n * (i % 2) for i in range(n)])
+
+        return even(even, odd), code
+
+    return interleaved
+
+
+first_interleaved, second_interleaved = _interleaved(0), _interleaved(1)
 
 
 @intrinsic

@@ -23,7 +23,7 @@ from racecore.ops.socket.listed import (
     paired_column,
     project_listed,
 )
-from racecore.ops.socket.running import flush, highest_logit, raise_peak, turn_into_weights
+from racecore.ops.socket.running import RowSums, flush, weigh_row
 from racecore.ops.tiles import prefetch
 from racecore.ops.vectors import VECTOR_BYTES
 from racecore.plan import SEGMENT
@@ -46,6 +46,14 @@ class ListedSums(NamedTuple):
     weight: np.ndarray
     sums: np.ndarray  # [tiles, R, V]
     rows: np.ndarray  # int64 [tiles, LISTS, 2, 64]: lists of addresses of keys and values
+
+
+class Tile(NamedTuple):
+    """Addresses of the scratch of one tile."""
+
+    q: Matrix
+    c: Matrix
+    sums: RowSums  # of the first row
 
 
 @helper
@@ -101,7 +109,7 @@ def attend_listed(table, places, selected, ends, shape, s, out):
     places [tiles, 3] are sequences, rows of selected [B, ., W] (W = 0: all tokens) and key/value heads; shape = (heads of a
     tile, V).
     """
-    n_heads, value_dim = shape
+    (n_heads, value_dim), dots = shape, dots_bfloat16(table)
     if selected.shape[2] == 0:
         _list_a_block(table, places, selected, s.rows)
     for segment in range(ends[0], ends[1], SEGMENT):
@@ -114,26 +122,32 @@ def attend_listed(table, places, selected, ends, shape, s, out):
                     keys, values = _run_of_tokens(table, places, selected, j, t, ends[1], s.rows)
                 else:
                     keys, values = _chosen_tokens(table, places, selected, j, t, ends, s)
-                _add_block(table, j, min(LISTED, ends[1] - t), n_heads, keys, values, s)
+                _add_block(_tile_of(s, j), min(LISTED, ends[1] - t), n_heads, keys, values, dots, s.scale)
         for j in range(places.shape[0]):
             flush(n_heads, value_dim, is_narrow(table, VALUE), s.peak[j], s.weight[j], s.sums[j], out[j])
 
 
 @helper
-def _add_block(table, j, n, n_heads, keys, values, s):
-    """Add n tokens to the sums of tile j."""
-    n_most, wide_d, wide_v = s.q.shape[1], s.q.shape[2], s.sums.shape[2]
-    c, q = Matrix(s.c.ctypes.data, s.c.shape[1]), Matrix(s.q.ctypes.data + 4 * j * n_most * wide_d, wide_d)
-    if dots_bfloat16(table):
-        dot_listed(q, keys, n_heads, n, c, s.scale)
+def _tile_of(s, j):
+    """Return the addresses of tile j."""
+    wide_d, wide_v, first = s.q.shape[2], s.sums.shape[2], j * s.q.shape[1]  # its first row
+    q, c = Matrix(s.q.ctypes.data + 4 * first * wide_d, wide_d), Matrix(s.c.ctypes.data, s.c.shape[1])
+    values = s.sums.ctypes.data + 4 * first * wide_v
+    return Tile(q, c, RowSums(s.peak.ctypes.data + 4 * first, s.weight.ctypes.data + 4 * first, values, wide_v))
+
+
+@helper
+def _add_block(tile, n, n_heads, keys, values, dots, scale):
+    """Add n tokens to the sums of a tile. With `dots`, queries are bfloat16, see `dots_bfloat16`."""
+    if dots:
+        dot_listed(tile.q, keys, n_heads, n, tile.c, scale)
     else:
-        project_listed(q, keys, n_heads, n, c)
+        project_listed(tile.q, keys, n_heads, n, tile.c)
+    sums = tile.sums
     for r in range(n_heads):
-        top = highest_logit(s.c, r, n)
-        if not top <= s.peak[j, r]:
-            raise_peak(r, top, s.peak[j], s.weight[j], s.sums[j])
-        s.weight[j, r] += turn_into_weights(s.c, r, n, s.peak[j, r])
-    accumulate_listed(c, values, n_heads, n, Matrix(s.sums.ctypes.data + 4 * j * n_most * wide_v, wide_v))
+        row = RowSums(sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width)
+        weigh_row(tile.c.address + 4 * r * tile.c.row, n, tile.c.row, row, np.float32(0))
+    accumulate_listed(tile.c, values, n_heads, n, Matrix(sums.values, sums.width))
 
 
 @helper

@@ -1,21 +1,46 @@
 """Running sums of a softmax: the largest logit, the sum of weights relative to it, and the weighted sum of values, by row.
 
 Within a segment they are of the dtype of the arithmetic, and `flush` adds them to float64 sums [R, 2 + V]: peak, weight, values.
+
+What is done for every block takes addresses: an array as an argument has its references counted, which takes longer than a row
+of a block does. `like` is any number of the dtype of the arithmetic; rows are whole vectors.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore.jit import helper
 from racecore.ops.elementary import exp_of_nonpositive
-from racecore.ops.socket.listed import paired_column
-from racecore.ops.vectors import highest, lanes, load, maximum, spread, store, total
+from racecore.ops.vectors import (
+    VECTOR_BYTES,
+    first_interleaved,
+    highest,
+    load_number,
+    load_vector,
+    maximum,
+    scale_add,
+    second_interleaved,
+    size_of,
+    spread,
+    store_number,
+    store_vector,
+    total,
+)
 
-__all__ = ["clear", "flush", "highest_logit", "raise_peak", "turn_into_weights"]
+__all__ = ["RowSums", "clear", "flush", "weigh_row"]
+
+
+class RowSums(NamedTuple):
+    """Addresses of the sums of a row."""
+
+    peak: Any
+    weight: Any
+    values: Any
+    width: Any  # of the values, padded
 
 
 @helper
@@ -28,48 +53,52 @@ def clear(out: np.ndarray) -> None:
 
 
 @helper
-def highest_logit(c: np.ndarray, r: int, n: int) -> Any:
-    """Return the largest of c[r, :n]; the rest of the block becomes minus infinity."""
-    for i in range(n, c.shape[1]):
-        c[r, i] = -np.inf
-    best = load(c, r, 0)
-    for i in range(lanes(c), c.shape[1], lanes(c)):
-        best = maximum(best, load(c, r, i))
-    return highest(best)
+def weigh_row(c: int, n: int, room: int, sums: RowSums, like: Any) -> None:
+    """Turn n logits into weights relative to the largest one so far, and add those to the row's weight.
 
-
-@helper
-def turn_into_weights(c: np.ndarray, r: int, n: int, peak: Any) -> Any:
-    """Turn logits c[r, :n] into weights relative to a peak, the rest of the block into 0; return their sum."""
+    Of the `room` of the block, what is behind the logits becomes 0.
+    """
+    end = c + size_of(like) * room
+    for i in range(n, room):
+        store_number(-np.inf, c + size_of(like) * i, like)
+    best = load_vector(c, like)
+    for place in range(c + VECTOR_BYTES, end, VECTOR_BYTES):
+        best = maximum(best, load_vector(place, like))
+    top, peak = highest(best), load_number(sums.peak, like)
+    if not top <= peak:
+        _raise_peak(top, peak, sums, like)
+        peak = top
     base = spread(peak)
     added = base - base
-    for i in range(0, c.shape[1], lanes(c)):
-        share = exp_of_nonpositive(load(c, r, i) - base)
-        store(c, r, i, share)
+    for place in range(c, end, VECTOR_BYTES):
+        share = exp_of_nonpositive(load_vector(place, like) - base)
+        store_vector(share, place)
         added = added + share
-    if n < c.shape[1]:
+    if n < room:
         added = base - base
-        for i in range(n, c.shape[1]):
-            c[r, i] = 0
-        for i in range(0, c.shape[1], lanes(c)):
-            added = added + load(c, r, i)
-    return total(added)
+        for i in range(n, room):
+            store_number(0, c + size_of(like) * i, like)
+        for place in range(c, end, VECTOR_BYTES):
+            added = added + load_vector(place, like)
+    store_number(load_number(sums.weight, like) + total(added), sums.weight, like)
 
 
 @helper
-def raise_peak(r: int, top: Any, peak: np.ndarray, weight: np.ndarray, sums: np.ndarray) -> None:
-    """Let what row r has been summed to be relative to a new largest logit."""
-    if weight[r] > 0:
-        factor = sums.dtype.type(math.exp(peak[r] - top))
-        weight[r] *= factor
-        for d in range(sums.shape[1]):
-            sums[r, d] *= factor
-    peak[r] = top
+def _raise_peak(top: Any, peak: Any, sums: RowSums, like: Any) -> None:
+    """Let what a row has been summed to be relative to a new largest logit."""
+    weight = load_number(sums.weight, like)
+    if weight > 0:
+        factor = math.exp(peak - top)
+        store_number(weight * factor, sums.weight, like)
+        for place in range(sums.values, sums.values + size_of(like) * sums.width, VECTOR_BYTES):
+            store_vector(load_vector(place, like) * spread(factor), place)
+    store_number(top, sums.peak, like)
 
 
 @helper
 def flush(n_rows, width, is_paired, peak, weight, sums, out):
     """Add a segment to the float64 sums out [R, 2 + V]. If `is_paired`, columns of `sums` are in paired order, see `listed`."""
+    like, whole = sums.dtype.type(0), VECTOR_BYTES // sums.itemsize
     for r in range(n_rows):
         if weight[r] == 0:
             continue
@@ -79,6 +108,14 @@ def flush(n_rows, width, is_paired, peak, weight, sums, out):
         present = math.exp(new - top)
         out[r, 0] = top
         out[r, 1] = out[r, 1] * past + np.float64(weight[r]) * present
-        for d in range(width):
-            column = 2 + (paired_column(d) if is_paired else d)
-            out[r, column] = out[r, column] * past + np.float64(sums[r, d]) * present
+        source, target, d = sums[r].ctypes.data, out[r, 2:].ctypes.data, 0
+        while is_paired and d < width:
+            even, odd = load_vector(source, like), load_vector(source + VECTOR_BYTES, like)
+            scale_add(target, past, first_interleaved(even, odd), present)
+            scale_add(target + 8 * whole, past, second_interleaved(even, odd), present)
+            source, target, d = source + 2 * VECTOR_BYTES, target + 16 * whole, d + 2 * whole
+        while d + whole <= width:
+            scale_add(target, past, load_vector(source, like), present)
+            source, target, d = source + VECTOR_BYTES, target + 8 * whole, d + whole
+        for i in range(d, width):
+            out[r, 2 + i] = out[r, 2 + i] * past + np.float64(sums[r, i]) * present

@@ -38,7 +38,8 @@ from racecore.ops.socket.one_query import (
     can_attend_listed,
     scale_of,
 )
-from racecore.ops.socket.running import clear, flush, highest_logit, raise_peak, turn_into_weights
+from racecore.ops.socket.running import RowSums, clear, flush, weigh_row
+from racecore.ops.vectors import at
 from racecore.plan import BLOCK, SEGMENT, TOKENS
 
 __all__ = ["ROWS", "AttendCall", "attend_shares", "join_shares"]
@@ -176,12 +177,9 @@ def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
     is_whole = _seen(call, tile, 0) - t >= n  # the first row sees the fewest
     for r in range(n_rows):
         seen = n if is_whole else min(n, _seen(call, tile, r) - t)
-        top = highest_logit(c, r, max(seen, 0))
-        if seen <= 0:
-            continue
-        if not top <= peak[r]:
-            raise_peak(r, top, peak, weight, sums)
-        weight[r] += turn_into_weights(c, r, seen, peak[r])
+        if seen > 0:
+            of_row = RowSums(peak[r:].ctypes.data, weight[r:].ctypes.data, at(sums, r, 0), sums.shape[1])
+            weigh_row(at(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
     return is_whole
 
 
