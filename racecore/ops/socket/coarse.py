@@ -25,7 +25,7 @@ from racecore.ops import processor
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.lookup import norms_of
 from racecore.ops.tiles import Emitter
-from racecore.ops.vectors import at, load_vector, spread, store_vector
+from racecore.ops.vectors import at, highest, lanes, load_vector, maximum, spread, store_vector
 
 __all__ = ["CoarseCall", "can_bound", "fill_coarse", "fits", "new_call", "overflows", "score_coarse"]
 
@@ -216,10 +216,13 @@ def _size(digits: np.ndarray, multiplies: bool) -> float:
 
 @helper
 def _range(worth: np.ndarray) -> tuple[Any, Any]:
-    low, high = worth[0], worth[0]
-    for code in range(1, _CODES):
-        low, high = min(low, worth[code]), max(high, worth[code])
-    return low, high
+    zero = spread(np.float32(0))
+    high = load_vector(worth.ctypes.data, np.float32(0))
+    low = zero - high
+    for code in range(lanes(worth), _CODES, lanes(worth)):
+        value = load_vector(worth.ctypes.data + 4 * code, np.float32(0))
+        low, high = maximum(low, zero - value), maximum(high, value)
+    return -highest(low), highest(high)
 
 
 @helper
@@ -227,10 +230,27 @@ def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -
     """Write the 14 bits of every number, seven to each plane."""
     per_step = np.float32(1) / step
     for table in range(planes.shape[0]):
-        for code in range(_CODES):
-            whole = np.int32((worth[table, code] - lows[table]) * per_step + np.float32(0.5))
-            planes[table, 0, code] = np.uint8(whole >> 7)
-            planes[table, 1, code] = np.uint8(whole & 127)
+        low, place = spread(lows[table]), planes[table].ctypes.data
+        for code in range(0, _CODES, lanes(worth)):
+            value = load_vector(at(worth, table, code), np.float32(0)) - low
+            _store_halves(value * spread(per_step) + spread(np.float32(0.5)), place + code, place + _CODES + code)
+
+
+@intrinsic
+def _store_halves(typing_context, value, high, low):
+    """Cut off what is behind the point, and write the bits above the lowest seven of every lane to bytes, and those seven."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words, size = ir.VectorType(ir.IntType(32), value.lanes), ir.VectorType(ir.IntType(8), value.lanes)
+        whole, seven, mask = (
+            builder.fptosi(arguments[0], words),
+            *(ir.Constant(words, [n] * value.lanes) for n in (7, 127)),
+        )
+        for part, address in ((builder.lshr(whole, seven), arguments[1]), (builder.and_(whole, mask), arguments[2])):
+            builder.store(builder.trunc(part, size), builder.inttoptr(address, size.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(value, types.int64, types.int64), code
 
 
 @kernel

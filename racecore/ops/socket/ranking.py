@@ -220,14 +220,15 @@ def limit_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     lowest, highest = keys[0], keys[0]
     for i in range(1, n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
-    # keys are lowest + something below 2^bits: find it digit by digit, from the most significant down
+    # keys are lowest + something below 2^bits: find it digit by digit, from the most significant down; all digits but the last
+    # are whole, so that the first one already tells keys apart
     bits = 0
     while bits < 64 and (np.uint64(highest - lowest) >> np.uint64(bits)) > 0:
-        bits += _RADIX_BITS
+        bits += 1
     counts, largest = np.empty(1 << _RADIX_BITS, np.int64), np.uint64(0xFFFFFFFFFFFFFFFF)
     left = np.int64(rank)
     while bits > 0:
-        bits -= _RADIX_BITS
+        bits = max(bits - _RADIX_BITS, 0)
         shift = np.uint64(bits)
         counts[:] = 0
         for i in range(n):

@@ -116,8 +116,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
     """Write tables [B, H, L, N, 16]; tasks are a key/value head of a sequence each."""
     dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
     group = tables.shape[1] // call.n_kv_heads
-    x = matrices(1, TOKENS, width, dtype)[0]
-    u = matrices(3, n_rows, TOKENS, dtype)
+    x, u = matrices(1, min(group, TOKENS), width, dtype)[0], matrices(3, min(group, TOKENS), padded(n_rows), dtype)
     keep = np.ones(BLOCK, np.float64)
     clear_columns(x, call.head_dim)
     for task in range(first, last):
@@ -127,35 +126,35 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
             n = min(BLOCK, group - i0)
             for i in range(n):
                 load(call.table, QUERY, (b, 0, g * group + i0 + i), 1, call.head_dim, x[i : i + 1], keep)
-            project(call.planes[own], source_of(x), n_rows, n, u[0], NOTHING)
-            _worth_of_bits(u, n, call.kind, dtype.type(call.factor))
+            project(x, source_of(call.planes[own]), n, n_rows, u[0], NOTHING)
+            _worth_of_bits(u, n, n_rows, call.kind, dtype.type(call.factor))
             for i in range(n):
-                _fill_digits(u[1], u[2], i, call.kind, tables[b, g * group + i0 + i])
+                _fill_digits(u[1, i, :n_rows], u[2, i, :n_rows], call.kind, tables[b, g * group + i0 + i])
 
 
 @helper
-def _worth_of_bits(u: np.ndarray, n: int, kind: int, factor: Any) -> None:
-    """Given projections u[0], write what a set bit of a key is worth to u[1], an unset one to u[2]."""
+def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -> None:
+    """Given projections u[0] [n, L*P], write what a set bit of a key is worth to u[1], an unset one to u[2]."""
     one = spread(u.dtype.type(1))
-    for r in range(u.shape[1]):
+    for i in range(n):
         if kind == _SOFT:
-            for c in range(0, n, lanes(u)):
-                high, low = sigmoids(tanh(load_vector(u[0], r, c)) * spread(factor), one)
-                store(u[1], r, c, high)
-                store(u[2], r, c, low)
+            for c in range(0, n_rows, lanes(u)):
+                high, low = sigmoids(tanh(load_vector(u[0], i, c)) * spread(factor), one)
+                store(u[1], i, c, high)
+                store(u[2], i, c, low)
         else:
-            for i in range(n):
-                x = u[0, r, i]
+            for r in range(n_rows):
+                x = u[0, i, r]
                 if kind == _HAMMING:
-                    u[1, r, i] = 1 if x >= 0 else 0
-                    u[2, r, i] = 1 if x < 0 else 0
+                    u[1, i, r] = 1 if x >= 0 else 0
+                    u[2, i, r] = 1 if x < 0 else 0
                 else:
-                    u[1, r, i], u[2, r, i] = x, -x
+                    u[1, i, r], u[2, i, r] = x, -x
 
 
 @helper
-def _fill_digits(one: np.ndarray, zero: np.ndarray, i: int, kind: int, tables: np.ndarray) -> None:
-    """Fill tables [L, N, 16] of one query from column i of what bits are worth [L*P, .]; bits beyond P are worth nothing."""
+def _fill_digits(one: np.ndarray, zero: np.ndarray, kind: int, tables: np.ndarray) -> None:
+    """Fill tables [L, N, 16] of one query from what its bits are worth [L*P]; bits beyond P are worth nothing."""
     n_tables, n_digits = tables.shape[0], tables.shape[1]
     n_planes = one.shape[0] // n_tables
     multiplies = kind == _SOFT
@@ -170,9 +169,9 @@ def _fill_digits(one: np.ndarray, zero: np.ndarray, i: int, kind: int, tables: n
                     if bit >= n_planes:
                         entries[j + size] = entries[j]
                     elif multiplies:
-                        entries[j + size], entries[j] = entries[j] * one[row, i], entries[j] * zero[row, i]
+                        entries[j + size], entries[j] = entries[j] * one[row], entries[j] * zero[row]
                     else:
-                        entries[j + size], entries[j] = entries[j] + one[row, i], entries[j] + zero[row, i]
+                        entries[j + size], entries[j] = entries[j] + one[row], entries[j] + zero[row]
                 size *= 2
 
 
