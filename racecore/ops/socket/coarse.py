@@ -55,7 +55,7 @@ def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
     """Tell whether coarse scores are possible and pay, on this processor."""
     n_tables = tables.shape[2]
     fits = tables.dtype == np.float32 and high_bits == 0 and n_tables <= _MOST_TABLES and n_tables % 2 == 0
-    return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi") and bool(np.isfinite(tables).all())
+    return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi")
 
 
 def _pick(builder: Any, table: list[Any], codes: Any) -> Any:
@@ -158,7 +158,7 @@ def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.n
 
 
 def overflows(call: CoarseCall) -> bool:
-    """Tell whether scores are so large that bounds of them could be infinite."""
+    """Tell whether scores are so large that bounds of them could be infinite, or are not finite at all."""
     return not bool((call.numbers[:, 3] < _LARGEST).all())
 
 
@@ -207,11 +207,12 @@ def _add_table(digits: np.ndarray, multiplies: bool, worth: np.ndarray) -> None:
 
 @helper
 def _size(digits: np.ndarray, multiplies: bool) -> float:
-    """Return a bound of what a table says."""
-    low, high = 0.0, 0.0
+    """Return a bound of what a table says, NaN where a number is not finite."""
+    low, high, nothing = 0.0, 0.0, 0.0
     for i in range(digits.shape[1]):
         low, high = max(low, abs(np.float64(digits[0, i]))), max(high, abs(np.float64(digits[1, i])))
-    return low * high if multiplies else low + high
+        nothing += np.float64(digits[0, i]) * 0 + np.float64(digits[1, i]) * 0
+    return (low * high if multiplies else low + high) + nothing
 
 
 @helper
