@@ -112,8 +112,21 @@ def test_bounds_are_used_where_they_help_and_only_there():
     assert not coarse.can_bound(tables, layout.high_bits(9), T)  # codes of more than a byte
     assert not coarse.can_bound(tables[:, :, :5], layout.high_bits(8), T)  # tables come in pairs
     assert not coarse.can_bound(tables.astype(np.float64), layout.high_bits(8), T)
-    tables[0, 0, 0, 0, 0] = np.nan
-    assert not coarse.can_bound(tables, layout.high_bits(8), T)
+
+
+@pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("digit", [0, 1])
+def test_what_is_not_finite_is_left_to_exact_scores(number, digit, whole_heads, monkeypatch):
+    tables, keys, multiplies = make("soft")
+    tables[1, H - 1, 3, digit, 7] = number
+    answers, decide = [], cpu._select_by_bounds
+    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
+    monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
+    selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
+    assert answers == [False]
+    monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: False)
+    np.testing.assert_array_equal(selected, cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True))
 
 
 @pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])

@@ -32,7 +32,7 @@ from racecore.ops.narrow import (
     to_half,
 )
 from racecore.ops.products import Ahead, Rows, Source, rows_of, source_of
-from racecore.ops.vectors import load_vector, store_vector
+from racecore.ops.vectors import load_number, load_vector, store_number, store_vector
 from racecore.plan import BLOCK
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "ask_for_row",
     "can_list",
     "describe",
+    "first_row",
     "is_narrow",
     "list_rows",
     "load",
@@ -224,24 +225,25 @@ def ask_for_row(address: int, n_bytes: int) -> None:
 
 
 @helper
-def list_rows(
-    table: np.ndarray, line: int, place: Any, tokens: np.ndarray, first: int, n: int, rows: np.ndarray, at: Any
-) -> None:
-    """Write the addresses of n rows (b, tokens[b, r, first + i], h) to rows[at], or (b, first + i, h) if there are no tokens.
+def list_rows(start: int, step: int, tokens: int, n: int, room: int, rows: int) -> None:
+    """Write the addresses of n rows to the list at address `rows`: start + step * i, or start + step * tokens[i].
 
-    place = (b, r, h). The last address is repeated, so that lists are full.
+    Tokens are int64 at an address, 0: there are none. The last row is repeated, so that the list is full.
     """
-    b, r, h = place
-    j, k, m = at
-    start, step = _address(table, line, (b, 0, h)), row_bytes(table, line)
-    if tokens.shape[2] > 0:
-        for i in range(n):
-            rows[j, k, m, i] = start + step * tokens[b, r, first + i]
-    else:
-        for i in range(n):
-            rows[j, k, m, i] = start + step * (first + i)
-    for i in range(n, rows.shape[3]):
-        rows[j, k, m, i] = rows[j, k, m, n - 1]
+    like, whole = np.int64(0), n // LANES * LANES if tokens != 0 else 0
+    for i in range(0, whole, LANES):
+        tiles.scale_words(tokens + 8 * i, step, start, rows + 8 * i)
+    for i in range(whole, n):
+        token = load_number(tokens + 8 * i, like) if tokens != 0 else i
+        store_number(start + step * token, rows + 8 * i, like)
+    for i in range(n, room):
+        store_number(load_number(rows + 8 * (n - 1), like), rows + 8 * i, like)
+
+
+@helper
+def first_row(table: np.ndarray, line: int, b: int, h: int) -> int:
+    """Return the address of row (b, 0, h)."""
+    return _address(table, line, (b, 0, h))
 
 
 @helper

@@ -46,6 +46,7 @@ __all__ = [
     "outer_8x2_narrow",
     "outer_8xhalf",
     "prefetch",
+    "scale_words",
     "store_totals",
     "stream_row",
     "transpose",
@@ -323,6 +324,21 @@ def _add_neighbours(emit: Emitter, a: Any, b: Any | None, unit: int, chunk: int)
     index = ir.VectorType(ir.IntType(32), len(even))
     parts = [emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, lanes)) for lanes in (even, odd)]
     return emit.builder.fadd(*parts)
+
+
+@intrinsic
+def scale_words(typing_context, words, factor, offset, out):
+    """Write 16 int64, offset + factor * words[i], all given by addresses."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words, factor, offset, out = arguments
+        emit = Emitter(builder, ir.FloatType())
+        kind = ir.VectorType(emit.word, 16)
+        value = builder.mul(builder.load(builder.inttoptr(words, kind.as_pointer()), align=8), emit.splat(factor, kind))
+        builder.store(builder.add(value, emit.splat(offset, kind)), builder.inttoptr(out, kind.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
 
 
 @intrinsic

@@ -47,6 +47,13 @@ def _four(emit: Emitter, addresses: Any, base: Any) -> list[Any]:
     return [emit.builder.add(base, emit.load(place, emit.word)) for place in places]
 
 
+def _ask_for_ends(emit: Emitter, starts: list[Any], lines: Any) -> None:
+    """Ask for the last bytes of rows of so many lines: in NumPy's large arrays rows begin within a line, and end in one more."""
+    last = emit.builder.sub(emit.builder.mul(lines, ir.Constant(emit.word, VECTOR_BYTES)), ir.Constant(emit.word, 1))
+    for start in starts:
+        emit.prefetch(emit.builder.add(start, last))
+
+
 def _dot_tile(n_queries: int, narrow: bool) -> Any:
     """Return a tile of dot products of `n_queries` float32 rows with four listed rows. In plain Python::
 
@@ -82,6 +89,7 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
             line = ir.Constant(emit.word, VECTOR_BYTES)
             steps = [ir.Constant(emit.word, VECTOR_BYTES * per_line)] + [line] * 8
             starts = [*_four(emit, rows, base), *_four(emit, ahead, ahead_base)]
+            _ask_for_ends(emit, starts[4:], lines)
             sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], steps, step)
             store_totals(emit, sums, 4, c, c_row)
             return context.get_dummy_value()
@@ -121,6 +129,7 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
             starts = [*_four(emit, rows, base), *_four(emit, ahead, ahead_base)]
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             line = ir.Constant(emit.word, VECTOR_BYTES)
+            _ask_for_ends(emit, starts[4:], lines)
             sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], [line] * 9, step)
             store_totals(emit, sums, 4, c, c_row, scale)
             return context.get_dummy_value()
@@ -152,8 +161,10 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 row = [vector for line in lines_of(addresses[1], base) for vector in _load_line(emit, line, narrow)]
-                for line in lines_of(addresses[2], ahead_base):
+                asked = lines_of(addresses[2], ahead_base)
+                for line in asked:
                     emit.prefetch(line)
+                _ask_for_ends(emit, asked[-1:], ir.Constant(emit.word, 1))
                 new = []
                 for r in range(n_queries):
                     factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(c_row, r)), emit.element))

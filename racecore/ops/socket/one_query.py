@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.jit import helper
-from racecore.ops.blocks import KEY, QUERY, VALUE, ask_for_row, can_list, is_narrow, list_rows, row_bytes
+from racecore.ops.blocks import KEY, QUERY, VALUE, ask_for_row, can_list, first_row, is_narrow, list_rows, row_bytes
 from racecore.ops.socket.listed import (
     CAN_DOT,
     Lists,
@@ -24,8 +24,7 @@ from racecore.ops.socket.listed import (
     project_listed,
 )
 from racecore.ops.socket.running import RowSums, flush, weigh_row
-from racecore.ops.tiles import prefetch
-from racecore.ops.vectors import VECTOR_BYTES
+from racecore.ops.vectors import load_number
 from racecore.plan import SEGMENT
 
 __all__ = ["LISTED", "LISTS", "ListedSums", "arrange_queries", "attend_listed", "can_attend_listed", "scale_of"]
@@ -49,11 +48,26 @@ class ListedSums(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Addresses of the scratch of one tile."""
+    """A tile by addresses: arrays as arguments have their references counted, which takes longer than a row of a block does."""
 
     q: Matrix
     c: Matrix
     sums: RowSums  # of the first row
+    scale: Any
+    dots: bool  # see `dots_bfloat16`
+    n_heads: int
+    n_rows: int  # of scratch, for a tile
+
+
+class Rows(NamedTuple):
+    """Where keys and values are."""
+
+    lists: Any  # address of ListedSums.rows
+    tokens: Any  # address of a list of tokens, 0: all of them
+    starts: Any  # addresses of the first token's key and value
+    steps: Any  # bytes from a token to the next, of keys and of values
+    n_bytes: Any  # of a row
+    narrow: bool  # rows are bfloat16
 
 
 @helper
@@ -107,112 +121,137 @@ def attend_listed(table, places, selected, ends, shape, s, out):
     """Add tokens ends[0] ... ends[1] - 1, or these places of lists of tokens, to float64 sums out [tiles, R, 2 + V].
 
     places [tiles, 3] are sequences, rows of selected [B, ., W] (W = 0: all tokens) and key/value heads; shape = (heads of a
-    tile, V).
+    tile, V). If tokens are selected, there is one tile.
     """
-    (n_heads, value_dim), dots = shape, dots_bfloat16(table)
-    if selected.shape[2] == 0:
-        _list_a_block(table, places, selected, s.rows)
+    n_heads, value_dim = shape
+    rows = _rows_of(table, places, selected, s)
+    tile = Tile(_matrix(s.q), _matrix(s.c), _sums(s), s.scale, dots_bfloat16(table), n_heads, s.q.shape[1])
+    if rows.tokens == 0:
+        _list_a_block(table, places, rows, s.rows)
     for segment in range(ends[0], ends[1], SEGMENT):
+        last = min(segment + SEGMENT, ends[1])
         s.peak[:] = -np.inf
         s.weight[:] = 0
         s.sums[:] = 0
-        for t in range(segment, min(segment + SEGMENT, ends[1]), LISTED):
-            for j in range(places.shape[0]):  # neighbouring heads are neighbours in memory
-                if selected.shape[2] == 0:
-                    keys, values = _run_of_tokens(table, places, selected, j, t, ends[1], s.rows)
-                else:
-                    keys, values = _chosen_tokens(table, places, selected, j, t, ends, s)
-                _add_block(_tile_of(s, j), min(LISTED, ends[1] - t), n_heads, keys, values, dots, s.scale)
+        if rows.tokens == 0:
+            _add_run(rows, segment, last, places.shape[0], tile)
+        else:
+            _add_chosen(rows, segment, last, ends, tile)
         for j in range(places.shape[0]):
             flush(n_heads, value_dim, is_narrow(table, VALUE), s.peak[j], s.weight[j], s.sums[j], out[j])
 
 
 @helper
-def _tile_of(s, j):
-    """Return the addresses of tile j."""
-    wide_d, wide_v, first = s.q.shape[2], s.sums.shape[2], j * s.q.shape[1]  # its first row
-    q, c = Matrix(s.q.ctypes.data + 4 * first * wide_d, wide_d), Matrix(s.c.ctypes.data, s.c.shape[1])
-    values = s.sums.ctypes.data + 4 * first * wide_v
-    return Tile(q, c, RowSums(s.peak.ctypes.data + 4 * first, s.weight.ctypes.data + 4 * first, values, wide_v))
+def _matrix(x):
+    """Return the rows of a scratch array, of the first matrix if there are several."""
+    return Matrix(x.ctypes.data, x.shape[x.ndim - 1])
 
 
 @helper
-def _add_block(tile, n, n_heads, keys, values, dots, scale):
-    """Add n tokens to the sums of a tile. With `dots`, queries are bfloat16, see `dots_bfloat16`."""
+def _sums(s):
+    return RowSums(s.peak.ctypes.data, s.weight.ctypes.data, s.sums.ctypes.data, s.sums.shape[2])
+
+
+@helper
+def _rows_of(table, places, selected, s):
+    """Return where rows are: of the first tile."""
+    b, r, g = places[0]
+    tokens = selected[b, r].ctypes.data if selected.shape[2] > 0 else 0
+    steps, narrow = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_narrow(table, KEY)
+    starts = (first_row(table, KEY, b, g), first_row(table, VALUE, b, g))
+    size = 2 if narrow else 4
+    return Rows(s.rows.ctypes.data, tokens, starts, steps, (size * s.q.shape[2], size * s.sums.shape[2]), narrow)
+
+
+@helper
+def _add_run(rows, first, last, n_tiles, tile):
+    """Add tokens first ... last - 1 to all tiles, block by block: neighbouring heads are neighbours in memory."""
+    for t in range(first, last, LISTED):
+        n, ahead = min(LISTED, last - t), (rows.steps[0] * (t + LISTED), rows.steps[1] * (t + LISTED))
+        for j in range(n_tiles):
+            this, base = _list_at(rows, j, _FIRST), (rows.steps[0] * t, rows.steps[1] * t)
+            if n < LISTED:  # beyond the last token there may be no memory
+                start_k, start_v = load_number(this, np.int64(0)), load_number(this + _LIST, np.int64(0))
+                this = _list_at(rows, j, _SECOND)
+                list_rows(start_k + base[0], rows.steps[0], 0, n, LISTED, this)
+                list_rows(start_v + base[1], rows.steps[1], 0, n, LISTED, this + _LIST)
+                base = (0, 0)
+            _add_block(_tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), ahead))
+
+
+@helper
+def _add_chosen(rows, first, last, ends, tile):
+    """Add places first ... last - 1 of a list of tokens, of which these and others up to ends[1] are asked for in order."""
+    for t in range(first, last, LISTED):
+        n, left = min(LISTED, last - t), ends[1] - t - LISTED
+        this, ahead = _list_at(rows, 0, t // LISTED % 2), _list_at(rows, 0, 1 - t // LISTED % 2)
+        if t == ends[0]:
+            _list_chosen(rows, t, n, this)
+            for i in range(LISTED):  # nobody could ask for these in good time
+                ask_for_row(load_number(this + 8 * i, np.int64(0)), rows.n_bytes[0])
+                ask_for_row(load_number(this + _LIST + 8 * i, np.int64(0)), rows.n_bytes[1])
+        if left > 0:
+            _list_chosen(rows, t + LISTED, min(LISTED, left), ahead)
+        else:
+            ahead = this
+        _add_block(tile, n, _lists(rows, this, (0, 0), ahead, (0, 0)))
+
+
+@helper
+def _list_chosen(rows, t, n, at):
+    """Write where n chosen keys and values are from place t on."""
+    list_rows(rows.starts[0], rows.steps[0], rows.tokens + 8 * t, n, LISTED, at)
+    list_rows(rows.starts[1], rows.steps[1], rows.tokens + 8 * t, n, LISTED, at + _LIST)
+
+
+@helper
+def _list_at(rows, j, which):
+    """Return the address of a list of keys; that of values is behind it."""
+    return rows.lists + (LISTS * j + which) * 2 * _LIST
+
+
+@helper
+def _lists(rows, this, base, ahead, ahead_base):
+    """Return the lists of keys and those of values."""
+    keys = Lists(this, base[0], ahead, ahead_base[0], rows.narrow)
+    return keys, Lists(this + _LIST, base[1], ahead + _LIST, ahead_base[1], rows.narrow)
+
+
+@helper
+def _tile_at(tile, j):
+    """Return the addresses of tile j, given those of the first."""
+    q, c, sums, scale, dots, n_heads, n_rows = tile
+    first = 4 * j * n_rows  # bytes of a number of every row before it
+    own = RowSums(sums.peak + first, sums.weight + first, sums.values + first * sums.width, sums.width)
+    return Tile(Matrix(q.address + first * q.row, q.row), c, own, scale, dots, n_heads, n_rows)
+
+
+@helper
+def _add_block(tile, n, lists):
+    """Add n tokens to the sums of a tile."""
+    q, c, sums, scale, dots, n_heads, _ = tile
+    keys, values = lists
     if dots:
-        dot_listed(tile.q, keys, n_heads, n, tile.c, scale)
+        dot_listed(q, keys, n_heads, n, c, scale)
     else:
-        project_listed(tile.q, keys, n_heads, n, tile.c)
-    sums = tile.sums
+        project_listed(q, keys, n_heads, n, c)
     for r in range(n_heads):
         row = RowSums(sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width)
-        weigh_row(tile.c.address + 4 * r * tile.c.row, n, tile.c.row, row, np.float32(0))
-    accumulate_listed(tile.c, values, n_heads, n, Matrix(sums.values, sums.width))
+        weigh_row(c.address + 4 * r * c.row, n, c.row, row, np.float32(0))
+    accumulate_listed(c, values, n_heads, n, Matrix(sums.values, sums.width))
 
 
 @helper
-def _list_a_block(table, places, selected, rows):
+def _list_a_block(table, places, rows, lists):
     """Write where the first 64 tokens are: all blocks look alike. And what tiles ask for: token by token all heads.
 
     So memory is asked for in its order, whose continuation processors guess by themselves.
     """
     n_tiles = places.shape[0]
     for j in range(n_tiles):
-        _list(table, places, selected, j, 0, LISTED, rows, _FIRST)
+        at = _list_at(rows, j, _FIRST)
+        list_rows(first_row(table, KEY, places[j, 0], places[j, 2]), rows.steps[0], 0, LISTED, LISTED, at)
+        list_rows(first_row(table, VALUE, places[j, 0], places[j, 2]), rows.steps[1], 0, LISTED, LISTED, at + _LIST)
     for side in range(2):
         for p in range(n_tiles * LISTED):
-            rows[p // LISTED, _ASKED, side, p % LISTED] = rows[p % n_tiles, _FIRST, side, p // n_tiles]
-
-
-@helper
-def _run_of_tokens(table, places, selected, j, t, end, rows):
-    """Return the lists of the block at t where all tokens are attended to, for keys and for values."""
-    narrow, asked = is_narrow(table, KEY), _list_at(rows, j, _ASKED)
-    next_k, next_v = row_bytes(table, KEY) * (t + LISTED), row_bytes(table, VALUE) * (t + LISTED)
-    if t + LISTED > end:  # beyond the last token there may be no memory
-        _list(table, places, selected, j, t, end - t, rows, _SECOND)
-        this, base_k, base_v = _list_at(rows, j, _SECOND), 0, 0
-    else:
-        this, base_k, base_v = _list_at(rows, j, _FIRST), row_bytes(table, KEY) * t, row_bytes(table, VALUE) * t
-    return Lists(this, base_k, asked, next_k, narrow), Lists(this + _LIST, base_v, asked + _LIST, next_v, narrow)
-
-
-@helper
-def _chosen_tokens(table, places, selected, j, t, ends, s):
-    """Return the lists of the block at t of selected tokens, for keys and for values."""
-    narrow, now, left, rows = is_narrow(table, KEY), t // LISTED % 2, ends[1] - t - LISTED, s.rows
-    itemsize = 2 if narrow else 4
-    if t == ends[0]:
-        _list(table, places, selected, j, t, min(LISTED, ends[1] - t), rows, now)
-        for i in range(LISTED):  # nobody could ask for these in good time
-            ask_for_row(rows[j, now, 0, i], itemsize * s.q.shape[2])
-            ask_for_row(rows[j, now, 1, i], itemsize * s.sums.shape[2])
-    if left > 0:
-        _list(table, places, selected, j, t + LISTED, min(LISTED, left), rows, 1 - now)
-        _ask_for_ends(rows[j, 1 - now, 0], itemsize * s.q.shape[2])
-        _ask_for_ends(rows[j, 1 - now, 1], itemsize * s.sums.shape[2])
-    this = _list_at(rows, j, now)
-    ahead = _list_at(rows, j, 1 - now) if left > 0 else this
-    return Lists(this, 0, ahead, 0, narrow), Lists(this + _LIST, 0, ahead + _LIST, 0, narrow)
-
-
-@helper
-def _ask_for_ends(addresses: np.ndarray, n_bytes: int) -> None:
-    """Ask for the last lines of rows that do not begin with a line, as `ask_for_row` does. Tiles ask for all others."""
-    for i in range(addresses.shape[0]):
-        if addresses[i] % VECTOR_BYTES != 0:
-            prefetch(addresses[i] + n_bytes - 1)
-
-
-@helper
-def _list_at(rows, j, which):
-    """Return the address of a list of keys; that of values is behind it."""
-    return rows.ctypes.data + (LISTS * j + which) * 2 * _LIST
-
-
-@helper
-def _list(table, places, selected, j, t, n, rows, which):
-    """Write where the keys and values of n tokens are."""
-    place = (places[j, 0], places[j, 1], places[j, 2])
-    list_rows(table, KEY, place, selected, t, n, rows, (j, which, 0))
-    list_rows(table, VALUE, place, selected, t, n, rows, (j, which, 1))
+            lists[p // LISTED, _ASKED, side, p % LISTED] = lists[p % n_tiles, _FIRST, side, p // n_tiles]
