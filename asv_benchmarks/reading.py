@@ -15,6 +15,7 @@ import numpy as np
 __all__ = ["reader"]
 
 _PIECES = 4  # for each core, drawn by whoever is free
+_LEAST = 1 << 22  # bytes of a piece: handing one over takes tens of microseconds
 
 
 def reader() -> Callable[..., None]:
@@ -35,7 +36,8 @@ def reader() -> Callable[..., None]:
     def read(*arrays: np.ndarray) -> None:
         pieces = []
         for array in arrays:
-            pieces += np.array_split(array.reshape(-1).view(np.uint64), n_cores * _PIECES)
+            n_pieces = max(1, min(n_cores * _PIECES, array.nbytes // _LEAST))
+            pieces += np.array_split(array.reshape(-1).view(np.uint64), n_pieces)
         for _ in pool.map(add, pieces):
             pass
 
