@@ -19,7 +19,7 @@ from layouts import LAYOUTS, arrange
 import racecore
 from racecore import cuda
 from racecore.errors import CorruptFileError
-from racecore.ops.socket import layout
+from racecore.ops.socket import cpu, layout
 
 B, T, G, H, D, V = 2, 150, 2, 4, 20, 12
 BF16 = ml_dtypes.bfloat16
@@ -236,6 +236,21 @@ def test_a_budget_of_all_tokens_is_dense_attention(backend):
     operations = racecore.backends.choose(backend).socket
     operations.attend_selected(*(put(x, backend) for x in (query, key, value, every)), out)
     np.testing.assert_allclose(fetch(out), dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [2, -1, 0])
+@pytest.mark.parametrize(("d", "v"), [(64, 64), (20, 12)])
+def test_lists_of_tokens_may_have_gaps_in_memory(step, d, v):
+    query, key, value = make(t=300, d=d, v=v)
+    lists = np.broadcast_to(np.int64(7), (B, G, 100))
+    if step != 0:
+        lists = np.full((B, G, 200), 250)[:, :, ::step][:, :, :100]
+        lists[...] = np.arange(0, 300, 3)
+    assert lists.strides[2] == step * lists.itemsize
+    results = np.empty((2, B, 1, H, v), np.float32)
+    for some, out in zip((lists, lists.copy()), results, strict=True):
+        cpu.attend_selected(query, key, value, some, out)
+    np.testing.assert_array_equal(*results)
 
 
 def test_what_did_best_in_the_study_is_the_default():
@@ -696,8 +711,6 @@ def test_bad_appends_change_nothing():
 
 
 def test_an_interrupted_append_changes_nothing(monkeypatch):
-    from racecore.ops.socket import cpu
-
     index = make_index(key, value)
     before = index.scores(query)
 

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from racecore.ops.narrow import has_subnormal, load_widened, narrow_pair
+from racecore.ops.narrow import LANES, has_subnormal, load_widened, narrow_pair
 
 __all__ = [
     "ADD",
@@ -293,8 +293,8 @@ def totals(emit: Emitter, vectors: list[Any]) -> Any:
     """Add up the lanes of each of 1, 2, 4, ... vectors, at most as many as lanes; return the totals as one vector.
 
     Neighbours are added first, then their sums, ..., however many vectors there are: a total has the same bits in every size of
-    tile. Two vectors become one while there are two. The first rounds stay within 128 bits, since shuffles that do not leave
-    those cost least; the others move whole ones.
+    tile. Two vectors become one while there are two. As long as there are, the first rounds stay within 128 bits, since shuffles
+    that do not leave those cost least; the others move whole ones.
     """
     near, added, n = 16 // emit.size, 1, len(vectors)
     while added < emit.lanes:
@@ -328,12 +328,12 @@ def _add_neighbours(emit: Emitter, a: Any, b: Any | None, unit: int, chunk: int)
 
 @intrinsic
 def scale_words(typing_context, words, factor, offset, out):
-    """Write 16 int64, offset + factor * words[i], all given by addresses."""
+    """Write LANES int64 of `narrow`, offset + factor * words[i], to an address, given that of the words."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, factor, offset, out = arguments
         emit = Emitter(builder, ir.FloatType())
-        kind = ir.VectorType(emit.word, 16)
+        kind = ir.VectorType(emit.word, LANES)
         value = builder.mul(builder.load(builder.inttoptr(words, kind.as_pointer()), align=8), emit.splat(factor, kind))
         builder.store(builder.add(value, emit.splat(offset, kind)), builder.inttoptr(out, kind.as_pointer()), align=8)
         return context.get_dummy_value()

@@ -217,13 +217,14 @@ def _size(digits: np.ndarray, multiplies: bool) -> float:
 
 @helper
 def _range(worth: np.ndarray) -> tuple[Any, Any]:
+    """Return the lowest and the highest number of a table."""
     zero = spread(np.float32(0))
     high = load_vector(worth.ctypes.data, np.float32(0))
-    low = zero - high
+    negated = zero - high
     for code in range(lanes(worth), _CODES, lanes(worth)):
         value = load_vector(worth.ctypes.data + 4 * code, np.float32(0))
-        low, high = maximum(low, zero - value), maximum(high, value)
-    return -highest(low), highest(high)
+        negated, high = maximum(negated, zero - value), maximum(high, value)
+    return -highest(negated), highest(high)
 
 
 @helper

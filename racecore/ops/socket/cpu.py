@@ -222,6 +222,8 @@ def attend_selected(
     if selected.shape[2] == 0:
         out[...] = 0
         return
+    if selected.strides[2] != selected.itemsize:  # kernels take the address of a list
+        selected = np.ascontiguousarray(selected)
     counts = _counts(selected)
     sharing = query.shape[2] // selected.shape[1]
     heads = _heads_per_tile(sharing)

@@ -59,8 +59,8 @@ class Tile(NamedTuple):
     n_rows: int  # of scratch, for a tile
 
 
-class Rows(NamedTuple):
-    """Where keys and values are."""
+class Where(NamedTuple):
+    """Where keys and values are, the first tile's where tiles differ."""
 
     lists: Any  # address of ListedSums.rows
     tokens: Any  # address of a list of tokens, 0: all of them
@@ -124,7 +124,7 @@ def attend_listed(table, places, selected, ends, shape, s, out):
     tile, V). If tokens are selected, there is one tile.
     """
     n_heads, value_dim = shape
-    rows = _rows_of(table, places, selected, s)
+    rows = _where(table, places, selected, s)
     tile = Tile(_matrix(s.q), _matrix(s.c), _sums(s), s.scale, dots_bfloat16(table), n_heads, s.q.shape[1])
     if rows.tokens == 0:
         _list_a_block(table, places, rows, s.rows)
@@ -144,23 +144,29 @@ def attend_listed(table, places, selected, ends, shape, s, out):
 @helper
 def _matrix(x):
     """Return the rows of a scratch array, of the first matrix if there are several."""
-    return Matrix(x.ctypes.data, x.shape[x.ndim - 1])
+    return Matrix(_address(x), x.shape[x.ndim - 1])
+
+
+@helper
+def _address(x):
+    """Return the address of an array with the sign that all other addresses have: else functions would be compiled for both."""
+    return np.int64(x.ctypes.data)
 
 
 @helper
 def _sums(s):
-    return RowSums(s.peak.ctypes.data, s.weight.ctypes.data, s.sums.ctypes.data, s.sums.shape[2])
+    return RowSums(_address(s.peak), _address(s.weight), _address(s.sums), s.sums.shape[2])
 
 
 @helper
-def _rows_of(table, places, selected, s):
-    """Return where rows are: of the first tile."""
+def _where(table, places, selected, s):
+    """Return where the rows of the first tile are."""
     b, r, g = places[0]
-    tokens = selected[b, r].ctypes.data if selected.shape[2] > 0 else 0
+    tokens = _address(selected[b, r]) if selected.shape[2] > 0 else np.int64(0)
     steps, narrow = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_narrow(table, KEY)
     starts = (first_row(table, KEY, b, g), first_row(table, VALUE, b, g))
     size = 2 if narrow else 4
-    return Rows(s.rows.ctypes.data, tokens, starts, steps, (size * s.q.shape[2], size * s.sums.shape[2]), narrow)
+    return Where(_address(s.rows), tokens, starts, steps, (size * s.q.shape[2], size * s.sums.shape[2]), narrow)
 
 
 @helper
@@ -243,9 +249,9 @@ def _add_block(tile, n, lists):
 
 @helper
 def _list_a_block(table, places, rows, lists):
-    """Write where the first 64 tokens are: all blocks look alike. And what tiles ask for: token by token all heads.
+    """Write to lists [tiles, LISTS, 2, 64], at rows.lists, where the first 64 tokens are: all blocks look alike.
 
-    So memory is asked for in its order, whose continuation processors guess by themselves.
+    And what tiles ask for, token by token all heads: so memory is asked for in its order, whose continuation processors guess.
     """
     n_tiles = places.shape[0]
     for j in range(n_tiles):

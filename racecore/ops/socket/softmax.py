@@ -178,7 +178,8 @@ def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
     for r in range(n_rows):
         seen = n if is_whole else min(n, _seen(call, tile, r) - t)
         if seen > 0:
-            of_row = RowSums(peak[r:].ctypes.data, weight[r:].ctypes.data, at(sums, r, 0), sums.shape[1])
+            peaks, weights = peak.ctypes.data + peak.itemsize * r, weight.ctypes.data + weight.itemsize * r
+            of_row = RowSums(peaks, weights, at(sums, r, 0), sums.shape[1])
             weigh_row(at(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
     return is_whole
 
