@@ -224,6 +224,20 @@ def test_sparse_attention_is_exact_over_the_selected(d, v, h, selection, dtype, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("budget", [60, 64, 200, 1100, 2090])  # blocks are of 64, segments of 1,024
+def test_long_lists_are_attended_to_block_by_block(budget, dtype, backend):
+    query, key, value = make(5, t=2100, dtype=dtype, d=64, v=64)
+    index = make_index(key, value, make_lsh(d=64), backend=backend)
+    options = dict(budget=budget, sink=0, window=4, backend=backend)
+    selected = select(index, query, **options)
+    found = attend(query, key, value, index, **options)
+    expected = oracle.attention(query, key, value, [[row[row >= 0] for row in heads] for heads in selected])
+    limit = 1e-5 if dtype is np.float32 else 2.0**-8
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_budget_of_all_tokens_is_dense_attention(backend):
     query, key, value = make()
     index = make_index(key, value, backend=backend)
