@@ -59,7 +59,7 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
 
         c[r * c_row + i] = sum(q[r * q_row + d] * row(base + rows[i])[d] for d in range(64 // itemsize * lines))
 
-    It asks for the same columns of the rows `ahead`.
+    It asks for the same columns of the rows `ahead`, and for the line in which they end.
     """
     per_line = 2 if narrow else 1  # vectors
 
@@ -144,7 +144,7 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
 
         m[r * m_row + d] += sum(c[r * c_row + i] * row(base + rows[i])[first + d] for i in range(count))
 
-    It asks for the same columns of the rows `ahead`.
+    It asks for the same columns of the rows `ahead`, and for the line in which they end.
     """
     lines = n_vectors // 2 if narrow else n_vectors
 
