@@ -7,6 +7,7 @@ import pytest
 
 from racecore.ops import blocks, elementary, products, states, tiles, vectors, walks
 from racecore.ops.cpu_call import scan
+from racecore.ops.socket import ranking
 
 
 def compiled(function):
@@ -381,3 +382,21 @@ def test_scan(reverse):
     scan(owners, parts, carry, reverse=reverse)
     np.testing.assert_array_equal(parts, expected_parts)
     np.testing.assert_array_equal(carry, expected_carry)
+
+
+@pytest.mark.parametrize("kind", ["random", "rising", "few above"])
+@pytest.mark.parametrize(("n", "budget"), [(5000, 100), (4_000_000, 64), (4_000_000, 2048), (1_000_000, 50_000)])
+def test_a_sample_leaves_few_candidates_for_the_best(kind, n, budget):
+    scores = np.random.default_rng(0).standard_normal(n, dtype=np.float32)
+    if kind == "rising":
+        scores.sort()
+    if kind == "few above":  # so few that the sample may miss all of them
+        scores[:] = np.where(np.arange(n) % 4001 == 5, scores, -3)
+    tokens, keys, bar = compiled(ranking.candidates)(scores.view(np.int32), n, budget)
+    best = np.argsort(-scores, kind="stable")[:budget]
+    assert np.isin(best, tokens[: len(keys)]).all() or kind == "few above"
+    assert np.sort(scores[tokens[: len(keys)]])[-budget] == np.sort(scores)[-budget]
+    if kind != "few above":
+        assert bar > ranking.NOBODY
+        assert len(keys) < 2 * budget + n // 50
+        assert len(tokens) < 3 * budget + n // 40

@@ -103,8 +103,7 @@ def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.
     """Return tokens, ascending, with their keys: at least the `budget` best, and all that reach the bar, the third result."""
     if budget <= 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), NOBODY
-    bar = _bar(scores, n, budget)
-    room = min(n, 4 * budget + _SAMPLE) if bar > NOBODY else n
+    bar, room = _bar(scores, n, budget)
     tokens = np.empty(room + _LANES, np.int64)
     found = _note(scores, n, bar, tokens)
     if found < budget or found > room:  # the sample has misled
@@ -198,18 +197,23 @@ def _lowest(typing_context, bits):
 
 
 @helper
-def _bar(scores: np.ndarray, n: int, budget: int) -> Any:
-    """Return a key that somewhat more than `budget` of all keys should reach, judged by a sample."""
-    step = n // _SAMPLE
+def _bar(scores: np.ndarray, n: int, budget: int) -> tuple[Any, int]:
+    """Return a key that somewhat more than `budget` of n keys should reach, judged by a sample, and room for those that do."""
     share = budget / max(n, 1)
-    if step < 2 or share > 0.5:
-        return NOBODY
+    if n < 2 * _SAMPLE or share > 0.5:
+        return NOBODY, n
     sample = np.empty(_SAMPLE, np.int64)
     for i in range(_SAMPLE):
-        sample[i] = key_of(np.int64(scores[i * step]), scores.itemsize == 8)
-    rank = int(share * _SAMPLE + 4 * np.sqrt(share * _SAMPLE) + 8)
-    limit, _ = limit_of(sample, _SAMPLE, rank)
-    return limit
+        sample[i] = key_of(np.int64(scores[i * n // _SAMPLE]), scores.itemsize == 8)
+    rank = _surely_more(share * _SAMPLE)
+    limit, _ = limit_of(sample, _SAMPLE, int(rank))
+    return limit, min(n, int(_surely_more(rank) / _SAMPLE * n) + 1)
+
+
+@helper
+def _surely_more(count: float) -> float:
+    """Return what a sample's count of something hardly exceeds, given what is expected of it."""
+    return count + 4 * np.sqrt(count) + 8
 
 
 @helper
