@@ -21,6 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.ops.narrow import LANES, has_subnormal, load_widened, narrow_pair
+from racecore.ops.vectors import in_every_lane
 
 __all__ = [
     "ADD",
@@ -160,11 +161,7 @@ class Emitter:
         return self.kept(mode, self.load(self.builder.select(narrows, elsewhere, address), kind))
 
     def splat(self, number: Any, kind: Any = None) -> Any:
-        kind = kind or self.vector
-        undefined = ir.Constant(kind, ir.Undefined)
-        one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
-        return self.builder.shuffle_vector(one, undefined, zeros)
+        return in_every_lane(self.builder, number, kind or self.vector)
 
     def fma(self, a: Any, b: Any, total: Any) -> Any:
         product = self.builder.fmul(a, b, flags=_FLAGS)

@@ -27,7 +27,7 @@ from racecore.jit import helper, inlined
 __all__ = [
     "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "bits_of", "copy", "exp_by_lanes",
     "first_interleaved", "float_of", "floor", "fma", "highest",
-    "lanes", "load", "load_number", "load_rounded", "load_vector", "maximum", "power_of_two", "scale_add",
+    "in_every_lane", "lanes", "load", "load_number", "load_rounded", "load_vector", "maximum", "power_of_two", "scale_add",
     "second_interleaved", "select", "size_of", "spread",
     "store", "store_number", "store_vector", "tanh_by_lanes", "total", "widen_add",
 ]  # fmt: skip
@@ -155,12 +155,13 @@ def spread(typing_context, number):
     kind = Vector(number)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _in_every_lane(builder, arguments[0], context.get_value_type(kind))
+        return in_every_lane(builder, arguments[0], context.get_value_type(kind))
 
     return kind(number), code
 
 
-def _in_every_lane(builder: Any, number: Any, kind: Any) -> Any:
+def in_every_lane(builder: Any, number: Any, kind: Any) -> Any:
+    """Return LLVM's vector of a kind with the same number in every lane."""
     undefined = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     return _picked(builder, one, undefined, [0] * kind.count)
@@ -371,8 +372,8 @@ def scale_add(typing_context, address, past, a, present):
         kind = ir.VectorType(ir.DoubleType(), a.lanes)
         pointer = builder.inttoptr(address, kind.as_pointer())
         wide = builder.fpext(value, kind) if a.element == types.float32 else value
-        old = builder.fmul(builder.load(pointer, align=8), _in_every_lane(builder, past, kind), flags=_FUSE)
-        new = builder.fmul(wide, _in_every_lane(builder, present, kind), flags=_FUSE)
+        old = builder.fmul(builder.load(pointer, align=8), in_every_lane(builder, past, kind), flags=_FUSE)
+        new = builder.fmul(wide, in_every_lane(builder, present, kind), flags=_FUSE)
         added = builder.fadd(old, new, flags=_FUSE)
         builder.store(added, pointer, align=8)
         return context.get_dummy_value()

@@ -244,11 +244,10 @@ def _store_halves(typing_context, value, high, low):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, size = ir.VectorType(ir.IntType(32), value.lanes), ir.VectorType(ir.IntType(8), value.lanes)
-        whole, seven, mask = (
-            builder.fptosi(arguments[0], words),
-            *(ir.Constant(words, [n] * value.lanes) for n in (7, 127)),
-        )
-        for part, address in ((builder.lshr(whole, seven), arguments[1]), (builder.and_(whole, mask), arguments[2])):
+        whole = builder.fptosi(arguments[0], words)
+        above = builder.lshr(whole, ir.Constant(words, [7] * value.lanes))
+        lowest = builder.and_(whole, ir.Constant(words, [127] * value.lanes))
+        for part, address in ((above, arguments[1]), (lowest, arguments[2])):
             builder.store(builder.trunc(part, size), builder.inttoptr(address, size.as_pointer()), align=1)
         return context.get_dummy_value()
 

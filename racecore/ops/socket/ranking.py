@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from racecore.jit import helper, kernel
 from racecore.ops import processor
+from racecore.ops.vectors import in_every_lane
 
 __all__ = ["NOBODY", "add_groups", "candidates", "key_of", "limit_of", "pick", "write_selected"]
 
@@ -145,14 +146,7 @@ def _who_reaches(builder: Any, address: Any, bar: Any, size: int) -> Any:
     kind = ir.VectorType(element, _LANES)
     values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
     number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
-    return builder.fcmp_unordered(">=", values, _spread(builder, number))
-
-
-def _spread(builder: Any, number: Any) -> Any:
-    """Return a vector with the same number in all 16 lanes."""
-    kind = ir.VectorType(number.type, _LANES)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES))
+    return builder.fcmp_unordered(">=", values, in_every_lane(builder, number, kind))
 
 
 @intrinsic
@@ -179,7 +173,7 @@ def _append_reaching(typing_context, address, bar, like, first, out):
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         numbers = ir.Constant(places, list(range(_LANES)))
         wide = builder.zext(builder.call(function, [numbers, numbers, reaches]), ir.VectorType(ir.IntType(64), _LANES))
-        tokens = builder.add(wide, _spread(builder, first))
+        tokens = builder.add(wide, in_every_lane(builder, first, wide.type))
         builder.store(tokens, builder.inttoptr(out, tokens.type.as_pointer()), align=8)
         return builder.zext(builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64))
 
