@@ -25,8 +25,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.jit import helper
+from racecore.ops.emitter import ADD, OVERWRITE, Emitter
 from racecore.ops.products import Ahead, Rows, Source, ask
-from racecore.ops.tiles import ADD, OVERWRITE, Emitter
 from racecore.ops.vectors import lanes
 from racecore.plan import BLOCK
 

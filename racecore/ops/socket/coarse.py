@@ -22,9 +22,9 @@ from numba.extending import intrinsic
 from racecore import arrays
 from racecore.jit import helper, kernel
 from racecore.ops import processor
+from racecore.ops.emitter import Emitter
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.lookup import norms_of
-from racecore.ops.tiles import Emitter
 from racecore.ops.vectors import at, highest, lanes, load_vector, maximum, spread, store_vector
 
 __all__ = ["CoarseCall", "can_bound", "fill_coarse", "fits", "new_call", "overflows", "score_coarse"]

@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 
 from racecore.jit import helper
 from racecore.ops import processor
+from racecore.ops.emitter import Emitter, store_totals
 from racecore.ops.narrow import load_widened_pairs
-from racecore.ops.tiles import Emitter, store_totals
 from racecore.ops.vectors import VECTOR_BYTES
 
 __all__ = ["CAN_DOT", "Lists", "Matrix", "accumulate_listed", "dot_listed", "paired_column", "project_listed"]

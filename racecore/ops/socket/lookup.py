@@ -17,8 +17,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.ops import processor
+from racecore.ops.emitter import Emitter
 from racecore.ops.socket.layout import BLOCK_TOKENS
-from racecore.ops.tiles import Emitter
 
 __all__ = ["norms_of", "score_tile"]
 
