@@ -4,9 +4,9 @@ Why: the compiler's own vector loops reach a third of what a core can do, becaus
 step. A tile keeps its sums in registers while the contraction runs past them. What a tile does is said in plain Python
 beside it; `ops.products` puts tiles together.
 
-How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code for one size of tile, written with `emitter`.
+How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code for one size of tile.
 The code uses generic vectors of 64 bytes, so it is right on every processor: LLVM splits them where registers are
-narrower. Sums are fused multiply-adds in a fixed order, so results keep their bits.
+narrower. Sums are fused multiply-adds in a fixed order, so results keep their bits. `emitter` has what it is written with.
 
 Tiles take addresses and strides instead of arrays, since an array argument is seven words and a tile a few nanoseconds.
 Strides count elements.
