@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--log2", type=int, nargs="+", default=[12, 14, 16, 17, 18, 20], help="contexts")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    from racecore.threads import default_count
+    from racecore.runtime.threads import default_count
 
     bandwidth = ceilings.measure(rounds=6)["bytes_per_second"]
     read = reading.reader(default_count())

@@ -25,8 +25,9 @@ import gpu_socket
 import numpy as np
 
 import racecore
-from racecore import backends, cuda
-from racecore.ops import cuda_call
+from racecore import backends
+from racecore.ops.cuda import call
+from racecore.runtime import cuda
 
 HASHES = ((2, 2), (3, 3), (4, 4))  # the published (L, P): S = 8, 24, 64
 HEADS, DIM = 8, 128
@@ -128,12 +129,12 @@ def check() -> float:
 @contextmanager
 def tensor_cores(uses: bool) -> Iterator[None]:
     """Let kernels use tensor cores where they would, or not at all."""
-    before = cuda_call.TENSOR_CORES_FROM
-    cuda_call.TENSOR_CORES_FROM = before if uses else 1 << 30
+    before = call.TENSOR_CORES_FROM
+    call.TENSOR_CORES_FROM = before if uses else 1 << 30
     try:
         yield
     finally:
-        cuda_call.TENSOR_CORES_FROM = before
+        call.TENSOR_CORES_FROM = before
 
 
 def _difference(tokens: int, dtype: Any, lsh: racecore.SoftLSH, **options: Any) -> float:
@@ -187,7 +188,7 @@ def median_seconds(call: Callable[[], Any], at_least: int = 5, budget: float = 0
 def methods() -> list[tuple[str, Callable[[int, bool], tuple[Callable[[], Any], Callable[[], Any]]]]]:
     """Return names and makers of (forward, forward + backward) for a length."""
     ours = [(f"racecore S={tables << planes}", _racecore(tables, planes)) for tables, planes in HASHES]
-    shown = [hash for hash in HASHES if hash[0] << hash[1] >= cuda_call.TENSOR_CORES_FROM]
+    shown = [hash for hash in HASHES if hash[0] << hash[1] >= call.TENSOR_CORES_FROM]
     ours += [(f"racecore {PLAIN} S={tables << planes}", _racecore(tables, planes, False)) for tables, planes in shown]
     return [*ours, ("SDPA, torch", _sdpa), ("RACE by cumsum, torch", _cumsum)]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import racecore
-from racecore import cuda
+from racecore.runtime import cuda
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 TABLES, PLANES = 60, 8

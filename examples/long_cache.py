@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 import racecore
-from racecore.memory_use import PeakMemory, anonymous_bytes
 from racecore.outofcore import Synthetic
+from racecore.runtime.memory_use import PeakMemory, anonymous_bytes
 
 HEADS, KV_HEADS, DIM, CHUNK = 8, 2, 64, 1 << 16
 CHOICE = {"budget": 2048, "sink": 128, "window": 128}

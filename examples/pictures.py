@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import racecore
-from racecore.threads import default_count
+from racecore.runtime.threads import default_count
 
 COLOURS = ["#c2502e", "#1f5a96", "#7fb0de", "#2f7d4f", "#93c9a5", "#8a5aa8", "#d9a441", "#888888"]  # softmax first
 _GREY = "#555555"

@@ -11,13 +11,13 @@ Importing racecore loads NumPy and nothing heavier; kernels are compiled when fi
 
 from racecore import errors, exact, outofcore
 from racecore._version import __version__
-from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients, StateGradient
-from racecore.socket_index import SocketIndex
+from racecore.race_attention import attention, attention_backward, attention_forward
+from racecore.runtime.threads import threads
 from racecore.soft_lsh import SoftLSH
-from racecore.sparse import sparse_attention
-from racecore.state import RaceState
-from racecore.threads import threads
+from racecore.sparse.decode import sparse_attention
+from racecore.sparse.socket_index import SocketIndex
+from racecore.state.race_state import RaceState
 
 __all__ = [
     "Gradients",

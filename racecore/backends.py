@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-from racecore import cuda
 from racecore.errors import BackendUnavailableError
+from racecore.runtime import cuda
 
 __all__ = ["NAMES", "Backend", "available", "choose", "place"]
 

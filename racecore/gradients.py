@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore import arrays, cuda, inputs
+from racecore import inputs
 from racecore.problem import GradientBuffers, Problem, Sketch, changed
+from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 
 __all__ = [

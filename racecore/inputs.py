@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, cuda, plan
+from racecore import chunking
 from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem, Sketch
+from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 
 __all__ = [
@@ -95,7 +96,7 @@ def check_attention(
     )  # fmt: skip
     if memory_limit is not None:
         problem = _limited(problem, parse_bytes(memory_limit))
-    elif problem.is_causal and chunk_size is None and plan.can_keep_states(problem):
+    elif problem.is_causal and chunk_size is None and chunking.can_keep_states(problem):
         problem = replace(problem, keeps_states=True)
     return problem, lsh, had_batch
 
@@ -241,10 +242,10 @@ def _check_chunk_size(chunk_size: int | None, memory_limit: int | str | None) ->
 
 def _limited(problem: Problem, memory_limit: int) -> Problem:
     """Lower the workspace to the limit; a higher limit changes nothing, because larger chunks are no faster."""
-    smallest = plan.smallest_workspace(problem)
+    smallest = chunking.smallest_workspace(problem)
     if memory_limit < smallest:
         raise ValueError(
-            f"memory_limit is {memory_limit} bytes, but a segment of {plan.SEGMENT} tokens needs more temporary memory "
+            f"memory_limit is {memory_limit} bytes, but a segment of {chunking.SEGMENT} tokens needs more temporary memory "
             f"here; the smallest memory_limit that works is {smallest} (bytes)"
         )
     return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit))

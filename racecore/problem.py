@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, cuda
+from racecore.runtime import arrays, cuda
 
 __all__ = ["BUCKET_MEAN_EPS", "DEVICE_WORKSPACE_BYTES", "WORKSPACE_BYTES", "GradientBuffers", "Problem", "Sketch", "changed"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from racecore import files
+from racecore.runtime import files
 
 __all__ = ["SoftLSH"]
 

@@ -14,7 +14,7 @@ import pytest
 from cuda_on_cpu import fake_cupy
 from devices import Gpu
 
-from racecore import arrays
+from racecore.runtime import arrays
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
@@ -50,9 +50,9 @@ def nan_filled_memory() -> Iterator[None]:
     """Let racecore allocate NaN in place of whatever memory happens to hold.
 
     Compiled kernels resolve NumPy when they are compiled, so only the modules without kernels get another NumPy; what
-    kernels write for a caller is allocated by `racecore.arrays.empty`.
+    kernels write for a caller is allocated by `racecore.runtime.arrays.empty`.
     """
-    from racecore.ops import rows
+    from racecore.ops import reference_rows
     from racecore.ops.bidirectional import reference as bidirectional
     from racecore.ops.causal import reference as causal
     from racecore.ops.socket import cpu as socket_cpu
@@ -68,7 +68,7 @@ def nan_filled_memory() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("racecore") and getattr(module, "empty", None) is genuine:
                 patch.setattr(module, "empty", empty)
-        for module in (rows, bidirectional, causal, socket, socket_cpu, soft_hash, sys.modules["racecore.plan"]):
+        for module in (reference_rows, bidirectional, causal, socket, socket_cpu, soft_hash, sys.modules["racecore.chunking"]):
             patch.setattr(module, "np", _NumPyWithFilledEmpty("numpy"))
         yield
 

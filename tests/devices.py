@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from racecore import cuda
+from racecore.runtime import cuda
 
 __all__ = ["BACKENDS", "Gpu", "fetch", "put"]
 

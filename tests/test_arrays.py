@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import racecore
-from racecore import arrays
+from racecore.runtime import arrays
 
 
 class Foreign:

@@ -18,12 +18,13 @@ import oracle
 import pytest
 
 import racecore
-from racecore import backends, progress
+from racecore import backends
 from racecore.cli import main
-from racecore.commands import bar, demo, doctor, race
+from racecore.commands import demo, doctor, race
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
 from racecore.outofcore.stages import Stages
+from racecore.runtime import progress, progress_bar
 
 GRADIENTS = ("query", "key", "value")
 # A shell that starts this in the background lets the child ignore Ctrl-C, so the handler is put back by hand.
@@ -441,8 +442,8 @@ class Terminal(io.StringIO):
 def test_a_bar_on_a_terminal(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(bar, "SECONDS_UNTIL_BAR", 0.0)
-    with bar.token_bar("working", 100):
+    monkeypatch.setattr(progress_bar, "SECONDS_UNTIL_BAR", 0.0)
+    with progress_bar.token_bar("working", 100):
         for _ in range(3):
             time.sleep(0.11)  # tqdm draws ten times a second
             progress.advance(40)
@@ -454,14 +455,14 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_nothing_is_shown_for_what_takes_no_second(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with bar.token_bar("working", 100):
+    with progress_bar.token_bar("working", 100):
         progress.advance(100)
     assert screen.getvalue().strip() == ""
 
 
 def test_plain_lines_elsewhere(monkeypatch, capsys):
-    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
-    with bar.token_bar("working", 100):
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
+    with progress_bar.token_bar("working", 100):
         progress.advance(40)
     pattern = r"working: 40% after 0 s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
     assert re.fullmatch(pattern, capsys.readouterr().err)
@@ -470,7 +471,7 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_bar_ends_full(causal, gradients, folder, monkeypatch, capsys):
-    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     assert attend(*(["--causal"] if causal else []), *(BACKWARD if gradients else [])) == 0
     shares = [int(share) for share in re.findall(r"racecore attend: (\d+)% after", capsys.readouterr().err)]
     assert shares == sorted(shares)
@@ -479,7 +480,7 @@ def test_the_bar_ends_full(causal, gradients, folder, monkeypatch, capsys):
 
 
 def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, capsys):
-    monkeypatch.setattr(bar, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     for name in "qkv":
         np.save(f"{name}.npy", np.zeros((1 << 18, 1, 8), np.float32))
     assert attend("--memory-limit", "100GB", "--causal", "--tables", 8) == 0

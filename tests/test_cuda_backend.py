@@ -11,9 +11,10 @@ from cuda_on_cpu import fake_cupy
 from devices import BACKENDS, fetch, put
 
 import racecore
-from racecore import backends, cuda
+from racecore import backends
 from racecore.cli import main
 from racecore.errors import BackendUnavailableError
+from racecore.runtime import cuda
 
 
 @pytest.fixture(params=BACKENDS[2:])

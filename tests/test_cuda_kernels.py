@@ -16,13 +16,13 @@ from devices import BACKENDS, fetch, put
 from problems import DTYPES, Problem, run_library
 
 import racecore
-from racecore import cuda
-from racecore.ops import cuda_call
+from racecore.ops.cuda import call
+from racecore.runtime import cuda
 
 OPS = Path(racecore.__file__).parent / "ops"
 FILES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
 NAMES = ("query", "key", "value", "d_out")
-READ_NO_ROWS = {"socket/selection.cu", "sums.cu"}  # they are compiled for dtypes of the arithmetic, and with one column
+READ_NO_ROWS = {"socket/selection.cu", "cuda/sums.cu"}  # they are compiled for dtypes of the arithmetic, and with one column
 
 
 def columns_of(file: str, dtype: np.dtype) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ def columns_of(file: str, dtype: np.dtype) -> tuple[int, ...]:
 def test_all_files_are_found():
     assert FILES == [
         "bidirectional/kernels.cu", "causal/kernels.cu", "socket/kernels.cu", "socket/selection.cu", "soft_hash/kernels.cu",
-        "sums.cu",
+        "cuda/sums.cu",
     ]  # fmt: skip
 
 
@@ -126,9 +126,9 @@ LARGE = Problem(0, 2, 1100, 1100, 4, 2, 20, 9, 3, 3, 1.2, 1.0, mask="random", ha
 def test_the_same_bits_for_any_grid_and_any_scratch(backend, is_causal, monkeypatch):
     problem = Problem(**{**LARGE.__dict__, "is_causal": is_causal})
     expected = run_library(problem, "float32", backend)
-    monkeypatch.setattr(cuda_call, "_MAX_BLOCKS", 3)
+    monkeypatch.setattr(call, "_MAX_BLOCKS", 3)
     few_blocks = run_library(problem, "float32", backend)
-    monkeypatch.setattr(cuda_call, "_SHARED_BYTES", 0)
+    monkeypatch.setattr(call, "_SHARED_BYTES", 0)
     in_global_memory = run_library(problem, "float32", backend)
     in_chunks = run_library(problem, "float32", backend, chunk_size=1)
     for found in (few_blocks, in_global_memory, in_chunks):

@@ -17,8 +17,8 @@ from devices import Gpu, fetch, put
 from problems import PROBLEMS, run_library, run_oracle
 
 import racecore
-from racecore import arrays, cuda
-from racecore.ops import cuda_call
+from racecore.ops.cuda import call
+from racecore.runtime import arrays, cuda
 
 pytestmark = pytest.mark.gpu
 GPU = Gpu("cuda")
@@ -153,8 +153,8 @@ def test_long_sequences_agree_with_tensor_cores_and_without(cupy, is_causal, mon
     """What is rounded to bfloat16 in the end differs in its last bit now and then; float64 gradients by float32's rounding."""
     device = [put(rows(1 << 17, arrays.dtype_of("bfloat16"), seed), GPU) for seed in range(4)]
     results = []
-    for limit in (cuda_call.TENSOR_CORES_FROM, 1 << 30):
-        monkeypatch.setattr(cuda_call, "TENSOR_CORES_FROM", limit)
+    for limit in (call.TENSOR_CORES_FROM, 1 << 30):
+        monkeypatch.setattr(call, "TENSOR_CORES_FROM", limit)
         out, saved = racecore.attention_forward(*device[:3], racecore.SoftLSH.random(64, rng=0), is_causal=is_causal)
         results.append([fetch(x) for x in (out, *racecore.attention_backward(device[3], saved)[:4])])
     for ours, theirs in zip(*results, strict=True):

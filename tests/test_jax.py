@@ -21,11 +21,11 @@ import racecore
 
 jax = pytest.importorskip("jax", reason="jax is not installed: pip install 'racecore[jax]'")
 
-from jax import numpy as jnp  # noqa: E402
-from jax.test_util import check_grads  # noqa: E402
+from jax import numpy as jnp
+from jax.test_util import check_grads
 
-from racecore.adapters import jax as adapter  # noqa: E402
-from racecore.adapters.jax import race_attention  # noqa: E402
+from racecore.adapters import jax as adapter
+from racecore.adapters.jax import race_attention
 
 NAMES = ("query", "key", "value", "planes", "beta")
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from racecore import kernel_cache
+from racecore.runtime import kernel_cache
 
 PROGRAM = """
 import json, sys, logging

@@ -5,9 +5,11 @@ import numba
 import numpy as np
 import pytest
 
-from racecore.ops import blocks, elementary, products, states, tiles, vectors, walks
-from racecore.ops.cpu_call import scan
-from racecore.ops.socket import ranking
+from racecore.ops.causal import scan_tiles
+from racecore.ops.cpu import row_io, states
+from racecore.ops.cpu.call import scan
+from racecore.ops.simd import elementary, products, tiles, vectors
+from racecore.ops.socket.select import top_k
 
 
 def compiled(function):
@@ -224,7 +226,7 @@ def test_walks_from_bfloat16_to_bfloat16(n, backward):
         to = products.Rows(
             *((rows.ctypes.data, 96, mode, 4) if mode == tiles.OVERWRITE else (written.ctypes.data, 96, mode, 2))
         )
-        compiled(walks.walk_rows)(before, after, a, source, b, rows, to, n, backward, products.NOTHING)
+        compiled(scan_tiles.walk_rows)(before, after, a, source, b, rows, to, n, backward, products.NOTHING)
         results.append((rows if mode == tiles.OVERWRITE else written, after))
     np.testing.assert_array_equal(results[1][0][:n], results[0][0][:n].astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(results[1][1], results[0][1])
@@ -265,12 +267,12 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     streamed = aligned(32, width, dtype=dtype)
     for mode in (tiles.OVERWRITE, tiles.ADD):
         written = products.Rows(rows.ctypes.data, width, mode, rows.itemsize)
-        compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
+        compiled(scan_tiles.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
     written = products.Rows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
-    compiled(walks.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
+    compiled(scan_tiles.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
     np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
     assert np.isnan(streamed[n:]).all()
 
@@ -279,7 +281,7 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     a_t[:, :n_buckets], before_t[:, :n_buckets] = a.T, before.T
     weights = aligned(32, wide, dtype=dtype)
     for add in (False, True):
-        compiled(walks.walk_weights)(
+        compiled(scan_tiles.walk_weights)(
             before_t, after_t, a_t, x, y, weights, n_buckets, n, backward, add, products.NOTHING
         )
     np.testing.assert_allclose(after_t[:, :n_buckets], expected.T, atol=tolerance)
@@ -295,13 +297,13 @@ def test_walks_never_meet_what_is_to_come(backward):
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
     written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
-    compiled(walks.walk_rows)(state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING)
+    compiled(scan_tiles.walk_rows)(state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING)
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
     assert np.isnan(rows[poisoned, 5]).all()
     a_t, state_t = aligned(32, 16, dtype=np.float32, rng=rng), aligned(16, 16, dtype=np.float32, rng=rng)
     weights = aligned(32, 16, dtype=np.float32)
-    compiled(walks.walk_weights)(
+    compiled(scan_tiles.walk_weights)(
         state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NOTHING
     )  # fmt: skip
     assert np.isfinite(weights[clean, :8]).all()
@@ -312,9 +314,9 @@ def test_walks_never_meet_what_is_to_come(backward):
 def _round_trip(table, n, width, out):
     ones = np.ones(n, np.float32)
     block = np.empty((n, width), np.float32)
-    blocks.load(table, 0, (1, 2, 1), n, width, block, ones)
+    row_io.load(table, 0, (1, 2, 1), n, width, block, ones)
     out[:] = block
-    blocks.store(table, 1, (1, 2, 1), n, width, block, products.rows_of(block, False))
+    row_io.store(table, 1, (1, 2, 1), n, width, block, products.rows_of(block, False))
 
 
 @pytest.mark.parametrize("step", [1, 2, -1])
@@ -325,7 +327,7 @@ def test_rows_in_and_out(dtype, step):
     source = rng.standard_normal((2, 9, 3, 33)).astype(dtype)[..., ::step]
     target = np.zeros((2, 9, 3, 33), dtype)[..., ::step]
     block = np.empty((5, width), np.float32)
-    _round_trip(blocks.describe(source, target), 5, width, block)
+    _round_trip(row_io.describe(source, target), 5, width, block)
     np.testing.assert_array_equal(block, source[1, 2:7, 1].astype(np.float32))
     expected = np.zeros_like(target)
     expected[1, 2:7, 1] = source[1, 2:7, 1].astype(np.float32).astype(dtype)
@@ -338,7 +340,7 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
     source = np.broadcast_to(bits.view(dtype), (2, 8, 2, 1 << 16))
     block = np.empty((5, 1 << 16), np.float32)
     target = np.zeros((2, 8, 2, 1 << 16), dtype)
-    _round_trip(blocks.describe(source, target), 5, 1 << 16, block)
+    _round_trip(row_io.describe(source, target), 5, 1 << 16, block)
     expected = bits.view(dtype).astype(np.float32)
     np.testing.assert_array_equal(block[0], expected)
     back = target[1, 2, 1]
@@ -349,7 +351,7 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 
 @numba.njit
 def _store_only(table, block):
-    blocks.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False))
+    row_io.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -366,7 +368,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype):
         np.float32
     )
     target = np.zeros((1, 1, 1, values.size), dtype)
-    _store_only(blocks.describe(target), values[None])
+    _store_only(row_io.describe(target), values[None])
     np.testing.assert_array_equal(target[0, 0, 0].view(np.uint16), values.astype(dtype).view(np.uint16))
 
 
@@ -392,11 +394,11 @@ def test_a_sample_leaves_few_candidates_for_the_best(kind, n, budget):
         scores.sort()
     if kind == "few above":  # so few that the sample may miss all of them
         scores[:] = np.where(np.arange(n) % 4001 == 5, scores, -3)
-    tokens, keys, bar = compiled(ranking.candidates)(scores.view(np.int32), n, budget)
+    tokens, keys, bar = compiled(top_k.candidates)(scores.view(np.int32), n, budget)
     best = np.argsort(-scores, kind="stable")[:budget]
     assert np.isin(best, tokens[: len(keys)]).all() or kind == "few above"
     assert np.sort(scores[tokens[: len(keys)]])[-budget] == np.sort(scores)[-budget]
     if kind != "few above":
-        assert bar > ranking.NOBODY
+        assert bar > top_k.NOBODY
         assert len(keys) < 2 * budget + n // 50
         assert len(tokens) < 3 * budget + n // 40

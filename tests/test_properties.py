@@ -14,8 +14,8 @@ from devices import BACKENDS
 from problems import make_state, relative_error
 
 import racecore
-from racecore.ops import cpu_call
 from racecore.ops.causal import cpu as causal
+from racecore.ops.cpu import call
 
 READOUTS = ("ratio", "bucket_mean")
 LONG = 2 * 1024 + 77  # tokens: more than two of the pieces that long sequences are cut into
@@ -346,7 +346,7 @@ def test_the_same_bits_in_any_order_of_work(case: dict[str, Any], monkeypatch: p
         for task in reversed(range(n_tasks)):
             launch(task, task + 1)
 
-    monkeypatch.setattr(cpu_call, "run", backwards)
+    monkeypatch.setattr(call, "run", backwards)
     assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
     assert max(pieces) > 1
 
@@ -359,7 +359,7 @@ def test_the_same_bits_in_series_and_side_by_side(case: dict[str, Any], monkeypa
     arrays = inputs(LONG, n_heads=6, n_kv_heads=3, dtype=np.float32)
     found = []
 
-    def recorded(call: cpu_call.Call) -> Any:
+    def recorded(call: call.Call) -> Any:
         found.append(in_series(call))
         return found[-1]
 
@@ -368,7 +368,7 @@ def test_the_same_bits_in_series_and_side_by_side(case: dict[str, Any], monkeypa
     with racecore.threads(1):
         expected = forward_backward(*arrays, small_hash(), **case)
         assert all(found)
-        monkeypatch.setattr(cpu_call, "_MAX_ROWS", 1)
+        monkeypatch.setattr(call, "_MAX_ROWS", 1)
         assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
         assert "cu_seqlens" in case or len(found[-1]) == 3
         monkeypatch.setattr(causal, "in_series", lambda call: [])

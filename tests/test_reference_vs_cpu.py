@@ -16,14 +16,14 @@ from problems import PROBLEMS, Problem, relative_error, run_library
 
 import racecore
 from racecore import inputs
-from racecore.ops import products
+from racecore.chunking import BLOCK
+from racecore.ops.simd import products
 from racecore.ops.soft_hash import cpu as soft_hash_cpu
 from racecore.ops.soft_hash import reference as soft_hash_reference
-from racecore.plan import BLOCK
 from racecore.problem import GradientBuffers, Sketch
 
 OPERATIONS = sorted(
-    path.name for path in (Path(racecore.__file__).parent / "ops").iterdir() if (path / "__init__.py").is_file()
+    path.name for path in (Path(racecore.__file__).parent / "ops").iterdir() if (path / "reference.py").is_file()
 )
 
 

@@ -16,7 +16,7 @@ import pytest
 import racecore
 from racecore import outofcore
 from racecore.errors import CorruptFileError, InputChangedError, OutputInUseError
-from racecore.outofcore import points
+from racecore.outofcore import crash_points
 
 LSH = racecore.SoftLSH.random(16, 3, 2, beta=1.5, rng=3)
 READ = ("query", "key", "value", "d_out")
@@ -111,7 +111,7 @@ def die_at(point, which):
             if name == point and seen == which:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        points.reached = reached
+        crash_points.reached = reached
 
     return before
 
@@ -128,7 +128,7 @@ def finish(run, wanted, report):
 
 
 @pytest.mark.parametrize("which", [1, 2, 4, 9])
-@pytest.mark.parametrize("point", points.POINTS)
+@pytest.mark.parametrize("point", crash_points.POINTS)
 def test_killed_at_every_point(case, point, which):
     run, wanted, report = case
     child = run.in_child(die_at(point, which))
@@ -138,7 +138,7 @@ def test_killed_at_every_point(case, point, which):
         assert run.take_results() == wanted
         return
     names = {path.name for path in run.left()}
-    before_the_names = points.POINTS.index(point) < points.POINTS.index("one output named")
+    before_the_names = crash_points.POINTS.index(point) < crash_points.POINTS.index("one output named")
     assert not before_the_names or not {f"{name}.result.npy" for name in WRITTEN} & names
     again = finish(run, wanted, report)
     assert again.resumed_tokens > 0 or which < 9  # that is enough for all tasks of a unit to be done
@@ -308,7 +308,7 @@ def test_a_full_disk_stops_a_run_before_it_begins_or_between_chunks(tmp_path):
     assert run.left() == []
 
     def later():
-        points.reached = lambda point: limit(1_500_000) if point == "outputs reserved" else None
+        crash_points.reached = lambda point: limit(1_500_000) if point == "outputs reserved" else None
 
     child = run.in_child(later)
     child.join()

@@ -14,10 +14,10 @@ import pytest
 from devices import BACKENDS, fetch, put
 
 import racecore
-from racecore import files, progress
-from racecore.ops import cpu_call
+from racecore.ops.cpu import call
 from racecore.ops.decoding import cpu as decoding
 from racecore.ops.soft_hash.cpu import soft_hash
+from racecore.runtime import files, progress
 
 # B, H, G, D, V, L, P: whole vectors and tails of both dtypes, groups of all sizes, one of more heads than a block has rows
 SIZES = [
@@ -225,7 +225,7 @@ def test_what_was_checked_once_is_not_taken_for_granted():
 
 def test_what_kernels_keep_of_a_hash_goes_with_it():
     gc.collect()
-    n_before = len(cpu_call._padded)
+    n_before = len(call._padded)
     outs = []
     for beta in (0.5, 3.0):  # the second hash may lie where the first one lay
         state = racecore.RaceState.zeros(racecore.SoftLSH.random(D, 3, 2, beta=beta, rng=int(beta)), BATCH, G, V)
@@ -233,10 +233,10 @@ def test_what_kernels_keep_of_a_hash_goes_with_it():
         state.append(key, value)
         tokens = rows((BATCH, H, G, D, V), 1, seed=3)
         outs.append((state.copy().step(*tokens), state.copy().step(*tokens, backend="reference")))
-        assert len(cpu_call._padded) > n_before
+        assert len(call._padded) > n_before
         del state
         gc.collect()
-        assert len(cpu_call._padded) == n_before
+        assert len(call._padded) == n_before
     for fast, plain in outs:
         np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-6)
 

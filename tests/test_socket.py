@@ -17,9 +17,9 @@ from devices import BACKENDS, fetch, put
 from layouts import LAYOUTS, arrange
 
 import racecore
-from racecore import cuda
 from racecore.errors import CorruptFileError
 from racecore.ops.socket import cpu, layout
+from racecore.runtime import cuda
 
 B, T, G, H, D, V = 2, 150, 2, 4, 20, 12
 BF16 = ml_dtypes.bfloat16
@@ -152,10 +152,10 @@ def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> 
         selected = operations.empty(shape, np.int64)
         operations._pick(*(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected)
         return fetch(selected)
-    from racecore.ops.socket import ranking
+    from racecore.ops.socket.select import top_k
 
     selected, counts = np.full(shape, -7), np.zeros(len(scores), np.int64)
-    ranking.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, (2, 3), selected, counts, 0, len(scores))
+    top_k.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, (2, 3), selected, counts, 0, len(scores))
     assert (counts == (selected >= 0).sum(axis=1)).all()
     return selected
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import racecore
-from racecore.ops import processor
-from racecore.ops.socket import coarse, cpu, layout, settling
+from racecore.ops.socket import cpu, layout
+from racecore.ops.socket.select import bounds, top_k_by_bounds
+from racecore.runtime import processor
 
 pytestmark = pytest.mark.skipif(
     not processor.has("avx512vbmi"), reason="the processor has no AVX-512 VBMI: all scores are exact here"
@@ -50,12 +51,12 @@ def group_scores(tables: np.ndarray, keys: layout.HashedKeys, multiplies: bool) 
 @pytest.mark.parametrize("kind", ["random", "sinks"])
 def test_bounds_hold(scorer, n_planes, kind):
     tables, keys, multiplies = make(scorer, n_planes=n_planes, kind=kind)
-    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    coarse.fill_coarse(call, 0, len(call.planes))
+    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_coarse(call, 0, len(call.planes))
     n_blocks = -(-T // layout.BLOCK_TOKENS)
     highs = np.empty((B * G, n_blocks * layout.BLOCK_TOKENS), np.float32)
     tasks = np.array([(b, g, 0, n_blocks, b * G + g) for b in range(B) for g in range(G)])
-    coarse.score_coarse(call, tasks, highs, 0, len(tasks))
+    bounds.score_coarse(call, tasks, highs, 0, len(tasks))
     norm = layout.from_norm16(keys.norms[:, :, :T]).astype(np.float64)
     high = highs[:, :T].reshape(B, G, T).astype(np.float64)
     low = high - call.numbers[:, 2].reshape(B, G, 1) * norm
@@ -88,18 +89,18 @@ def test_bounds_select_what_exact_scores_select(scorer, kind, way, monkeypatch):
 def test_wide_bounds_decide_less_but_never_wrongly(widened):
     """Scores of either sign, whose upper bounds go by the norm if they are wide: then tokens below the bar matter."""
     tables, keys, multiplies = make("signed_jl", kind="sinks")
-    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    coarse.fill_coarse(call, 0, len(call.planes))
+    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_coarse(call, 0, len(call.planes))
     exact = group_scores(tables, keys, multiplies)[0]
     by = np.float32(widened * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact != 0))
     call.numbers[:, 1] += by
     call.numbers[:, 2] += 2 * by
     n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
     highs = np.empty((G, n_blocks * layout.BLOCK_TOKENS), np.float32)
-    coarse.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
+    bounds.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
     selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
     limits = (np.full(G, T), np.full(G, budget))
-    settling.SETTLE[multiplies](call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G)
+    top_k_by_bounds.SETTLE[multiplies](call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G)
     for g in range(G):
         best = np.sort(np.argsort(-exact[g], kind="stable")[:budget])
         np.testing.assert_array_equal(selected[g], best)
@@ -107,11 +108,11 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
 
 def test_bounds_are_used_where_they_help_and_only_there():
     tables = make("soft")[0]
-    assert coarse.can_bound(tables, layout.high_bits(8), T)
-    assert not coarse.can_bound(tables, layout.high_bits(8), 4095)  # too few tokens to pay for the tables
-    assert not coarse.can_bound(tables, layout.high_bits(9), T)  # codes of more than a byte
-    assert not coarse.can_bound(tables[:, :, :5], layout.high_bits(8), T)  # tables come in pairs
-    assert not coarse.can_bound(tables.astype(np.float64), layout.high_bits(8), T)
+    assert bounds.can_bound(tables, layout.high_bits(8), T)
+    assert not bounds.can_bound(tables, layout.high_bits(8), 4095)  # too few tokens to pay for the tables
+    assert not bounds.can_bound(tables, layout.high_bits(9), T)  # codes of more than a byte
+    assert not bounds.can_bound(tables[:, :, :5], layout.high_bits(8), T)  # tables come in pairs
+    assert not bounds.can_bound(tables.astype(np.float64), layout.high_bits(8), T)
 
 
 @pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
@@ -139,9 +140,9 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [fits]
-    call = coarse.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    coarse.fill_coarse(call, 0, len(call.planes))
-    assert coarse.overflows(call) != fits
+    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_coarse(call, 0, len(call.planes))
+    assert bounds.overflows(call) != fits
     assert np.isfinite(call.numbers).all() or not fits
     scores = cpu.scores(tables, keys, multiplies).reshape(B, G, H // G, -1)
     exact = scores[:, :, 0].copy()

@@ -163,7 +163,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
 
 
 def test_files_of_a_newer_version_are_refused(tmp_path):
-    from racecore import files
+    from racecore.runtime import files
 
     files.save(tmp_path / "new.npz", "racecore.SoftLSH", 99, planes=np.ones((1, 1, 1)), beta=np.ones(()))
     with pytest.raises(CorruptFileError, match="version 99.*upgrade"):
@@ -171,7 +171,7 @@ def test_files_of_a_newer_version_are_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
-    from racecore import files
+    from racecore.runtime import files
 
     path = tmp_path / "lsh.npz"
     lsh = racecore.SoftLSH.random(6, rng=3)

@@ -189,7 +189,7 @@ def test_a_bad_append_changes_nothing(key_shape, value_shape):
 
 
 def test_an_interrupted_append_changes_nothing(monkeypatch):
-    from racecore import progress
+    from racecore.runtime import progress
 
     lsh, *_ = make()
     state = racecore.RaceState.zeros(lsh, batch=1, n_kv_heads=1, value_dim=V)
@@ -210,7 +210,7 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
 
 def test_append_and_attend_go_part_by_part(monkeypatch):
     """Temporary memory is bounded because a batch is cut into parts; the cut changes no bit."""
-    from racecore import plan
+    from racecore import chunking
 
     lsh, *_ = make()
     rng = np.random.default_rng(0)
@@ -225,7 +225,7 @@ def test_append_and_attend_go_part_by_part(monkeypatch):
             cut.append(i)
             yield i, i + 1
 
-    monkeypatch.setattr(plan, "parts", one_by_one)
+    monkeypatch.setattr(chunking, "parts", one_by_one)
     state = racecore.RaceState.zeros(lsh, 3, 1, V)
     state.append(key, value)
     np.testing.assert_array_equal(state.mass, whole.mass)

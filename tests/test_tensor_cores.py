@@ -12,8 +12,8 @@ from devices import BACKENDS, fetch, put
 from problems import DTYPES, Problem, relative_error, run_library, run_oracle
 
 import racecore
-from racecore import cuda
-from racecore.ops import cuda_call
+from racecore.ops.cuda import call
+from racecore.runtime import cuda
 
 BFLOAT16 = DTYPES["bfloat16"]
 INSTRUCTION = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -40,7 +40,7 @@ def launched(monkeypatch):
 
 # The instruction ------------------------------------------------------------------------------------------------------
 
-ONE_PRODUCT = """#include "warp.cuh"
+ONE_PRODUCT = """#include "cuda/warp.cuh"
 extern "C" __global__ void one_product(const unsigned* a, const unsigned* b, float* d) {
     int i = lane_id();
     Sum sum = {{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]}};
@@ -138,7 +138,7 @@ def test_as_near_to_the_oracle_as_float32(backend, name, launched):
 
 
 def without(monkeypatch):
-    monkeypatch.setattr(cuda_call, "TENSOR_CORES_FROM", 1 << 30)
+    monkeypatch.setattr(call, "TENSOR_CORES_FROM", 1 << 30)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -163,9 +163,9 @@ def test_the_same_bits_for_any_grid_and_any_scratch(backend, is_causal, monkeypa
         0, 2, 1100, 1100, 1, 1, 5, 40, 3, 3, 1.2, 1.0, mask="random", has_d_state=True, is_causal=is_causal
     )
     expected = run_library(problem, "bfloat16", backend)
-    monkeypatch.setattr(cuda_call, "_MAX_BLOCKS", 3)
+    monkeypatch.setattr(call, "_MAX_BLOCKS", 3)
     few_blocks = run_library(problem, "bfloat16", backend)
-    monkeypatch.setattr(cuda_call, "_SHARED_BYTES_OF_WARPS", 0)
+    monkeypatch.setattr(call, "_SHARED_BYTES_OF_WARPS", 0)
     in_global_memory = run_library(problem, "bfloat16", backend, chunk_size=1)
     for found in (few_blocks, in_global_memory):
         for name, array in expected.items():

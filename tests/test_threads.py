@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 import racecore
-from racecore.threads import default_count, run
+from racecore.runtime.threads import default_count, run
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 8])
@@ -107,7 +107,7 @@ def test_default_count(monkeypatch):
 
 def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatch):
     """A starved helper holds the jobs it never got round to; their arrays would count as the next call's memory."""
-    threads = importlib.import_module("racecore.threads")  # the package's attribute of that name is a function
+    threads = importlib.import_module("racecore.runtime.threads")  # the package's attribute of that name is a function
     monkeypatch.setattr(threads, "_ensure_helpers", lambda n: None)
     jobs = threads.queue.SimpleQueue()
     monkeypatch.setattr(threads, "_jobs", jobs)
@@ -137,7 +137,7 @@ def test_what_a_signal_raises_waits_for_the_helpers(error):
         time.sleep(0.03)
         working.remove(first)
 
-    waiting = importlib.import_module("racecore.threads")._work_and_wait.__code__
+    waiting = importlib.import_module("racecore.runtime.threads")._work_and_wait.__code__
 
     def raise_it(number, frame):
         while frame is not None:  # not outside, where it would hit this test

@@ -19,8 +19,8 @@ import racecore
 
 torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
 
-from racecore.adapters.torch import RaceAttention, RaceCache, race_attention, race_sdpa  # noqa: E402
-from racecore.adapters.torch.operator import attend, attend_backward  # noqa: E402
+from racecore.adapters.torch import RaceAttention, RaceCache, race_attention, race_sdpa
+from racecore.adapters.torch.operator import attend, attend_backward
 
 # Inductor and DistributedDataParallel warn of things in PyTorch itself; forked workers of what racecore is made for.
 pytestmark = [
@@ -693,7 +693,7 @@ def test_data_loader_workers_after_the_parent_has_computed():
 
 
 def test_threads_are_those_of_torch_unless_racecore_is_asked(monkeypatch):
-    from racecore.threads import count
+    from racecore.runtime.threads import count
 
     seen = []
     real = racecore.adapters.torch.function.attention

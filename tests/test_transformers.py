@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; only its adapter needs it")
 
-import racecore.adapters.transformers as race  # noqa: E402
-from racecore.adapters.torch import race_attention  # noqa: E402
+import racecore.adapters.transformers as race
+from racecore.adapters.torch import race_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

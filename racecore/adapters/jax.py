@@ -24,10 +24,11 @@ import numpy as np
 from jax import numpy as jnp
 
 import racecore
-from racecore import arrays, inputs
+from racecore import inputs
 from racecore.adapters import task as host
 from racecore.adapters import xla_call
 from racecore.adapters.task import HASH, ROWS, Task
+from racecore.runtime import arrays
 
 __all__ = ["race_attention"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore.attention import saved_without_forward
+from racecore.race_attention import saved_without_forward
 
 __all__ = ["HASH", "ROWS", "Task", "mapped_axes", "run"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from racecore import arrays
+from racecore.runtime import arrays
 
 __all__ = ["register"]
 

@@ -17,7 +17,7 @@ from racecore.commands import attend, race
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
-from racecore.threads import default_count
+from racecore.runtime.threads import default_count
 
 __all__ = ["add_parser", "run"]
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore import backends, kernel_cache
-from racecore.threads import default_count
+from racecore import backends
+from racecore.runtime import kernel_cache
+from racecore.runtime.threads import default_count
 
 __all__ = ["add_parser", "processor", "run"]
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore import arrays, inputs
+from racecore import inputs
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.commands.doctor import processor
-from racecore.threads import count
+from racecore.runtime import arrays
+from racecore.runtime.threads import count
 
 __all__ = ["Result", "add_parser", "run"]
 

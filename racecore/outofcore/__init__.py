@@ -1,7 +1,7 @@
 """Attention over arrays that may be larger than memory: files, memory maps, or numbers made up on the way."""
 
 from racecore.outofcore.driver import run
-from racecore.outofcore.planner import Plan, plan
+from racecore.outofcore.estimate import Plan, plan
 from racecore.outofcore.request import Report
 from racecore.outofcore.synthetic import Synthetic
 

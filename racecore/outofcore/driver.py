@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from racecore import progress
-from racecore.memory_use import PeakMemory
 from racecore.outofcore.execution import Run, prepared
 from racecore.outofcore.request import Report, Request
+from racecore.runtime import progress
+from racecore.runtime.memory_use import PeakMemory
 from racecore.soft_lsh import SoftLSH
 
 __all__ = ["run"]
@@ -126,7 +126,7 @@ def run(
 def _listening(listener: Callable[[int, int], object] | bool | str | None, run: Run) -> Iterator[None]:
     """Tell a caller's function about progress, or show a bar."""
     if listener is True or isinstance(listener, str):
-        from racecore.commands.bar import token_bar
+        from racecore.runtime.progress_bar import token_bar
 
         with token_bar("racecore" if listener is True else listener, run.n_steps, run.n_tokens):
             yield

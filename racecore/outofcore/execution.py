@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, backends, inputs, kernel_cache, progress
+from racecore import backends, inputs
 from racecore._version import __version__
 from racecore.errors import InputChangedError
 from racecore.gradients import hash_gradients
-from racecore.outofcore import pipeline, points, schedule
+from racecore.outofcore import crash_points, pipeline, schedule
+from racecore.outofcore.devices import Gpu, Host, Place
 from racecore.outofcore.finite import refuse_non_finite
 from racecore.outofcore.journal import Journal
-from racecore.outofcore.places import Gpu, Host, Place
 from racecore.outofcore.request import Request
 from racecore.outofcore.results import Results, completed, opened
 from racecore.outofcore.resume import Step
@@ -28,6 +28,7 @@ from racecore.outofcore.stages import Stages
 from racecore.outofcore.stamps import stamp, stamp_file
 from racecore.outofcore.states import States
 from racecore.outofcore.targets import check_paths, file_of, folder_of, is_path
+from racecore.runtime import arrays, kernel_cache, progress
 
 __all__ = ["Run", "prepared"]
 
@@ -206,7 +207,7 @@ class Run:
             for name, target in targets.items():
                 sinks[name] = open_sink(target, name, self.shape(name), self.dtype, taken, resumes)
                 taken.append((name, target))
-            points.reached("outputs reserved")
+            crash_points.reached("outputs reserved")
             if journal is not None:
                 results.states = States(stages.numbers, _states_path(journal.path))
             elif self.problem.is_causal and self.wants_gradients:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import arrays
 from racecore.errors import NonFiniteError
 from racecore.outofcore.sources import Source
+from racecore.runtime import arrays
 
 __all__ = ["refuse_non_finite"]
 

@@ -15,7 +15,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from racecore.errors import CorruptFileError
-from racecore.outofcore import points
+from racecore.outofcore import crash_points
 from racecore.outofcore.locked_file import open_locked
 
 __all__ = ["Entry", "Journal"]
@@ -82,7 +82,7 @@ class Journal:
         self.entries, self.completion, self.identity = {}, None, identity
         self._append({"racecore journal": _VERSION, "run": identity})
         os.fsync(self._file)
-        points.reached("journal begun")
+        crash_points.reached("journal begun")
 
     def difference(self, identity: dict[str, Any]) -> str | None:
         """Tell in what the run that this is the journal of differs from another one; None means in nothing."""
@@ -99,13 +99,13 @@ class Journal:
         if entry.state is not None:
             line["state"] = f"{entry.state:016x}"
         self._append(line)
-        points.reached("line written")
+        crash_points.reached("line written")
 
     def note_completion(self, completion: dict[str, Any]) -> None:
         """Write that everything is on the disk, and wait until that line is."""
         self._append({"complete": completion})
         os.fsync(self._file)
-        points.reached("completion noted")
+        crash_points.reached("completion noted")
 
     def remove(self) -> None:
         """Remove the file, and let go of it."""
@@ -130,7 +130,7 @@ class Journal:
             while begin < end:
                 begin += os.pwrite(self._file, line[begin:end], self._length + begin)
             if end == half:
-                points.reached("line half written")
+                crash_points.reached("line half written")
         self._length += len(line)
 
     def _read(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore.jit import helper, kernel
+from racecore.runtime.jit import helper, kernel
 
 __all__ = ["checksum", "fill", "fill_rows", "first_with"]
 

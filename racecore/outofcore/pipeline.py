@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from racecore import arrays
+from racecore.runtime import arrays
 
 __all__ = ["Buffers", "Clock", "run"]
 

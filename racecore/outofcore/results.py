@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from racecore.errors import InputChangedError, NonFiniteError
-from racecore.outofcore import points
+from racecore.outofcore import crash_points
 from racecore.outofcore.journal import Entry, Journal
 from racecore.outofcore.resume import Step, all_steps, remaining_steps
 from racecore.outofcore.schedule import PASSES, Task
@@ -73,23 +73,23 @@ class Results:
         checksums = {}
         for name, array in rows.items():
             checksums[name] = self.sinks[name].write(*task.tokens(name), array)
-            points.reached("one array written")
-        points.reached("rows written")
+            crash_points.reached("one array written")
+        crash_points.reached("rows written")
         if self._journal is not None:
             self._journal.note(task.number, Entry(checksums, state))
 
     def finish(self, completion: dict[str, Any]) -> None:
         """Give the outputs their names."""
-        points.reached("all tasks done")
+        crash_points.reached("all tasks done")
         for sink in self.sinks.values():
             sink.sync()
-        points.reached("outputs on the disk")
+        crash_points.reached("outputs on the disk")
         if self._journal is not None:
             self._journal.note_completion(completion)
         for sink in self.sinks.values():
             sink.finish()
-            points.reached("one output named")
-        points.reached("outputs named")
+            crash_points.reached("one output named")
+        crash_points.reached("outputs named")
         self._forget()
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Results:
     def _forget(self) -> None:
         if self.states is not None:
             self.states.remove()
-        points.reached("states removed")
+        crash_points.reached("states removed")
         if self._journal is not None:
             self._journal.remove()
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from racecore import plan
+from racecore import chunking
 from racecore.problem import Problem
 
 __all__ = ["PASSES", "Limits", "Pass", "Task", "limits", "n_passes", "tasks"]
@@ -117,23 +117,23 @@ def limits(problem: Problem, with_gradients: bool, memory_limit: int, most_segme
     row_bytes = max(sum(_row_bytes(problem, name) for name in p.reads) for p in passes)
     row_bytes += max(sum(_row_bytes(problem, name) for name in p.writes) for p in passes)
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
-    per_segment = plan.smallest_workspace(problem)
-    smallest = 2 * plan.SEGMENT * row_bytes + per_segment + 2 * state
+    per_segment = chunking.smallest_workspace(problem)
+    smallest = 2 * chunking.SEGMENT * row_bytes + per_segment + 2 * state
     if memory_limit < smallest:
         raise ValueError(
             f"memory_limit is {memory_limit:,} bytes; the smallest that works here is {smallest:,} (buffers for "
-            f"{plan.SEGMENT:,} tokens twice, and the workspace of one segment)"
+            f"{chunking.SEGMENT:,} tokens twice, and the workspace of one segment)"
         )
     spare = memory_limit - 2 * state
-    n_segments = min(most_segments, spare // (2 * plan.SEGMENT * row_bytes + per_segment))
-    workspace = min(_WORKSPACE * most_segments // 16, spare - 2 * n_segments * plan.SEGMENT * row_bytes)
+    n_segments = min(most_segments, spare // (2 * chunking.SEGMENT * row_bytes + per_segment))
+    workspace = min(_WORKSPACE * most_segments // 16, spare - 2 * n_segments * chunking.SEGMENT * row_bytes)
     n_segments = min(n_segments, workspace // per_segment) or 1
     workspace = max(workspace, per_segment)
-    buffers = 2 * n_segments * plan.SEGMENT * row_bytes
+    buffers = 2 * n_segments * chunking.SEGMENT * row_bytes
     room = min(memory_limit - buffers - workspace, buffers // _STATES_SHARE)
     sequences = max(1, min(room // (2 * state), len(problem.sequences)))
     peak = buffers + workspace + 2 * sequences * state
-    return Limits(n_segments * plan.SEGMENT, workspace, sequences, peak)
+    return Limits(n_segments * chunking.SEGMENT, workspace, sequences, peak)
 
 
 def _row_bytes(problem: Problem, name: str) -> int:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from racecore import arrays
 from racecore.outofcore import npy
 from racecore.outofcore.positioned import read_at
 from racecore.outofcore.synthetic import Synthetic, SyntheticHead
+from racecore.runtime import arrays
 
 __all__ = ["Source", "open_source", "pieces"]
 

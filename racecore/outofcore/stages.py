@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays, plan
+from racecore import chunking
 from racecore.backends import Backend
 from racecore.outofcore.schedule import Task
 from racecore.outofcore.states import States
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import arrays
 
 __all__ = ["Origin", "Stages"]
 
@@ -106,7 +107,7 @@ class Stages:
         if task.first != self._first:
             self._begin(task)
         d_out = None if "d_out" not in read else read["d_out"][None]
-        for first, last in plan.parts(replace(self._problem, sequences=task.sequences)):
+        for first, last in chunking.parts(replace(self._problem, sequences=task.sequences)):
             part = self._part(read, task.sequences[first:last])
             sketch, d_sketch = self._sketch.part(first, last), self._d_sketch.part(first, last)
             grads = self._buffers(written)

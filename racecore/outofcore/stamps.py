@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from racecore import arrays
 from racecore.outofcore.sinks import checksum
 from racecore.outofcore.sources import Source
 from racecore.outofcore.synthetic import Synthetic, SyntheticHead
+from racecore.runtime import arrays
 
 __all__ = ["stamp", "stamp_file"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from racecore.outofcore import points
+from racecore.outofcore import crash_points
 from racecore.outofcore.positioned import read_at, write_at
 
 __all__ = ["States"]
@@ -40,7 +40,7 @@ class States:
     def put(self, task: int, first: int, state: np.ndarray) -> int:
         """Keep what a task left, a contiguous float64 array, from number `first` of its place on; return its checksum."""
         write_at(self._file, task * self._place_bytes + 8 * first, state)
-        points.reached("state written")
+        crash_points.reached("state written")
         return _checksum(state)
 
     def get(self, task: int, first: int, numbers: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import DTypeLike
 
-from racecore import arrays
+from racecore.runtime import arrays
 
 __all__ = ["Synthetic", "SyntheticHead"]
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from problems import DTYPES, Problem, relative_error, run_library, run_oracle
 
 from cuda_on_cpu import fake_cupy
-from racecore.ops import cuda_call
+from racecore.ops.cuda import call
 
 RESULTS = ("out", "d_query", "d_key", "d_value", "mass", "value_sum", "d_planes", "d_beta")
 
@@ -24,9 +24,9 @@ def errors(problem: Problem) -> list[dict[str, float]]:
     """Return the errors of every result, with tensor cores, without, and of the formulas."""
     with fake_cupy.install():
         found = [run_library(problem, "bfloat16", "cuda")]
-        before, cuda_call.TENSOR_CORES_FROM = cuda_call.TENSOR_CORES_FROM, 1 << 30
+        before, call.TENSOR_CORES_FROM = call.TENSOR_CORES_FROM, 1 << 30
         found.append(run_library(problem, "bfloat16", "cuda"))
-        cuda_call.TENSOR_CORES_FROM = before
+        call.TENSOR_CORES_FROM = before
     plain = dict(run_oracle(problem, "bfloat16", "float32"))
     for name in ("out", "d_query", "d_key", "d_value"):
         plain[name] = plain[name].astype(DTYPES["bfloat16"])

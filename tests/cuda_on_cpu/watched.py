@@ -138,8 +138,8 @@ def main() -> None:
     from problems import relative_error, run_library, run_oracle
 
     from cuda_on_cpu import fake_cupy, socket_cases
-    from racecore import cuda
-    from racecore.ops import cuda_call
+    from racecore.ops.cuda import call
+    from racecore.runtime import cuda
 
     watcher, ops = sys.argv[1], os.environ.get("CUDA_ON_CPU_OPS")
     if ops:
@@ -149,7 +149,7 @@ def main() -> None:
             socket_cases.run(watcher)
         return
     if watcher == "thread":
-        cuda_call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
+        call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
     with fake_cupy.install():
         for problem, dtype in problems(watcher):
             found = run_library(problem, dtype, "cuda")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from racecore.adapters.torch.tensors import as_hash, as_tensor, autocast, check_tensors, same_place, target, to_array
-from racecore.state import RaceState
+from racecore.state.race_state import RaceState
 
 __all__ = ["RaceCache"]
 

@@ -20,8 +20,8 @@ from racecore.adapters.torch.tensors import (
     target,
     to_array,
 )
-from racecore.attention import attention, attention_backward, attention_forward
 from racecore.gradients import Gradients
+from racecore.race_attention import attention, attention_backward, attention_forward
 from racecore.soft_lsh import SoftLSH
 
 __all__ = ["race_attention", "race_sdpa"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from racecore.adapters.torch.tensors import array_options, as_hash, as_like, as_tensor, same_place, target, to_array
-from racecore.attention import attention, attention_backward, saved_without_forward
 from racecore.gradients import Gradients
+from racecore.race_attention import attention, attention_backward, saved_without_forward
 
 __all__ = ["WANTED", "attend", "attend_backward", "no_second_derivative"]
 

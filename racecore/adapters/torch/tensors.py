@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from racecore import arrays, cuda
+from racecore.runtime import arrays, cuda
+from racecore.runtime.threads import requested, threads
 from racecore.soft_lsh import SoftLSH
-from racecore.threads import requested, threads
 
 __all__ = [
     "array_options",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import arrays, plan, progress
-from racecore.jit import helper, kernel
-from racecore.ops.blocks import (
+from racecore import chunking
+from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.cpu.call import Call, empty_hash_parts, launch, make_call, scan
+from racecore.ops.cpu.readout import weigh, weigh_backward
+from racecore.ops.cpu.row_io import (
     AS_IT_IS,
     COPIED,
     D_KEY,
@@ -24,11 +26,7 @@ from racecore.ops.blocks import (
     rows_to_write,
     store,
 )
-from racecore.ops.cpu_call import Call, empty_hash_parts, launch, make_call, scan
-from racecore.ops.memory import clear_rows
-from racecore.ops.products import NOTHING, Ahead, Source, expand, project, project_wide, transpose
-from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import (
+from racecore.ops.cpu.scratch import (
     Scratch,
     hash_of,
     how_to_add,
@@ -40,8 +38,7 @@ from racecore.ops.scratch import (
     read_query,
     task_of,
 )
-from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
-from racecore.ops.states import (
+from racecore.ops.cpu.states import (
     GROUP,
     Running,
     add_block,
@@ -55,10 +52,14 @@ from racecore.ops.states import (
     spread_mass,
     start,
 )
-from racecore.ops.tiles import fence
-from racecore.ops.vectors import lanes
-from racecore.plan import BLOCK, TOKENS
+from racecore.ops.simd.memory import clear_rows
+from racecore.ops.simd.products import NOTHING, Ahead, Source, expand, project, project_wide, transpose
+from racecore.ops.simd.tiles import fence
+from racecore.ops.simd.vectors import lanes
+from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import arrays, progress
+from racecore.runtime.jit import helper, kernel
 
 __all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
 
@@ -69,7 +70,7 @@ _NO_COUNTS = np.zeros(0, np.int64)
 
 def sum_keys(part: Problem, sketch: Sketch) -> None:
     """Add every key and value of `part` to `sketch`."""
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         if _are_groups(chunk, sketch):
             n_tokens = launch(_sum_keys, make_call(part, chunk), sketch.flat, True, _NO_COUNTS)
         else:
@@ -86,7 +87,7 @@ def _are_groups(chunk: np.ndarray, sketch: Sketch) -> bool:
     A kernel then adds to every state once, and may as well do it in place: the same bits, but no states of segments.
     """
     n_tokens = chunk[:, 3] - chunk[:, 2]
-    return plan.are_whole(chunk, len(sketch.flat)) and bool(n_tokens.max(initial=0) <= GROUP)
+    return chunking.are_whole(chunk, len(sketch.flat)) and bool(n_tokens.max(initial=0) <= GROUP)
 
 
 def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
@@ -97,7 +98,7 @@ def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
     bool
         False where they are too many; nothing has been done then.
     """
-    chunk, *more = plan.chunks(part, "key")
+    chunk, *more = chunking.chunks(part, "key")
     n_tokens = int((chunk[:, 3] - chunk[:, 2]).sum())
     too_many = n_tokens * part.n_state_heads > _ROWS_AT_ONCE or sketch.flat.nbytes > _BYTES_AT_ONCE
     if more or too_many or not _are_groups(chunk, sketch):
@@ -145,7 +146,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
     wants_hash = grads.hash is not None
     if grads.key is None and grads.value is None and not wants_hash:
         return
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         call = make_call(part, chunk, d_key=grads.key, d_value=grads.value)
         hash_parts = empty_hash_parts(part, chunk, grads.hash)
         n_tokens = launch(_sum_keys_backward, call, d_sketch.flat, hash_parts)
@@ -203,7 +204,7 @@ def ask_state(state: Running, j: int, x: Source, n: int, w: Scratch, ahead: Ahea
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
     """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         progress.advance(launch(_read_out, make_call(part, chunk, out=out), sketch.flat))
 
 
@@ -240,7 +241,7 @@ def read_out_backward(
     part: Problem, sketch: Sketch, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         call = make_call(part, chunk, d_out=d_out, d_query=grads.query)
         hash_parts = empty_hash_parts(part, chunk, grads.hash)
         if _are_groups(chunk, sketch):

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from racecore import plan, progress
-from racecore.ops.cuda_call import (
+from racecore import chunking
+from racecore.ops.cuda.call import (
     Call,
     Scratch,
     empty_hash_parts,
@@ -20,6 +20,7 @@ from racecore.ops.cuda_call import (
     shares,
 )
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import progress
 
 __all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
 
@@ -28,7 +29,7 @@ _FILE = "bidirectional/kernels.cu"
 
 def sum_keys(part: Problem, sketch: Sketch) -> None:
     """Add every key and value of `part` to `sketch`."""
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         sums = new_sums(part, len(chunk), part.n_state_heads)
         n_tokens = sum_segments(part, make_call(part, chunk), sums)
         scan(chunk[:, 0], sums, sketch.flat)
@@ -50,7 +51,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
     """Write the gradients of keys and values, given that of the state they were added to."""
     scratch = Scratch(states=1, weights=2, hash_sums=True)
     with key_gradients(part, grads, None) as (wide, sums, _):
-        for chunk in plan.chunks(part, "key"):
+        for chunk in chunking.chunks(part, "key"):
             call = make_call(wide, chunk, d_key=sums.key, d_value=sums.value, hash_width=hash_width(grads.hash))
             parts = empty_hash_parts(chunk, part.n_state_heads, grads.hash)
             for share in range(shares(part)):
@@ -62,7 +63,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
     """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         call = make_call(part, chunk, out=out)
         progress.advance(
             launch(_FILE, "read_out", call, part.n_heads, Scratch(states=1, masses=1, weights=2), sketch.flat)
@@ -74,7 +75,7 @@ def read_out_backward(
 ) -> None:
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
     scratch = Scratch(states=1, state_sums=1, masses=1, weights=4, hash_sums=True)
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         call = make_call(part, chunk, d_out=d_out, d_query=grads.query, hash_width=hash_width(grads.hash))
         d_sums = new_sums(part, len(chunk), part.n_heads)
         parts = empty_hash_parts(chunk, part.n_heads, grads.hash)

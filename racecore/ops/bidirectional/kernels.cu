@@ -1,6 +1,6 @@
 // Bidirectional attention: sums over keys, and answers of queries; see reference.py for the same in plain NumPy.
-// A task is a segment and a head. What it adds to sums goes to a place of its own; ops/sums.cu adds those in order.
-#include "readout.cuh"
+// A task is a segment and a head. What it adds to sums goes to a place of its own; ops/cuda/sums.cu adds those in order.
+#include "cuda/readout.cuh"
 
 // sums[segment][m] = masses and value sums of the segment's keys
 extern "C" __global__ __launch_bounds__(THREADS, MANY) void sum_keys(const Call call, double* sums) {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import plan, progress
-from racecore.ops.rows import (
+from racecore import chunking
+from racecore.ops.reference_rows import (
     add_hash_gradient,
     key_rows,
     query_rows,
@@ -16,13 +16,14 @@ from racecore.ops.rows import (
 )
 from racecore.ops.soft_hash.reference import soft_hash, soft_hash_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import progress
 
 __all__ = ["add_at_once", "read_out", "read_out_backward", "sum_keys", "sum_keys_backward"]
 
 
 def sum_keys(part: Problem, sketch: Sketch) -> None:
     """Add every key and value of `part` to `sketch`."""
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         for n, batch, begin, end, _ in chunk.tolist():
             k, v, keep = key_rows(part, batch, begin, end)
             phi_k = soft_hash(k, part.planes, part.beta) * keep[:, None, None]  # [t, M, S]
@@ -38,7 +39,7 @@ def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
 
 def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -> None:
     """Write the gradients of keys and values, given that of the state they were added to."""
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         for n, batch, begin, end, _ in chunk.tolist():
             k, v, keep = key_rows(part, batch, begin, end)
             phi_k = soft_hash(k, part.planes, part.beta) * keep[:, None, None]
@@ -59,7 +60,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
     """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         for n, batch, begin, end, _ in chunk.tolist():
             q = query_rows(part, part.query, batch, begin, end)
             phi_q = soft_hash(q, part.planes, part.beta)  # [t, H/M, M, S]
@@ -73,7 +74,7 @@ def read_out_backward(
     part: Problem, sketch: Sketch, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
-    for chunk in plan.chunks(part, "query"):
+    for chunk in chunking.chunks(part, "query"):
         for n, batch, begin, end, _ in chunk.tolist():
             q = query_rows(part, part.query, batch, begin, end)
             g = query_rows(part, d_out, batch, begin, end)

@@ -8,7 +8,7 @@ walk for the queries also sums what each segment adds to the gradients of earlie
 backward walk is for keys and values. Either way the state before a segment is a float64 sum of segments' sums, and states are
 never recovered by subtraction.
 
-Inside a segment the state stays in the registers, piece by piece, while the tokens of a block walk past it (`ops.walks`): a
+Inside a segment the state stays in the registers, piece by piece, while the tokens of a block walk past it (`ops.causal.scan_tiles`): a
 token is added, then asks. So causality is strict by construction.
 """
 
@@ -19,16 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from racecore import plan, progress
-from racecore.jit import helper, kernel, piece
-from racecore.ops import vectors
+from racecore import chunking
+from racecore.chunking import BLOCK, SEGMENT, TOKENS, count_blocks
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
-from racecore.ops.blocks import COPIED, D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
-from racecore.ops.cpu_call import Call, empty_hash_parts, in_series, launch, make_call, n_buckets_of, scan
-from racecore.ops.memory import add_rows, clear_rows, copy_rows, matrices
-from racecore.ops.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
-from racecore.ops.readout import weigh, weigh_backward
-from racecore.ops.scratch import (
+from racecore.ops.causal.scan_tiles import walk_rows, walk_weights
+from racecore.ops.cpu.call import Call, empty_hash_parts, in_series, launch, make_call, n_buckets_of, scan
+from racecore.ops.cpu.readout import weigh, weigh_backward
+from racecore.ops.cpu.row_io import COPIED, D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
+from racecore.ops.cpu.scratch import (
     Scratch,
     hash_of,
     how_to_add,
@@ -40,8 +38,7 @@ from racecore.ops.scratch import (
     read_query,
     task_of,
 )
-from racecore.ops.soft_hash.cpu import hash_again, hash_block, hash_block_backward
-from racecore.ops.states import (
+from racecore.ops.cpu.states import (
     Partial,
     Running,
     add_block,
@@ -54,11 +51,15 @@ from racecore.ops.states import (
     running_mass_backward,
     start,
 )
-from racecore.ops.tiles import fence
-from racecore.ops.vectors import copy, lanes
-from racecore.ops.walks import walk_rows, walk_weights
-from racecore.plan import BLOCK, SEGMENT, TOKENS, count_blocks
+from racecore.ops.simd import vectors
+from racecore.ops.simd.memory import add_rows, clear_rows, copy_rows, matrices
+from racecore.ops.simd.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
+from racecore.ops.simd.tiles import fence
+from racecore.ops.simd.vectors import copy, lanes
+from racecore.ops.soft_hash.cpu import hash_again, hash_block, hash_block_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import progress
+from racecore.runtime.jit import helper, kernel, piece
 
 __all__ = ["walk", "walk_backward"]
 
@@ -73,7 +74,7 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
         affordable; empty unless `keep_checkpoints`.
     """
     checkpoints, keep_all = [], keep_checkpoints and part.keeps_states
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         if keep_checkpoints:
             checkpoints.append(new_sums(part, len(chunk)) if keep_all else sketch.flat.copy())
         kept = checkpoints[-1] if keep_all else new_sums(part, 0)
@@ -177,7 +178,7 @@ def walk_backward(
     part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
-    for chunk, checkpoint in zip(reversed(plan.chunks(part, "key")), reversed(checkpoints), strict=True):
+    for chunk, checkpoint in zip(reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True):
         _walk_chunk_backward(part, chunk, checkpoint, d_out, d_sketch, grads)
 
 
@@ -191,7 +192,7 @@ def _walk_chunk_backward(
 ) -> None:
     call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
     states = checkpoint
-    if not plan.have_own_states(part, chunk, len(checkpoint)):
+    if not chunking.have_own_states(part, chunk, len(checkpoint)):
         states = new_sums(part, len(chunk))
         sum_segments(call, states)
         scan(chunk[:, 0], states, checkpoint.copy())

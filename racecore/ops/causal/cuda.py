@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from racecore import plan, progress
+from racecore import chunking
 from racecore.ops.bidirectional.cuda import sum_segments
-from racecore.ops.cuda_call import (
+from racecore.ops.cuda.call import (
     Scratch,
     empty,
     empty_hash_parts,
@@ -27,6 +27,7 @@ from racecore.ops.cuda_call import (
     stash_numbers,
 )
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import progress
 
 __all__ = ["walk", "walk_backward"]
 
@@ -43,7 +44,7 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
         affordable; empty unless `keep_checkpoints`.
     """
     checkpoints: list[np.ndarray] = []
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         if keep_checkpoints and not part.keeps_states:
             checkpoints.append(sketch.flat.copy())
         call = make_call(part, chunk, out=out)
@@ -69,8 +70,8 @@ def walk_backward(
 ) -> None:
     """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
     with key_gradients(part, grads, d_out) as (wide, sums, wide_d_out):
-        for chunk, checkpoint in zip(reversed(plan.chunks(part, "key")), reversed(checkpoints), strict=True):
-            own = plan.have_own_states(part, chunk, len(checkpoint))
+        for chunk, checkpoint in zip(reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True):
+            own = chunking.have_own_states(part, chunk, len(checkpoint))
             states = checkpoint if own else _states_before(part, chunk, checkpoint.copy())
             stash = empty((stash_numbers(part, chunk),), part.dtype)
             d_states = _walk_queries_backward(part, chunk, states, d_out, d_sketch, grads, stash)

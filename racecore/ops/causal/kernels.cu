@@ -1,8 +1,8 @@
 // Causal attention by segments, each from the state before it; see reference.py for the same in plain NumPy.
 // The state walks along with the tokens, ROWS buckets of it in registers at a time: a token is added, then asks; tensor cores
 // take a group of tokens at once, see tensor_walks.cuh. Sums over the keys of segments come from bidirectional/kernels.cu,
-// and ops/sums.cu makes states of them. Nothing is subtracted.
-#include "readout.cuh"
+// and ops/cuda/sums.cu makes states of them. Nothing is subtracted.
+#include "cuda/readout.cuh"
 
 // masses[TOKENS][S]: up to and including each token; `mass` moves on by the group.
 __device__ inline void running_masses(const Real* phi, int wide_buckets, double* mass, Real* masses) {
@@ -30,7 +30,7 @@ __device__ inline Stash stash_of(const Call& call, Real* stash, const Task& task
 }
 
 #if TENSOR_CORES
-#include "causal/tensor_walks.cuh"
+#include "causal/tensor_scan.cuh"
 #else
 
 // token i of out = sum over buckets of rho[i] * state after tokens 0 ... i, which moves on by the group.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import plan, progress
-from racecore.ops.rows import (
+from racecore import chunking
+from racecore.ops.reference_rows import (
     add_hash_gradient,
     key_rows,
     query_rows,
@@ -16,6 +16,7 @@ from racecore.ops.rows import (
 )
 from racecore.ops.soft_hash.reference import soft_hash, soft_hash_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
+from racecore.runtime import progress
 
 __all__ = ["walk", "walk_backward"]
 
@@ -29,7 +30,7 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
         The states before every chunk, which the backward pass starts from; empty unless `keep_checkpoints`.
     """
     checkpoints = []
-    for chunk in plan.chunks(part, "key"):
+    for chunk in chunking.chunks(part, "key"):
         if keep_checkpoints:
             checkpoints.append(sketch.flat.copy())
         for n, batch, begin, end, _ in chunk.tolist():
@@ -53,7 +54,7 @@ def walk_backward(
     part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
-    for chunk, checkpoint in zip(reversed(plan.chunks(part, "key")), reversed(checkpoints), strict=True):
+    for chunk, checkpoint in zip(reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True):
         states = Sketch(checkpoint.copy(), part.n_buckets)
         read = [_read_backward(part, states, d_out, grads, *segment) for segment in chunk.tolist()]
         for segment, (rho, d_mass, d_planes, d_beta) in zip(reversed(chunk.tolist()), reversed(read), strict=True):

@@ -13,23 +13,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore import progress
-from racecore.jit import helper, kernel, piece
-from racecore.ops.blocks import KEY, OUT, QUERY, VALUE, describe, load, store
-from racecore.ops.cpu_call import NO_MASK, Call, n_buckets_of, padded_planes
-from racecore.ops.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.products import NOTHING, padded, rows_of, source_of
-from racecore.ops.readout import weigh
-from racecore.ops.scratch import task_of
+from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.cpu.call import NO_MASK, Call, n_buckets_of
+from racecore.ops.cpu.readout import weigh
+from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load, store
+from racecore.ops.cpu.scratch import task_of
+from racecore.ops.cpu.states import load_keep
+from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
+from racecore.ops.simd.products import NOTHING, padded, rows_of, source_of
+from racecore.ops.simd.tiles import fence
+from racecore.ops.simd.vectors import add_at, fma, lanes, spread
+from racecore.ops.simd.vectors import load as load_lanes
+from racecore.ops.simd.vectors import store as store_lanes
 from racecore.ops.soft_hash.cpu import Hash, hash_block, new_hash_arrays
-from racecore.ops.states import load_keep
-from racecore.ops.tiles import fence
-from racecore.ops.vectors import add_at, fma, lanes, spread
-from racecore.ops.vectors import load as load_lanes
-from racecore.ops.vectors import store as store_lanes
-from racecore.plan import BLOCK, TOKENS
+from racecore.ops.soft_hash.planes import padded_planes
 from racecore.problem import Problem, Sketch
-from racecore.threads import run
+from racecore.runtime import progress
+from racecore.runtime.jit import helper, kernel, piece
+from racecore.runtime.threads import run
 
 __all__ = ["step"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import progress
-from racecore.ops.rows import key_rows, query_rows, store_query_rows, weights
+from racecore.ops.reference_rows import key_rows, query_rows, store_query_rows, weights
 from racecore.ops.soft_hash.reference import soft_hash
 from racecore.problem import Problem, Sketch
+from racecore.runtime import progress
 
 __all__ = ["step"]
 

@@ -8,21 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore import arrays
-from racecore.ops.blocks import describe
-from racecore.ops.products import padded
-from racecore.ops.socket.coarse import can_bound, fill_coarse, new_call, overflows, score_coarse
-from racecore.ops.socket.layout import (
-    BLOCK_TOKENS,
-    DIGIT_VALUES,
-    HashedKeys,
-    Scorer,
-    high_bits,
-    n_digits,
-    to_norm16,
-)
-from racecore.ops.socket.ranking import add_groups, pick
-from racecore.ops.socket.scoring import (
+from racecore.chunking import SEGMENT
+from racecore.ops.cpu.row_io import describe
+from racecore.ops.simd.products import padded
+from racecore.ops.socket.attend.kernels import ROWS, AttendCall, attend_shares, join_shares
+from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_VALUES, HashedKeys, Scorer, high_bits, n_digits, to_norm16
+from racecore.ops.socket.score.kernels import (
     SCORE_KERNELS,
     HashCall,
     ScoreCall,
@@ -31,10 +22,11 @@ from racecore.ops.socket.scoring import (
     hash_blocks,
     score_one_by_one,
 )
-from racecore.ops.socket.settling import BOUND_AND_SETTLE, SETTLE
-from racecore.ops.socket.softmax import ROWS, AttendCall, attend_shares, join_shares
-from racecore.plan import SEGMENT
-from racecore.threads import count, run
+from racecore.ops.socket.select.bounds import can_bound, fill_coarse, new_call, overflows, score_coarse
+from racecore.ops.socket.select.top_k import add_groups, pick
+from racecore.ops.socket.select.top_k_by_bounds import BOUND_AND_SETTLE, SETTLE
+from racecore.runtime import arrays
+from racecore.runtime.threads import count, run
 
 __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
 

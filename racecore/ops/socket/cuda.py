@@ -11,10 +11,10 @@ from weakref import ref
 
 import numpy as np
 
-from racecore import arrays, cuda
-from racecore.ops.cuda_call import array_fields, empty
+from racecore.chunking import SEGMENT
+from racecore.ops.cuda.call import array_fields, empty
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_VALUES, HashedKeys, Scorer, high_bits, n_digits
-from racecore.plan import SEGMENT
+from racecore.runtime import arrays, cuda
 
 __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from racecore import arrays
 from racecore.ops.socket.layout import (
     BLOCK_TOKENS,
     DIGIT_BITS,
@@ -20,6 +19,7 @@ from racecore.ops.socket.layout import (
     n_digits,
     to_norm16,
 )
+from racecore.runtime import arrays
 
 __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scores", "select"]
 

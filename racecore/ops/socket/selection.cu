@@ -1,6 +1,6 @@
 // From the tables of a query to the tokens that it attends to: scores of all keys, and the best of them in their order.
 // What goes over codes and scores is here, what goes over rows is in kernels.cu; see reference.py for both in plain NumPy.
-#include "warp.cuh"
+#include "cuda/warp.cuh"
 
 constexpr int BLOCK_TOKENS = 64;  // of a block of codes, see layout.py: a warp takes one, a lane two tokens of it
 constexpr int HEADS = 4;          // that look up the codes of a token while it is in registers

@@ -5,7 +5,7 @@
 // sum of values; `join_shares` adds shares up in float64.
 #pragma once
 
-#include "warp.cuh"
+#include "cuda/warp.cuh"
 
 constexpr int MAX_ROWS = 16;
 constexpr int TILES = MAX_ROWS / ROWS;

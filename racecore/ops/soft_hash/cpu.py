@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore.jit import helper, kernel
-from racecore.ops.cpu_call import pad_planes
-from racecore.ops.elementary import sigmoids, tanh
-from racecore.ops.memory import clear_columns, clear_rows, matrices
-from racecore.ops.products import (
+from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.simd.elementary import sigmoids, tanh
+from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
+from racecore.ops.simd.products import (
     NOTHING,
     Ahead,
     Rows,
@@ -31,9 +30,10 @@ from racecore.ops.products import (
     source_of,
     transpose,
 )
-from racecore.ops.vectors import fma, lanes, load, spread, store, total
-from racecore.plan import BLOCK, TOKENS
-from racecore.threads import run
+from racecore.ops.simd.vectors import fma, lanes, load, spread, store, total
+from racecore.ops.soft_hash.planes import pad_planes
+from racecore.runtime.jit import helper, kernel
+from racecore.runtime.threads import run
 
 __all__ = ["soft_hash", "soft_hash_backward"]
 

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from racecore import cuda, plan
-from racecore.ops.cuda_call import Scratch, empty, empty_hash_parts, launch, make_call, scan
+from racecore import chunking
+from racecore.ops.cuda.call import Scratch, empty, empty_hash_parts, launch, make_call, scan
 from racecore.problem import Problem
+from racecore.runtime import cuda
 
 __all__ = ["soft_hash", "soft_hash_backward"]
 
@@ -18,7 +19,7 @@ _FILE = "soft_hash/kernels.cu"
 def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """Return phi [..., M, S] of the rows x [..., M, D], with planes [M, L, P, D] and beta [M]."""
     problem = _as_problem(x, planes, beta)
-    (chunk,) = plan.chunks(problem, "query")
+    (chunk,) = chunking.chunks(problem, "query")
     out = empty((*x.shape[:-1], problem.n_buckets), x.dtype)
     call = make_call(problem, chunk)
     launch(_FILE, "hash_rows", call, problem.n_state_heads, Scratch(weights=1), out)
@@ -30,7 +31,7 @@ def soft_hash_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return d_x [..., M, D], d_planes [M, L, P, D] and d_beta [M], the last two in float64."""
     problem = _as_problem(x, planes, beta)
-    (chunk,) = plan.chunks(problem, "query")
+    (chunk,) = chunking.chunks(problem, "query")
     d_x = empty(x.shape, x.dtype)
     total = cuda.cupy().zeros((1, len(planes), planes[0].size + 1), np.float64)
     parts = empty_hash_parts(chunk, len(planes), total)

@@ -1,7 +1,7 @@
 // The soft hash of a group, and its gradient. SPEC: phi[r] = prod_p sigmoid(2 beta c_r[p] tanh(u_p)), u_p = <W_p, x>.
 #pragma once
 
-#include "call.cuh"
+#include "cuda/call.cuh"
 
 struct Hash {
     Matrix planes;  // [L*P, D]

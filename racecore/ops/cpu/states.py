@@ -1,0 +1,209 @@
+"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, running masses, masked keys."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.simd.memory import clear_columns, clear_rows, cleared_matrices, matrices
+from racecore.ops.simd.products import Ahead, Source, accumulate, padded, transpose
+from racecore.ops.simd.vectors import fma, lanes, load, load_rounded, spread, store, total, widen_add
+from racecore.runtime.jit import helper
+
+__all__ = [
+    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "count_kept", "drop_masked", "expand_state",
+    "flush", "group_ends", "load_keep", "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
+]  # fmt: skip
+
+GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
+
+
+class Partial(NamedTuple):
+    """What the tokens since the last `flush` add to the state of each head of a task."""
+
+    mass: np.ndarray  # [heads, S, BLOCK]: the sum of a row is a mass
+    value_sum: np.ndarray  # [heads, S, V], V padded
+
+
+@helper
+def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> None:
+    """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it is, ones."""
+    if mask.shape[0] > 0:
+        for i in range(n):
+            keep[0, i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
+
+
+@helper
+def count_kept(mask: np.ndarray, b: int, begin: int, end: int) -> int:
+    """Return how many keys of a segment take part."""
+    if mask.shape[0] == 0:
+        return end - begin
+    count = 0
+    for t in range(begin, end):
+        count += 1 if mask[b, t] != 0 else 0
+    return count
+
+
+@helper
+def drop_masked(mask: np.ndarray, keep: np.ndarray, n: int, phi: np.ndarray) -> None:
+    """phi = phi * keep, where there is a mask; and zero for tokens past the block's last."""
+    if mask.shape[0] > 0:
+        for s in range(phi.shape[0]):
+            for i in range(0, BLOCK, lanes(phi)):
+                store(phi, s, i, load(phi, s, i) * load(keep, 0, i))
+    clear_after(n, phi)
+
+
+@helper
+def clear_after(n: int, c: np.ndarray) -> None:
+    """Zero the coefficients of tokens that a block does not have."""
+    if n < BLOCK:
+        clear_columns(c, n)
+
+
+@helper
+def add_block(mass_terms: np.ndarray, c: np.ndarray, x: Source, n: int, j: int, partial: Partial, ahead: Ahead) -> None:
+    """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its value sums.
+
+    Coefficients past token n must be zero.
+    """
+    mass = partial.mass[j]
+    for s in range(mass.shape[0]):
+        for i in range(0, BLOCK, lanes(mass)):
+            store(mass, s, i, load(mass, s, i) + load(mass_terms, s, i))
+    accumulate(c, x, mass.shape[0], n, partial.value_sum[j], ahead)
+
+
+@helper
+def group_ends(t: int, begin: int, end: int) -> bool:
+    """Tell whether the block at t is the last one before a `flush`."""
+    return t + BLOCK >= end or (t + BLOCK - begin) % GROUP == 0
+
+
+@helper
+def flush(partial: Partial, j: int, state: np.ndarray) -> None:
+    """Add the sums of head j to a float64 state [S*(1+V)] and start again from zero."""
+    mass, value_sum = partial.mass[j], partial.value_sum[j]
+    n_buckets, zero = mass.shape[0], spread(mass.dtype.type(0))
+    width, step = state.shape[0] // n_buckets - 1, lanes(mass)
+    whole = width // step * step
+    for s in range(n_buckets):
+        sums = zero
+        for i in range(0, BLOCK, step):
+            sums = sums + load(mass, s, i)
+            store(mass, s, i, zero)
+        state[s] += np.float64(total(sums))
+        row = n_buckets + s * width
+        for d in range(0, whole, step):
+            widen_add(load(value_sum, s, d), state.ctypes.data + 8 * (row + d))
+            store(value_sum, s, d, zero)
+        for d in range(whole, width):
+            state[row + d] += value_sum[s, d]
+            value_sum[s, d] = 0
+
+
+class Running(NamedTuple):
+    """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic but for the masses."""
+
+    mass: np.ndarray  # [heads, S], float64, S padded
+    value_sum: np.ndarray  # [heads, S, V], V padded
+    value_sum_t: np.ndarray  # [heads, V, S], both padded: the same transposed, for sums over V
+
+
+@helper
+def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Running:
+    """Make room for the states of so many heads."""
+    wide_s, wide_v = padded(n_buckets), padded(value_dim)
+    rows, columns = matrices(heads, n_buckets, wide_v, dtype), matrices(heads, wide_v, wide_s, dtype)
+    return Running(cleared_matrices(1, heads, wide_s, np.float64)[0], rows, columns)
+
+
+@helper
+def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) -> None:
+    """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]."""
+    n_buckets = run.value_sum.shape[1]
+    width = states.shape[1] // n_buckets - 1
+    for m in range(m0, m1):
+        i, state = m - m0, states[m]
+        for s in range(n_buckets):
+            run.mass[i, s] = state[s]
+            for d in range(width):
+                run.value_sum[i, s, d] = state[n_buckets + s * width + d]
+        clear_columns(run.value_sum[i], width)  # a NaN of the task before must not stay in the padding
+        if transposed:
+            transpose(run.value_sum[i], n_buckets, run.value_sum.shape[2], run.value_sum_t[i])
+
+
+@helper
+def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
+    """Repeat the masses of a state for every token of a block."""
+    for s in range(masses.shape[0]):
+        value = spread(masses.dtype.type(mass[s]))
+        for i in range(0, BLOCK, lanes(masses)):
+            store(masses, s, i, value)
+
+
+@helper
+def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> None:
+    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` has it, from a float64 state [S*(1+V)]; V whole vectors."""
+    n_buckets, width = c.shape[0], x.shape[1]
+    like = x.dtype.type(0)
+    clear_rows(x, 0, n)
+    for s in range(n_buckets):  # outside, for memory is read once and in its order
+        address = state.ctypes.data + 8 * (n_buckets + s * width)
+        for i in range(n):
+            weight = spread(c[s, i])
+            for d in range(0, width, lanes(x)):
+                store(x, i, d, fma(weight, load_rounded(address + 8 * d, like), load(x, i, d)))
+
+
+@helper
+def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
+    """c[s, i] += mass[s]."""
+    for s in range(c.shape[0]):
+        value = spread(c.dtype.type(mass[s]))
+        for i in range(0, BLOCK, lanes(c)):
+            store(c, s, i, load(c, s, i) + value)
+
+
+@helper
+def running_mass(
+    phi: np.ndarray, mass: np.ndarray, phi_t: np.ndarray, masses_t: np.ndarray, masses: np.ndarray
+) -> None:
+    """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64, by the block.
+
+    phi [S, BLOCK] is zero past the block's last token. It is left transposed in phi_t [BLOCK, S]: buckets in lanes make a
+    running sum one addition per vector.
+    """
+    n_buckets = phi.shape[0]
+    transpose(phi, n_buckets, TOKENS, phi_t)
+    for s in range(0, n_buckets, lanes(phi)):
+        before = load_rounded(mass.ctypes.data + 8 * s, phi.dtype.type(0))
+        sums = before - before
+        for i in range(BLOCK):
+            sums = sums + load(phi_t, i, s)
+            store(masses_t, i, s, before + sums)
+        widen_add(sums, mass.ctypes.data + 8 * s)
+    transpose(masses_t, TOKENS, n_buckets, masses)
+
+
+@helper
+def running_mass_backward(
+    d_masses: np.ndarray, from_later: bool, mass_t: np.ndarray, d_mass: np.ndarray, d_phi_t: np.ndarray
+) -> None:
+    """Add to d_phi_t[j] what tokens i >= j of this block ask of mass, d_masses [S, BLOCK].
+
+    d_mass, float64, is what later blocks ask: it is added too where `from_later` says so, and moves to before this block.
+    mass_t [BLOCK, S] is for use meanwhile.
+    """
+    n_buckets = d_masses.shape[0]
+    transpose(d_masses, n_buckets, TOKENS, mass_t)
+    for s in range(0, n_buckets, lanes(mass_t)):
+        later = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
+        sums = spread(mass_t.dtype.type(0))
+        for i in range(BLOCK - 1, -1, -1):
+            sums = sums + load(mass_t, i, s)
+            store(d_phi_t, i, s, load(d_phi_t, i, s) + (later + sums if from_later else sums))
+        widen_add(sums, d_mass.ctypes.data + 8 * s)

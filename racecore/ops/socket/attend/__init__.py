@@ -1,0 +1,1 @@
+"""Exact softmax attention over selected or all rows of a cache."""

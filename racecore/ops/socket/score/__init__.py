@@ -1,0 +1,1 @@
+"""Scores of all keys from their codes."""

@@ -1,0 +1,256 @@
+"""Kernels that hash keys, make a query's tables and score keys with them; see `reference` for what they compute."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
+from racecore.ops.simd.elementary import sigmoids, tanh
+from racecore.ops.simd.memory import clear_columns, matrices
+from racecore.ops.simd.products import NOTHING, padded, project, source_of
+from racecore.ops.simd.vectors import at, float_of, lanes, spread, store
+from racecore.ops.simd.vectors import load as load_vector
+from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
+from racecore.ops.socket.score.lookup_tile import score_tile
+from racecore.runtime.jit import helper, kernel
+
+__all__ = [
+    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "block_scorer", "fill_tables", "hash_blocks", "norm_of",
+    "score_one_by_one",
+]  # fmt: skip
+
+_SOFT, _HAMMING = np.int64(0), np.int64(1)
+
+
+class HashCall(NamedTuple):
+    """What hashing needs; `table` holds addresses, see ops.cpu.row_io."""
+
+    table: np.ndarray  # int64 [3, 6]
+    tasks: np.ndarray  # int64 [n, 4]: sequence, first and last of the new tokens, place of the first in the index
+    planes: np.ndarray  # [G or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros
+    codes: np.ndarray  # see layout.HashedKeys
+    n_tables: int
+    high_bits: int
+    head_dim: int
+    value_dim: int
+    weighs_keys: bool
+    weighs_values: bool
+
+
+@kernel
+def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> None:
+    """Write the codes of tasks first ... last - 1, and squares of norms to norms [B, G, new tokens]."""
+    dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
+    x = matrices(1, TOKENS, width, dtype)[0]
+    v = matrices(1, TOKENS, padded(call.value_dim), dtype)[0]
+    u = matrices(1, n_rows, TOKENS, dtype)[0]
+    keep = np.ones(BLOCK, np.float64)
+    clear_columns(x, call.head_dim)
+    for task in range(first, last):
+        b, begin, end, place = call.tasks[task]
+        for g in range(call.codes.shape[1]):
+            own = g if call.planes.shape[0] > 1 else 0
+            for t in range(begin, end, BLOCK):
+                n = min(BLOCK, end - t)
+                load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
+                project(call.planes[own], source_of(x), n_rows, n, u, NOTHING)
+                _write_codes(u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g])
+                for i in range(n):
+                    norms[b, g, t + i] = 1
+                if call.weighs_keys:
+                    _times_square(x, n, call.head_dim, norms[b, g, t : t + n])
+                if call.weighs_values:
+                    load(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
+                    _times_square(v, n, call.value_dim, norms[b, g, t : t + n])
+
+
+@helper
+def _write_codes(u: np.ndarray, n: int, place: int, n_tables: int, width: int, codes: np.ndarray) -> None:
+    """Write the signs of u [L*P, n] as codes of tokens place ... place + n - 1; codes [blocks, rows, 64]."""
+    n_planes = u.shape[0] // n_tables
+    code = np.empty(BLOCK, np.uint16)
+    for table in range(n_tables):
+        for i in range(n):
+            code[i] = 0
+        for p in range(n_planes):
+            row = u[table * n_planes + p]
+            for i in range(n):
+                code[i] = np.uint16(2 * code[i] + (1 if row[i] >= 0 else 0))
+        bit = table * width
+        for i in range(n):
+            block, lane = (place + i) // BLOCK_TOKENS, (place + i) % BLOCK_TOKENS
+            codes[block, table, lane] = np.uint8(code[i] & 0xFF)
+            if width > 0:
+                row_above = n_tables + bit // 8
+                before = codes[block, row_above, lane] if bit % 8 > 0 else np.uint8(0)
+                codes[block, row_above, lane] = np.uint8(before | (code[i] >> 8) << (bit % 8))
+
+
+@helper
+def _times_square(x: np.ndarray, n: int, width: int, squares: np.ndarray) -> None:
+    """squares[i] *= |x[i, :width]|^2, in float64: the square of a float32 may be none."""
+    for i in range(n):
+        total = 0.0
+        for d in range(width):
+            total += np.float64(x[i, d]) * np.float64(x[i, d])
+        squares[i] *= total
+
+
+class TableCall(NamedTuple):
+    """What the tables of queries need."""
+
+    table: np.ndarray  # int64 [1, 6], see ops.cpu.row_io
+    planes: np.ndarray  # as in HashCall
+    n_tables: int
+    n_kv_heads: int
+    head_dim: int
+    kind: int  # 0 soft, 1 hamming, 2 signed_jl
+    factor: float  # 2 / (sqrt(D) * tau)
+
+
+@kernel
+def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> None:
+    """Write tables [B, H, L, N, 16]; tasks are a key/value head of a sequence each."""
+    dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
+    group = tables.shape[1] // call.n_kv_heads
+    x, u = matrices(1, min(group, TOKENS), width, dtype)[0], matrices(3, min(group, TOKENS), padded(n_rows), dtype)
+    keep = np.ones(BLOCK, np.float64)
+    clear_columns(x, call.head_dim)
+    for task in range(first, last):
+        b, g = task // call.n_kv_heads, task % call.n_kv_heads
+        own = g if call.planes.shape[0] > 1 else 0
+        for i0 in range(0, group, BLOCK):
+            n = min(BLOCK, group - i0)
+            for i in range(n):
+                load(call.table, QUERY, (b, 0, g * group + i0 + i), 1, call.head_dim, x[i : i + 1], keep)
+            project(x, source_of(call.planes[own]), n, n_rows, u[0], NOTHING)
+            _worth_of_bits(u, n, n_rows, call.kind, dtype.type(call.factor))
+            for i in range(n):
+                _fill_digits(u[1, i, :n_rows], u[2, i, :n_rows], call.kind, tables[b, g * group + i0 + i])
+
+
+@helper
+def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -> None:
+    """Given projections u[0] [n, L*P], write what a set bit of a key is worth to u[1], an unset one to u[2]."""
+    one = spread(u.dtype.type(1))
+    for i in range(n):
+        if kind == _SOFT:
+            for c in range(0, n_rows, lanes(u)):
+                high, low = sigmoids(tanh(load_vector(u[0], i, c)) * spread(factor), one)
+                store(u[1], i, c, high)
+                store(u[2], i, c, low)
+        else:
+            for r in range(n_rows):
+                x = u[0, i, r]
+                if kind == _HAMMING:
+                    u[1, i, r] = 1 if x >= 0 else 0
+                    u[2, i, r] = 1 if x < 0 else 0
+                else:
+                    u[1, i, r], u[2, i, r] = x, -x
+
+
+@helper
+def _fill_digits(one: np.ndarray, zero: np.ndarray, kind: int, tables: np.ndarray) -> None:
+    """Fill tables [L, N, 16] of one query from what its bits are worth [L*P]; bits beyond P are worth nothing."""
+    n_tables, n_digits = tables.shape[0], tables.shape[1]
+    n_planes = one.shape[0] // n_tables
+    multiplies = kind == _SOFT
+    for table in range(n_tables):
+        for n in range(n_digits):
+            entries = tables[table, n]
+            entries[0] = 1 if multiplies else 0
+            size = 1
+            for bit in range(DIGIT_BITS * n, DIGIT_BITS * (n + 1)):
+                row = table * n_planes + n_planes - 1 - bit
+                for j in range(size):
+                    if bit >= n_planes:
+                        entries[j + size] = entries[j]
+                    elif multiplies:
+                        entries[j + size], entries[j] = entries[j] * one[row], entries[j] * zero[row]
+                    else:
+                        entries[j + size], entries[j] = entries[j] + one[row], entries[j] + zero[row]
+                size *= 2
+
+
+class ScoreCall(NamedTuple):
+    """What scoring needs."""
+
+    tables: np.ndarray  # [B, H, L, N, 16]
+    codes: np.ndarray  # these and the next: see layout.HashedKeys
+    norms: np.ndarray
+    tasks: np.ndarray  # int64 [n, 5]: sequence, key/value head, first and last block, row of the group's first head
+    n_tables: int
+    high_bits: int
+    multiplies: bool
+
+
+def block_scorer(n_digits: int, multiplies: bool) -> Any:
+    """Return the function that scores 64 keys, for codes of so many digits, which are multiplied or added."""
+    four, one = score_tile(4, n_digits, multiplies), score_tile(1, n_digits, multiplies)
+
+    @helper
+    def score_block(codes, norms, tables, group, head, sizes, out, out_row):
+        """Write scores of the heads of a group to rows of 64 numbers, all given by addresses; sizes = (L, high bits)."""
+        for h in range(0, group - 3, 4):
+            four(codes, norms, tables + 4 * h * head, head, *sizes, out + 4 * h * out_row, out_row)
+        for h in range(group // 4 * 4, group):
+            one(codes, norms, tables + 4 * h * head, head, *sizes, out + 4 * h * out_row, out_row)
+
+    return score_block
+
+
+def _score_kernel(n_digits: int, multiplies: bool) -> Any:
+    """Return the kernel for codes of so many digits, which are multiplied or added."""
+    score_block = block_scorer(n_digits, multiplies)
+
+    def score(call: ScoreCall, out: np.ndarray, first: int, last: int) -> None:
+        """Write scores to rows of out [rows, tokens], whole blocks of 64."""
+        group, sizes = call.tables.shape[1] // call.codes.shape[1], (call.n_tables, call.high_bits)
+        head = call.tables.strides[1] // 4
+        for task in range(first, last):
+            b, g, begin, end, row = call.tasks[task]
+            tables = call.tables[b, g * group].ctypes.data
+            for block in range(begin, end):
+                codes = call.codes[b, g, block].ctypes.data
+                norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
+                score_block(codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1])
+
+    return kernel(score, f"{n_digits}_digits_{'multiplied' if multiplies else 'added'}")
+
+
+SCORE_KERNELS = {(n, multiplies): _score_kernel(n, multiplies) for n in (2, 3, 4) for multiplies in (False, True)}
+
+
+@kernel
+def score_one_by_one(call: ScoreCall, out: np.ndarray, first: int, last: int) -> None:
+    """Do the same without vectors, in the dtype of the tables."""
+    group, n_digits = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[3]
+    for task in range(first, last):
+        b, g, begin, end, row = call.tasks[task]
+        for h in range(group):
+            tables = call.tables[b, g * group + h]
+            for t in range(begin * BLOCK_TOKENS, end * BLOCK_TOKENS):
+                codes = call.codes[b, g, t // BLOCK_TOKENS, :, t % BLOCK_TOKENS]
+                total = out.dtype.type(0)
+                for table in range(call.n_tables):
+                    bit = table * call.high_bits
+                    code = np.int64(codes[table])
+                    if call.high_bits > 0:
+                        code |= (np.int64(codes[call.n_tables + bit // 8]) >> (bit % 8)) << 8
+                    worth = tables[table, 0, code & (DIGIT_VALUES - 1)]
+                    for n in range(1, n_digits):
+                        entry = tables[table, n, code >> (DIGIT_BITS * n) & (DIGIT_VALUES - 1)]
+                        worth = worth * entry if call.multiplies else worth + entry
+                    total += worth
+                out[row + h, t] = total * norm_of(call.norms[b, g, t])
+
+
+@helper
+def norm_of(norm: int) -> Any:
+    """Return the number that 16 bits stand for; see layout.from_norm16."""
+    if norm == 0:
+        return np.float32(0)
+    return float_of((np.int64(norm) << 13) + ((127 - 32) << 23))

@@ -1,0 +1,1 @@
+"""What any numerical library needs: arrays, devices, files, threads, compilation, progress."""

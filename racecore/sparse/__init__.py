@@ -1,0 +1,6 @@
+"""Sparse decoding: an index of the keys of a cache, and attention over the tokens it selects."""
+
+from racecore.sparse.decode import sparse_attention
+from racecore.sparse.socket_index import SocketIndex
+
+__all__ = ["SocketIndex", "sparse_attention"]
