@@ -1,4 +1,6 @@
-"""What is compared: the methods, their names in the table, and how one is passed to a process of its own."""
+"""What is compared: the methods, their names in the table, and how one is passed to a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Setting:
     heads: int = HEADS
     dtype: str = "float32"
     threads: int | None = None  # None: as a user has it who sets nothing
-    fresh_outputs: bool = False  # allocate results at every call, where others write into those of the first call
+    fresh_outputs: bool = (
+        False  # allocate results at every call, where others write into those of the first call
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""
@@ -72,7 +76,9 @@ class Setting:
 
 
 def all_cases(methods: list[str], hashes: tuple[tuple[int, int], ...] = HASHES) -> list[Case]:
-    """Return every case of the chosen methods, in the order of the table. Performer is bidirectional only."""
+    """Return every case of the chosen methods, in the order of the table. Performer is
+    bidirectional only.
+    """
     cases = []
     for causal in (False, True):
         for method in methods:

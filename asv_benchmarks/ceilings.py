@@ -1,13 +1,15 @@
-"""What the machine itself can do: memory bandwidth and float32 matrix products, the ceilings that any kernel lives under.
+"""What the machine itself can do: memory bandwidth and float32 matrix products, the ceilings that
+any kernel lives under.
 
-One process per physical core, each pinned and with one thread, all of them at work at the same moment: a scheduler that
-puts two threads on one core would spoil the figure. Every round starts at a barrier, and its rate is what all processes did
-between the first one's start and the last one's end: a process that is late would else have the memory for itself. The best
-round counts.
+One process per physical core, each pinned and with one thread, all of them at work at the same
+moment: a scheduler that puts two threads on one core would spoil the figure. Every round starts at
+a barrier, and its rate is what all processes did between the first one's start and the last one's
+end: a process that is late would else have the memory for itself. The best round counts.
 
-Bandwidth is STREAM's triad, a = b + s * c, counted as 12 bytes per element, with ordinary stores and with stores that
-bypass the caches (those do not read `a` first and so are faster); the better one counts. The products are of 2048 x 2048
-matrices, through NumPy and, where it is installed, torch; the better one counts.
+Bandwidth is STREAM's triad, a = b + s * c, counted as 12 bytes per element, with ordinary stores
+and with stores that bypass the caches (those do not read `a` first and so are faster); the better
+one counts. The products are of 2048 x 2048 matrices, through NumPy and, where it is installed,
+torch; the better one counts.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ _PATIENCE = 120  # seconds that one process waits for the others
 Task = tuple[Callable[[], object], float]  # what to time, and how many bytes or operations that is
 
 
-def floor(n_tables: int, n_planes: int, causal: bool, dim: int, ceilings: dict[str, float]) -> float:
-    """Return the seconds that forward + backward need per token and head at the ceilings, bytes and arithmetic in turn.
+def floor(
+    n_tables: int, n_planes: int, causal: bool, dim: int, ceilings: dict[str, float]
+) -> float:
+    """Return the seconds that forward + backward need per token and head at the ceilings, bytes and
+    arithmetic in turn.
 
-    Bidirectional: (8 L P + 12 S) D operations and 9 float32 rows of D values; causal: (8 L P + 14 S) D and 11 rows.
+    Bidirectional: (8 L P + 12 S) D operations and 9 float32 rows of D values; causal: (8 L P + 14
+    S) D and 11 rows.
     """
     buckets = n_tables << n_planes
     operations = (8 * n_tables * n_planes + (14 if causal else 12) * buckets) * dim
@@ -71,16 +77,21 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")  # a forked child would inherit thread pools
     barrier, results = context.Barrier(len(pinned)), context.SimpleQueue()
     children = [
-        context.Process(target=work, args=(core, n_bytes, rounds, barrier, results), daemon=True) for core in pinned
+        context.Process(target=work, args=(core, n_bytes, rounds, barrier, results), daemon=True)
+        for core in pinned
     ]
     for child in children:
         child.start()
     for child in children:
         child.join()
     if any(child.exitcode for child in children):
-        raise RuntimeError(f"the ceilings of {len(pinned)} cores could not be measured; the reason stands above")
+        raise RuntimeError(
+            f"the ceilings of {len(pinned)} cores could not be measured; the reason stands above"
+        )
     laps = [json.loads(results.get()) for _ in children]
-    together = {name: max(map(_rate, zip(*(lap[name] for lap in laps), strict=True))) for name in laps[0]}
+    together = {
+        name: max(map(_rate, zip(*(lap[name] for lap in laps), strict=True))) for name in laps[0]
+    }
     return {
         "bytes_per_second": max(together["triad"], together["streaming triad"]),
         "flops_per_second": max(together["numpy"], together.get("torch", 0.0)),
@@ -89,15 +100,21 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
 
 
 def _rate(laps: tuple[tuple[float, float, float], ...]) -> float:
-    """Return what the processes did in one round, per second; a lap is an amount, its start and its end."""
+    """Return what the processes did in one round, per second; a lap is an amount, its start and its
+    end.
+    """
     amounts, starts, ends = zip(*laps, strict=True)
     return sum(amounts) / (max(ends) - min(starts))
 
 
 def work(core: int, n_bytes: int, rounds: int, barrier: Any, results: Any) -> None:
-    """Measure on one core, in step with the other processes; put {name: [[amount, start, end] of every round]} as JSON."""
+    """Measure on one core, in step with the other processes; put {name: [[amount, start, end] of
+    every round]} as JSON.
+    """
     try:
-        os.sched_setaffinity(0, {core})  # before the libraries are imported: they size their thread pools by it
+        os.sched_setaffinity(
+            0, {core}
+        )  # before the libraries are imported: they size their thread pools by it
         laps: dict[str, list[tuple[float, float, float]]] = {}
         for name, (task, amount) in (_triads(n_bytes) | _products()).items():
             task()
@@ -158,7 +175,9 @@ def _aligned(n: int) -> Any:
 
 
 def _triad_kernels() -> tuple[Any, Any]:
-    """Compile a = b + s * c over arrays, and over the addresses of aligned arrays with stores past the caches."""
+    """Compile a = b + s * c over arrays, and over the addresses of aligned arrays with stores past
+    the caches.
+    """
     import numba
     from llvmlite import ir
     from numba.extending import intrinsic
@@ -170,12 +189,18 @@ def _triad_kernels() -> tuple[Any, Any]:
         def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             *starts, i, scale = arguments
             offset = builder.mul(i, ir.Constant(i.type, _LINE))
-            out, x, y = (builder.inttoptr(builder.add(start, offset), line.as_pointer()) for start in starts)
-            one = builder.insert_element(ir.Constant(line, ir.Undefined), scale, ir.Constant(index, 0))
+            out, x, y = (
+                builder.inttoptr(builder.add(start, offset), line.as_pointer()) for start in starts
+            )
+            one = builder.insert_element(
+                ir.Constant(line, ir.Undefined), scale, ir.Constant(index, 0)
+            )
             zeros = ir.Constant(ir.VectorType(index, 16), [0] * 16)
             scales = builder.shuffle_vector(one, one, zeros)
             product = builder.fmul(scales, builder.load(y, align=_LINE))
-            store = builder.store(builder.fadd(builder.load(x, align=_LINE), product), out, align=_LINE)
+            store = builder.store(
+                builder.fadd(builder.load(x, align=_LINE), product), out, align=_LINE
+            )
             store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(index, 1)]))
             return context.get_dummy_value()
 

@@ -1,16 +1,19 @@
-"""Measure racecore, its peers in torch and the machine's own ceilings in one run; write the table and the picture.
+"""Measure racecore, its peers in torch and the machine's own ceilings in one run; write the table
+and the picture.
 
     python asv_benchmarks/compare.py                       # everything: some twenty minutes on an idle machine
     python asv_benchmarks/compare.py --quick               # a few lengths, about a minute: does it all work?
     python asv_benchmarks/compare.py --methods racecore softmax --lengths 2^12 2^14
     python asv_benchmarks/compare.py --from-json docs/performance.json    # draw again, without measuring
 
-Forward + backward of one attention layer: B = 1, H = 4, D = V = 128, float32, gradients of query, key, value (and beta,
-where there is one), as many threads as there are processors, no environment variables. Every method and length runs in a
-process of its own: one call on 128 tokens, then the full length, repeated; the best repetition counts. Peak memory is what
-a process needed beyond its inputs (query, key, value and the gradient of the output), so outputs and gradients are in it.
-racecore writes into the arrays that its first call returned (`out=`); what allocating them at every call costs is printed
-too. Sweeps of peers end where a call would take longer than `--patience`, or need more than 85 % of the free memory.
+Forward + backward of one attention layer: B = 1, H = 4, D = V = 128, float32, gradients of query,
+key, value (and beta, where there is one), as many threads as there are processors, no environment
+variables. Every method and length runs in a process of its own: one call on 128 tokens, then the
+full length, repeated; the best repetition counts. Peak memory is what a process needed beyond its
+inputs (query, key, value and the gradient of the output), so outputs and gradients are in it.
+racecore writes into the arrays that its first call returned (`out=`); what allocating them at every
+call costs is printed too. Sweeps of peers end where a call would take longer than `--patience`, or
+need more than 85 % of the free memory.
 
 Needs Linux, torch for the peers and Matplotlib for the picture: pip install torch matplotlib.
 """
@@ -42,7 +45,9 @@ _FIRST = 2**10  # the length that foretells time and memory of the first one ask
 
 
 class Sweep:
-    """All cases over all lengths, length by length, so that what is compared is measured within minutes."""
+    """All cases over all lengths, length by length, so that what is compared is measured within
+    minutes.
+    """
 
     def __init__(self, cases: list[Case], patience: float, seconds: float) -> None:
         self.cases = cases
@@ -53,7 +58,9 @@ class Sweep:
         self._last: dict[Case, dict[str, Any]] = {}
 
     def prepare(self, first: int) -> None:
-        """Compile what racecore has no compiled kernels for yet, and foretell what the first length takes."""
+        """Compile what racecore has no compiled kernels for yet, and foretell what the first length
+        takes.
+        """
         for case in self.cases:
             if case.method != "racecore" and first <= _FIRST:
                 continue
@@ -83,8 +90,18 @@ class Sweep:
 
     def _measure(self, case: Case, tokens: int) -> dict[str, Any]:
         memory = int(MEMORY_SHARE * machine.free_memory())
-        job = {"kind": "case", "case": case.as_dict(), "tokens": tokens, "seconds": self.seconds, "memory": memory}
-        return {**case.as_dict(), "tokens": tokens, **workers.run(job, timeout=180 + 6 * self.patience)}
+        job = {
+            "kind": "case",
+            "case": case.as_dict(),
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "memory": memory,
+        }
+        return {
+            **case.as_dict(),
+            "tokens": tokens,
+            **workers.run(job, timeout=180 + 6 * self.patience),
+        }
 
     def _too_much(self, case: Case, tokens: int) -> str | None:
         """Return why the next length is not tried, judged by the one before."""
@@ -102,24 +119,34 @@ class Sweep:
 
     def _stop(self, case: Case, tokens: int, reason: str) -> None:
         self.stopped.append({**case.as_dict(), "tokens": tokens, "reason": reason})
-        print(f"{case.label}, {case.direction}: stops before {tokens:,} tokens; {reason}", flush=True)
+        print(
+            f"{case.label}, {case.direction}: stops before {tokens:,} tokens; {reason}", flush=True
+        )
 
 
 def experiments(tokens: int, long_tokens: int, n_processors: int) -> dict[str, list[Setting]]:
-    """Return settings of racecore that are measured in turns, in one process, for the ratio between them."""
+    """Return settings of racecore that are measured in turns, in one process, for the ratio between
+    them.
+    """
     counts = sorted({1, min(2, n_processors), n_processors})
     found = {}
     for causal in (False, True):
         way = "causal" if causal else "bidirectional"
-        found[f"fresh outputs, {way}"] = [Setting(tokens, causal, fresh_outputs=fresh) for fresh in (False, True)]
+        found[f"fresh outputs, {way}"] = [
+            Setting(tokens, causal, fresh_outputs=fresh) for fresh in (False, True)
+        ]
         found[f"threads, {way}"] = [Setting(tokens, causal, threads=n) for n in counts]
         if importlib.util.find_spec("ml_dtypes") is not None:
-            found[f"bfloat16, {way}"] = [Setting(tokens, causal, dtype=name) for name in ("float32", "bfloat16")]
+            found[f"bfloat16, {way}"] = [
+                Setting(tokens, causal, dtype=name) for name in ("float32", "bfloat16")
+            ]
     found["heads, causal"] = [Setting(long_tokens, True, heads=n) for n in (HEADS, 1)]
     return found
 
 
-def measure_experiments(settings: dict[str, list[Setting]], seconds: float) -> dict[str, list[dict[str, Any]]]:
+def measure_experiments(
+    settings: dict[str, list[Setting]], seconds: float
+) -> dict[str, list[dict[str, Any]]]:
     """Run every experiment in a process of its own; return each setting with its timings."""
     results = {}
     for name, variants in settings.items():
@@ -131,14 +158,17 @@ def measure_experiments(settings: dict[str, list[Setting]], seconds: float) -> d
         except workers.WorkerError as error:
             print(f"{name}: not measured; {error}", flush=True)
             continue
-        results[name] = [variant.as_dict() | timing for variant, timing in zip(variants, timings, strict=True)]
+        results[name] = [
+            variant.as_dict() | timing for variant, timing in zip(variants, timings, strict=True)
+        ]
     return results
 
 
 def measure_roofline(
     tokens: int, hashes: tuple[tuple[int, int], ...], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Measure the ceilings of all cores and racecore below them in turns, so that a disturbance meets both.
+    """Measure the ceilings of all cores and racecore below them in turns, so that a disturbance
+    meets both.
 
     Returns
     -------
@@ -166,7 +196,9 @@ def measure_roofline(
 def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
     """Measure everything, in the order: ceilings, peers verified, roofline, experiments, sweep."""
     quick = options.quick
-    rounds, seconds, patience = (2, 0.2, min(options.patience, 2.0)) if quick else (9, SECONDS, options.patience)
+    rounds, seconds, patience = (
+        (2, 0.2, min(options.patience, 2.0)) if quick else (9, SECONDS, options.patience)
+    )
     hashes = HASHES[:1] if quick else HASHES
     cases = all_cases(options.methods, hashes)
     data: dict[str, Any] = {
@@ -182,7 +214,9 @@ def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
         print("verified: every peer computes what its name says", flush=True)
     sweep = Sweep(cases, patience, seconds)
     data |= {"runs": sweep.runs, "stopped": sweep.stopped, "rounds": [], "experiments": {}}
-    print("warming up (kernels that are not yet compiled here take a minute or two, once)", flush=True)
+    print(
+        "warming up (kernels that are not yet compiled here take a minute or two, once)", flush=True
+    )
     sweep.prepare(options.lengths[0])
     if "racecore" in options.methods:
         tokens, long_tokens = (2**12, 2**14) if quick else (2**16, 2**18)
@@ -209,20 +243,38 @@ def check_packages(methods: list[str]) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke test; writes to a temporary folder")
-    parser.add_argument("--lengths", nargs="+", type=_length, metavar="T", help="tokens, such as 4096 or 2^12")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-                        help=f"of {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of one call (%(default)g)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test; writes to a temporary folder"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=_length, metavar="T", help="tokens, such as 4096 or 2^12"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds of one call (%(default)g)"
+    )
     parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="instead of docs")
-    parser.add_argument("--from-json", type=pathlib.Path, metavar="FILE", help="draw what was measured before")
+    parser.add_argument(
+        "--from-json", type=pathlib.Path, metavar="FILE", help="draw what was measured before"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.lengths = sorted(set(options.lengths or ([2**10, 2**12] if options.quick else LENGTHS)))
     if options.output is None:
         scratch = options.quick and options.from_json is None
-        options.output = pathlib.Path(tempfile.mkdtemp(prefix="racecore-compare-")) if scratch else ROOT / "docs"
+        options.output = (
+            pathlib.Path(tempfile.mkdtemp(prefix="racecore-compare-")) if scratch else ROOT / "docs"
+        )
     return options
 
 
@@ -230,7 +282,9 @@ def _length(text: str) -> int:
     base, _, power = text.replace("**", "^").partition("^")
     tokens = int(base) ** int(power or 1)
     if tokens < 1 or tokens % 128:
-        raise argparse.ArgumentTypeError(f"a length is a positive multiple of 128 tokens, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"a length is a positive multiple of 128 tokens, got {text}"
+        )
     return tokens
 
 
@@ -251,7 +305,11 @@ def main(arguments: list[str] | None = None) -> None:
     for written in report.write(data, options.output):
         print(f"wrote {written}")
     print("\n" + "\n".join(report.summary(data)))
-    failed = [stop for stop in data["stopped"] if stop["method"] == "racecore" and "memory" not in stop["reason"]]
+    failed = [
+        stop
+        for stop in data["stopped"]
+        if stop["method"] == "racecore" and "memory" not in stop["reason"]
+    ]
     if failed:
         raise SystemExit(f"racecore itself did not finish: {failed}")
 

@@ -1,10 +1,12 @@
-"""One decoded token at a time: what it takes against what its memory takes, and what a float32 state forgets.
+"""One decoded token at a time: what it takes against what its memory takes, and what a float32
+state forgets.
 
     python asv_benchmarks/decoding.py            # times (a minute)
     python asv_benchmarks/decoding.py --errors   # float32 states against float64 ones (some minutes)
 
-The floor is the time in which the machine's bandwidth (`ceilings`) reads and writes every number of the states once. States of
-many tokens are made by merging copies of one of 1,024 tokens: numbers as large as they would be.
+The floor is the time in which the machine's bandwidth (`ceilings`) reads and writes every number of
+the states once. States of many tokens are made by merging copies of one of 1,024 tokens: numbers as
+large as they would be.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def grown(n_kv_heads: int, batch: int, n_tokens: int, dtype: Any) -> racecore.Ra
     """Return a state of so many tokens, a power of two."""
     lsh = racecore.SoftLSH.random(DIM, 4, 4, rng=0)
     state = racecore.RaceState.zeros(lsh, batch, n_kv_heads, DIM, dtype=dtype)
-    key, value = np.random.default_rng(0).standard_normal((2, batch, SHORT, n_kv_heads, DIM), dtype=np.float32)
+    key, value = np.random.default_rng(0).standard_normal(
+        (2, batch, SHORT, n_kv_heads, DIM), dtype=np.float32
+    )
     state.append(key, value)
     while state.n_tokens < n_tokens:
         state.merge(state.copy())
@@ -99,14 +103,21 @@ def _add_one_by_one(phi: Any, value: Any, mass: Any, value_sum: Any) -> None:
                 value_sum[s, d] += np.float32(phi[t, s] * value[t, d])
 
 
-def errors(mean: float, n_tokens: tuple[int, ...], head_dim: int = 32, value_dim: int = 16) -> Iterator[str]:
-    """Yield a line per number of tokens: the largest relative error of a mass, and that of outputs, in norm.
+def errors(
+    mean: float, n_tokens: tuple[int, ...], head_dim: int = 32, value_dim: int = 16
+) -> Iterator[str]:
+    """Yield a line per number of tokens: the largest relative error of a mass, and that of outputs,
+    in norm.
 
-    Keys are rows of independent numbers with projections around 1, values have this mean and variance 1.
+    Keys are rows of independent numbers with projections around 1, values have this mean and
+    variance 1.
     """
     lsh = racecore.SoftLSH.random(head_dim, 4, 4, rng=0)
     rng = np.random.default_rng(0)
-    wide, pieces = (racecore.RaceState.zeros(lsh, 1, 1, value_dim, dtype=dtype) for dtype in (np.float64, np.float32))
+    wide, pieces = (
+        racecore.RaceState.zeros(lsh, 1, 1, value_dim, dtype=dtype)
+        for dtype in (np.float64, np.float32)
+    )
     single = pieces.copy()
     scale = np.float32(head_dim**-0.5)
     query = rng.standard_normal((1, 64, 1, head_dim), dtype=np.float32) * scale
@@ -118,24 +129,36 @@ def errors(mean: float, n_tokens: tuple[int, ...], head_dim: int = 32, value_dim
         pieces.append(key, value)
         phi = soft_hash(key[0], planes, beta)[:, 0]
         n_buckets = phi.shape[1]
-        _add_one_by_one(phi, value[0, :, 0], single.mass.reshape(-1), single.value_sum.reshape(n_buckets, value_dim))
+        _add_one_by_one(
+            phi,
+            value[0, :, 0],
+            single.mass.reshape(-1),
+            single.value_sum.reshape(n_buckets, value_dim),
+        )
         if wide.n_tokens in n_tokens:
             found = []
             for state in (single, pieces):
                 out, right = (s.attend(query).astype(np.float64) for s in (state, wide))
                 found.append(np.abs(state.mass / wide.mass - 1).max())
                 found.append(np.linalg.norm(out - right) / np.linalg.norm(right))
-            yield f"| {mean:g} | {wide.n_tokens:,} | " + " | ".join(f"{x:.1e}" for x in found) + " |"
+            yield (
+                f"| {mean:g} | {wide.n_tokens:,} | " + " | ".join(f"{x:.1e}" for x in found) + " |"
+            )
 
 
 def main() -> None:
     """Print what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--errors", action="store_true", help="of float32 states")
     options = parser.parse_args()
     print(machine.describe())
     if options.errors:
-        print(f"| mean of values | tokens | mass, one by one | outputs | mass, in pieces of {CHUNK:,} | outputs |")
+        print(
+            "| mean of values | tokens | mass, one by one | outputs | mass, in pieces of "
+            f"{CHUNK:,} | outputs |"
+        )
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for mean in (0.0, 1.0):
             for line in errors(mean, tuple(2**n for n in (12, 16, 20, 22, 24))):

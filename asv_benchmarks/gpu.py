@@ -1,12 +1,14 @@
-"""RACE attention on a GPU, in one call of a few minutes: is it right, how fast, against what the card can do.
+"""RACE attention on a GPU, in one call of a few minutes: is it right, how fast, against what the
+card can do.
 
     python asv_benchmarks/gpu.py
 
-It needs CuPy and a GPU, and torch for the peers. One table at the end: times over the length, forward and forward +
-backward, for S = 8, 24 and 64 buckets, with tensor cores and without ("plain"), beside torch's own softmax attention (SDPA,
-which takes FlashAttention) and the formula of RACE with cumulative sums in torch. Two shares say how near the ceilings it
-is: `least`, of the card's own copy bandwidth, counting every input read once and every output written once per direction,
-and `moved`, counting what the passes do read and write.
+It needs CuPy and a GPU, and torch for the peers. One table at the end: times over the length,
+forward and forward + backward, for S = 8, 24 and 64 buckets, with tensor cores and without
+("plain"), beside torch's own softmax attention (SDPA, which takes FlashAttention) and the formula
+of RACE with cumulative sums in torch. Two shares say how near the ceilings it is: `least`, of the
+card's own copy bandwidth, counting every input read once and every output written once per
+direction, and `moved`, counting what the passes do read and write.
 """
 
 from __future__ import annotations
@@ -59,17 +61,29 @@ class Row(NamedTuple):
 def main() -> None:
     """Do everything that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=300, help="stop beginning new lengths after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="stop beginning new lengths after so long"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
-    parser.add_argument("--checks-only", action="store_true", help="only compare results with the reference")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, and what this machine lacks")
+    parser.add_argument(
+        "--checks-only", action="store_true", help="only compare results with the reference"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run, and what this machine lacks"
+    )
     arguments = parser.parse_args()
     reason = cuda.reason_unavailable()
     if arguments.dry_run:
         print(
-            f"cuda: {reason or 'available'}\n" + "\n".join(f"expected {line}" for line in expectations(3.35e12, 4.8e12))
+            f"cuda: {reason or 'available'}\n"
+            + "\n".join(f"expected {line}" for line in expectations(3.35e12, 4.8e12))
         )
-        print("\n".join(f"expected of a decoded token {line}" for line in gpu_socket.expectations(3.35e12, 4.8e12)))
+        print(
+            "\n".join(
+                f"expected of a decoded token {line}"
+                for line in gpu_socket.expectations(3.35e12, 4.8e12)
+            )
+        )
         return
     if reason is not None:
         sys.exit(f"no GPU: {reason}")
@@ -79,8 +93,11 @@ def main() -> None:
     if arguments.checks_only:
         return
     ceilings = measure_ceilings()
-    print(f"copy {ceilings.copy_bytes / 1e12:.2f} TB/s, matrix products {ceilings.float32 / 1e12:.0f} TFLOP/s in float32, "
-          f"{ceilings.bfloat16 / 1e12:.0f} in bfloat16\n")  # fmt: skip
+    print(
+        f"copy {ceilings.copy_bytes / 1e12:.2f} TB/s, matrix products "
+        f"{ceilings.float32 / 1e12:.0f} TFLOP/s in float32, "
+        f"{ceilings.bfloat16 / 1e12:.0f} in bfloat16\n"
+    )
     rows: list[Row] = []
     for method, run in methods():
         for causal in (True, False):
@@ -89,13 +106,21 @@ def main() -> None:
                 print(line(row), flush=True)
     print()
     print(table(rows))
-    steps = list(gpu_socket.steps(random_rows, median_seconds, started + 1.2 * arguments.seconds, _sdpa_step))
+    steps = list(
+        gpu_socket.steps(random_rows, median_seconds, started + 1.2 * arguments.seconds, _sdpa_step)
+    )
     print(gpu_socket.table(steps, ceilings.copy_bytes))
     record = million_12()
     print(record)
     if arguments.json:
-        content = {"machine": describe(), "worst": worst, "ceilings": ceilings._asdict(), "12 million": record,
-                   "rows": [row._asdict() for row in rows], "decoding": [step._asdict() for step in steps]}  # fmt: skip
+        content = {
+            "machine": describe(),
+            "worst": worst,
+            "ceilings": ceilings._asdict(),
+            "12 million": record,
+            "rows": [row._asdict() for row in rows],
+            "decoding": [step._asdict() for step in steps],
+        }
         Path(arguments.json).write_text(json.dumps(content, indent=1))
 
 
@@ -109,17 +134,28 @@ def describe() -> str:
 
 
 def check() -> float:
-    """Compare with the reference and the CPU kernels; print and return the worst relative error by dtype."""
+    """Compare with the reference and the CPU kernels; print and return the worst relative error by
+    dtype.
+    """
     lsh, worst = racecore.SoftLSH.random(head_dim=48, n_tables=3, n_planes=3, rng=0), 0.0
-    limits = {np.dtype(np.float64): 1e-10, np.dtype(np.float32): 1e-5, np.dtype(np.float16): 1e-2, stored_dtype(): 1e-2}
-    cases = [(dtype, limit, True) for dtype, limit in limits.items()] + [(stored_dtype(), 1e-2, False)]
+    limits = {
+        np.dtype(np.float64): 1e-10,
+        np.dtype(np.float32): 1e-5,
+        np.dtype(np.float16): 1e-2,
+        stored_dtype(): 1e-2,
+    }
+    cases = [(dtype, limit, True) for dtype, limit in limits.items()] + [
+        (stored_dtype(), 1e-2, False)
+    ]
     for dtype, limit, uses in cases:
         for causal in (False, True):
             for readout in ("ratio", "bucket_mean"):
                 with tensor_cores(uses):
                     error = _difference(5000, dtype, lsh, is_causal=causal, readout=readout)
                 without = "" if uses else "without tensor cores"
-                print(f"check {dtype.name:8} causal={causal!s:5} {readout:12} {error:.1e} {without}")
+                print(
+                    f"check {dtype.name:8} causal={causal!s:5} {readout:12} {error:.1e} {without}"
+                )
                 if not error < limit:
                     sys.exit("WRONG")
                 worst = max(worst, error if dtype == np.float32 else 0)
@@ -146,7 +182,9 @@ def _difference(tokens: int, dtype: Any, lsh: racecore.SoftLSH, **options: Any) 
         grads = racecore.attention_backward(arrays[3], saved)
         found = (out, grads.query, grads.key, grads.value, grads.planes)
         results.append([cupy.asnumpy(x).astype(np.float64) for x in found])
-    return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(*results, strict=True))
+    return max(
+        float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(*results, strict=True)
+    )
 
 
 def measure_ceilings() -> Ceilings:
@@ -185,16 +223,25 @@ def median_seconds(call: Callable[[], Any], at_least: int = 5, budget: float = 0
     return statistics.median(times)
 
 
-def methods() -> list[tuple[str, Callable[[int, bool], tuple[Callable[[], Any], Callable[[], Any]]]]]:
+def methods() -> list[
+    tuple[str, Callable[[int, bool], tuple[Callable[[], Any], Callable[[], Any]]]]
+]:
     """Return names and makers of (forward, forward + backward) for a length."""
-    ours = [(f"racecore S={tables << planes}", _racecore(tables, planes)) for tables, planes in HASHES]
+    ours = [
+        (f"racecore S={tables << planes}", _racecore(tables, planes)) for tables, planes in HASHES
+    ]
     shown = [hash for hash in HASHES if hash[0] << hash[1] >= call.TENSOR_CORES_FROM]
-    ours += [(f"racecore {PLAIN} S={tables << planes}", _racecore(tables, planes, False)) for tables, planes in shown]
+    ours += [
+        (f"racecore {PLAIN} S={tables << planes}", _racecore(tables, planes, False))
+        for tables, planes in shown
+    ]
     return [*ours, ("SDPA, torch", _sdpa), ("RACE by cumsum, torch", _cumsum)]
 
 
 def stored_dtype() -> np.dtype:
-    """Return bfloat16, or float16 where the package that gives NumPy the former is missing: as many bytes."""
+    """Return bfloat16, or float16 where the package that gives NumPy the former is missing: as many
+    bytes.
+    """
     try:
         return racecore.arrays.dtype_of("bfloat16")
     except ValueError:
@@ -247,7 +294,9 @@ def _racecore(tables: int, planes: int, uses: bool = True) -> Callable[[int, boo
 
         def both() -> None:
             with tensor_cores(uses):
-                _, saved = racecore.attention_forward(q, k, v, lsh, is_causal=causal, out=out, wrt=wrt)
+                _, saved = racecore.attention_forward(
+                    q, k, v, lsh, is_causal=causal, out=out, wrt=wrt
+                )
                 racecore.attention_backward(g, saved, out=grads)
 
         return forward, both
@@ -280,7 +329,9 @@ def _sdpa(tokens: int, causal: bool) -> Any:
 
 
 def _cumsum(tokens: int, causal: bool) -> Any:
-    """RACE as a few lines of torch: probabilities of all tokens, sums over them, gradients by autograd; (L, P) = (2, 2)."""
+    """RACE as a few lines of torch: probabilities of all tokens, sums over them, gradients by
+    autograd; (L, P) = (2, 2).
+    """
     import torch
 
     lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=2, n_planes=2, rng=0)
@@ -340,17 +391,21 @@ def lengths(method: str, make: Any, causal: bool, ceilings: Ceilings, deadline: 
 
 
 def units_moved(tables: int, planes: int, causal: bool) -> float:
-    """Return how many rows of D numbers in 16 bits are read or written for a token and head, forward + backward.
+    """Return how many rows of D numbers in 16 bits are read or written for a token and head,
+    forward + backward.
 
-    Bidirectional: k, v; q, out; q, d_out, d_q; k, v, d_k, d_v. Causal: k, v; q, k, v, out; q, k, v, d_out, d_q and the stash;
-    k, v, d_out, d_k, d_v and the stash. States are left out: they are of a segment of 1,024 tokens.
+    Bidirectional: k, v; q, out; q, d_out, d_q; k, v, d_k, d_v. Causal: k, v; q, k, v, out; q, k, v,
+    d_out, d_q and the stash; k, v, d_out, d_k, d_v and the stash. States are left out: they are of
+    a segment of 1,024 tokens.
     """
     stash = (2 * (tables << planes) + tables * planes) * 4 / (2 * DIM)
     return 2 + 4 + 5 + 5 + 2 * stash if causal else 2 + 2 + 3 + 4
 
 
 def expectations(*bandwidths: float) -> list[str]:
-    """Return the least time of forward + backward at 2^20 tokens, S = 8, causal, for copy bandwidths."""
+    """Return the least time of forward + backward at 2^20 tokens, S = 8, causal, for copy
+    bandwidths.
+    """
     rows = (1 << 20) * HEADS * DIM * 2
     return [
         f"{b / 1e12:.2f} TB/s: {11 * rows / b * 1e3:.1f} ms if every array moved once, "
@@ -361,7 +416,9 @@ def expectations(*bandwidths: float) -> list[str]:
 
 def line(row: Row) -> str:
     """Return a row of the table."""
-    shares = "".join(f"{share:8.0%}" if share is not None else f"{'':8}" for share in (row.least, row.moved))
+    shares = "".join(
+        f"{share:8.0%}" if share is not None else f"{'':8}" for share in (row.least, row.moved)
+    )
     kind = "causal" if row.causal else "bidirectional"
     return f"{row.method:22} {kind:13} {row.tokens:>11,} {row.forward_ms:>10.3f} {row.both_ms:>10.3f}{shares}"
 
@@ -371,13 +428,24 @@ def table(rows: list[Row]) -> str:
     head = f"{f'{stored_dtype()}, B 1 H 8 D 128':36} {'tokens':>11} {'forward ms':>10} {'both ms':>10}{'least':>8}{'moved':>8}"
     lines = [head, *map(line, rows)]
     for causal in (True, False):
-        peer = {row.tokens: row for row in rows if row.method.startswith("SDPA") and row.causal == causal}
-        for method in dict.fromkeys(row.method for row in rows if row.method.startswith("racecore")):
-            ours = [row for row in rows if (row.method, row.causal) == (method, causal) and row.tokens in peer]
+        peer = {
+            row.tokens: row
+            for row in rows
+            if row.method.startswith("SDPA") and row.causal == causal
+        }
+        for method in dict.fromkeys(
+            row.method for row in rows if row.method.startswith("racecore")
+        ):
+            ours = [
+                row
+                for row in rows
+                if (row.method, row.causal) == (method, causal) and row.tokens in peer
+            ]
             wins = [row.tokens for row in ours if row.both_ms < peer[row.tokens].both_ms]
             at = f"from {min(wins):,} tokens on" if wins else "at none of these lengths"
             lines.append(
-                f"{method}, {'causal' if causal else 'bidirectional'}: faster than SDPA forward + backward {at}"
+                f"{method}, {'causal' if causal else 'bidirectional'}: faster than SDPA forward + "
+                f"backward {at}"
             )
     return "\n".join([*lines, *gains(rows)])
 
@@ -387,18 +455,24 @@ def gains(rows: list[Row]) -> list[str]:
     times = {(row.method, row.causal, row.tokens): row for row in rows}
     best: dict[tuple[str, bool], tuple[Row, Row]] = {}
     for row in rows:
-        plain = times.get((row.method.replace("racecore ", f"racecore {PLAIN} "), row.causal, row.tokens))
+        plain = times.get(
+            (row.method.replace("racecore ", f"racecore {PLAIN} "), row.causal, row.tokens)
+        )
         if plain is not None and plain is not row:
             best[row.method, row.causal] = (row, plain)  # lengths come in their order
     return [
-        f"{row.method}, {'causal' if row.causal else 'bidirectional'}, {row.tokens:,} tokens, with tensor cores and without: "
-        f"forward {row.forward_ms:.2f} and {plain.forward_ms:.2f} ms, both {row.both_ms:.2f} and {plain.both_ms:.2f} ms"
+        f"{row.method}, {'causal' if row.causal else 'bidirectional'}, {row.tokens:,} tokens, "
+        "with tensor cores and without: "
+        f"forward {row.forward_ms:.2f} and {plain.forward_ms:.2f} ms, both {row.both_ms:.2f} and "
+        f"{plain.both_ms:.2f} ms"
         for row, plain in best.values()
     ]
 
 
 def million_12() -> str:
-    """Run 12 million tokens, 4 heads of 128 in 16 bits, causal, forward + backward, gradients over their inputs."""
+    """Run 12 million tokens, 4 heads of 128 in 16 bits, causal, forward + backward, gradients over
+    their inputs.
+    """
     import torch
 
     cupy = cuda.cupy()
@@ -414,16 +488,23 @@ def million_12() -> str:
     lsh = racecore.SoftLSH.random(head_dim=128, n_tables=2, n_planes=2, rng=0)
     cupy.cuda.Device().synchronize()
     began = time.monotonic()
-    out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=True, wrt=("query", "key", "value"))
+    out, saved = racecore.attention_forward(
+        q, k, v, lsh, is_causal=True, wrt=("query", "key", "value")
+    )
     grads = racecore.attention_backward(g, saved, overwrite_inputs=True)
     cupy.cuda.Device().synchronize()
     seconds = time.monotonic() - began
-    rows = [cupy.asnumpy(x[:, -1]).astype(np.float32) for x in (out, grads.query, grads.key, grads.value)]
+    rows = [
+        cupy.asnumpy(x[:, -1]).astype(np.float32)
+        for x in (out, grads.query, grads.key, grads.value)
+    ]
     ends = [float(np.abs(row).max()) for row in rows]
     beside = pool.total_bytes() / 2**30
     return (
-        f"12,000,000 tokens, 4 heads of 128, {stored_dtype()}, causal, forward + backward: {seconds:.2f} s, 4 inputs of "
-        f"{tensors[0].nbytes / 2**30:.1f} GiB and {beside:.1f} GiB beside them; largest numbers of the last rows "
+        f"12,000,000 tokens, 4 heads of 128, {stored_dtype()}, causal, forward + backward: "
+        f"{seconds:.2f} s, 4 inputs of "
+        f"{tensors[0].nbytes / 2**30:.1f} GiB and {beside:.1f} GiB beside them; largest numbers "
+        "of the last rows "
         f"{', '.join(f'{x:.2g}' for x in ends)}"
     )
 

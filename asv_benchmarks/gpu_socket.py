@@ -1,9 +1,10 @@
-"""A decoded token over a key/value cache on a GPU, dense and by SOCKET: a section of gpu.py, which runs it.
+"""A decoded token over a key/value cache on a GPU, dense and by SOCKET: a section of gpu.py, which
+runs it.
 
-Caches in 16 bits, 32 query heads that share 8 key/value heads of 128, 60 tables of 8 planes, a twentieth of the tokens.
-*Bytes* are those that the kernels read and write, of HBM or of a cache: codes and norms once, scores written once and read
-once for each of their four digits and once more, the chosen rows. Queries and keys are random, so heads select different
-tokens: the worst case.
+Caches in 16 bits, 32 query heads that share 8 key/value heads of 128, 60 tables of 8 planes, a
+twentieth of the tokens. *Bytes* are those that the kernels read and write, of HBM or of a cache:
+codes and norms once, scores written once and read once for each of their four digits and once more,
+the chosen rows. Queries and keys are random, so heads select different tokens: the worst case.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Step(NamedTuple):
 
 
 def check() -> float:
-    """Compare a decoded token with the CPU; return the worst relative error. Ends the program if that is too large."""
+    """Compare a decoded token with the CPU; return the worst relative error. Ends the program if
+    that is too large.
+    """
     rng, cupy, worst = np.random.default_rng(0), cuda.cupy(), 0.0
     shapes = ((2, 1, 8, 48), (2, 3000, 2, 48), (2, 3000, 2, 40))
     host = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -46,7 +49,9 @@ def check() -> float:
         for query, key, value in (host, [cupy.asarray(x) for x in host]):
             index = racecore.SocketIndex(lsh)
             index.append(key, value)
-            out = racecore.sparse_attention(query, key, value, index, budget=0.1, group_selection=selection)
+            out = racecore.sparse_attention(
+                query, key, value, index, budget=0.1, group_selection=selection
+            )
             outs.append(cupy.asnumpy(out))
         worst = max(worst, float(np.linalg.norm(outs[0] - outs[1]) / np.linalg.norm(outs[0])))
     print(f"check float32  SOCKET {worst:.1e}")
@@ -56,30 +61,45 @@ def check() -> float:
 
 
 def steps(
-    random_rows: Callable[..., Any], seconds: Callable[[Callable[[], Any]], float], deadline: float,
-    peer: Callable[[Any, Any, Any], Callable[[], Any]] | None = None, contexts: Iterable[int] = CONTEXTS,
-) -> Iterable[Step]:  # fmt: skip
+    random_rows: Callable[..., Any],
+    seconds: Callable[[Callable[[], Any]], float],
+    deadline: float,
+    peer: Callable[[Any, Any, Any], Callable[[], Any]] | None = None,
+    contexts: Iterable[int] = CONTEXTS,
+) -> Iterable[Step]:
     """Yield a line for every context and way, while there is time.
 
-    `random_rows(B, T, heads, D)` makes an array, `seconds` times a call, `peer` makes another library's call.
+    `random_rows(B, T, heads, D)` makes an array, `seconds` times a call, `peer` makes another
+    library's call.
     """
     lsh = racecore.SoftLSH.random(DIM, TABLES, PLANES, rng=0)
     for context in contexts:
         if time.monotonic() > deadline:
             return
         query, key, value = (
-            random_rows(1, n, h, DIM) for n, h in ((1, HEADS), (context, KV_HEADS), (context, KV_HEADS))
+            random_rows(1, n, h, DIM)
+            for n, h in ((1, HEADS), (context, KV_HEADS), (context, KV_HEADS))
         )
         index = racecore.SocketIndex(lsh)
         index.append(key, value)
         for way in WAYS:
-            options: dict[str, Any] = {"budget": SHARE, "sink": SINK, "window": WINDOW, "group_selection": way}
+            options: dict[str, Any] = {
+                "budget": SHARE,
+                "sink": SINK,
+                "window": WINDOW,
+                "group_selection": way,
+            }
             if way == "dense":
                 options = {"budget": 1.0}
             call = partial(racecore.sparse_attention, query, key, value, index, **options)
             yield Step(way, context, seconds(call) * 1e3, bytes_of_step(way, context))
         if peer is not None:
-            yield Step("SDPA, torch", context, seconds(peer(query, key, value)) * 1e3, bytes_of_step("dense", context))
+            yield Step(
+                "SDPA, torch",
+                context,
+                seconds(peer(query, key, value)) * 1e3,
+                bytes_of_step("dense", context),
+            )
 
 
 def bytes_of_step(way: str, context: int) -> int:
@@ -89,20 +109,28 @@ def bytes_of_step(way: str, context: int) -> int:
         return context * KV_HEADS * row
     choosing = HEADS if way == "head" else KV_HEADS
     chosen = min(context, -(-context // round(1 / SHARE)) + SINK + WINDOW)
-    return context * (KV_HEADS * (TABLES + 2) + 6 * 4 * choosing) + chosen * choosing * (row + 2 * 8)
+    return context * (KV_HEADS * (TABLES + 2) + 6 * 4 * choosing) + chosen * choosing * (
+        row + 2 * 8
+    )
 
 
 def expectations(*bandwidths: float) -> list[str]:
     """Return the time that bytes alone take at 2^20 tokens, for copy bandwidths."""
     return [
-        f"{b / 1e12:.2f} TB/s: " + ", ".join(f"{way} {bytes_of_step(way, 1 << 20) / b * 1e3:.2f} ms" for way in WAYS)
+        f"{b / 1e12:.2f} TB/s: "
+        + ", ".join(f"{way} {bytes_of_step(way, 1 << 20) / b * 1e3:.2f} ms" for way in WAYS)
         for b in bandwidths
     ]
 
 
 def table(rows: list[Step], copy_bytes: float) -> str:
-    """Return all rows under a head: times, how much faster than dense attention here, and share of the copy bandwidth."""
-    lines = [f"{'a decoded token, H 32, G 8, D 128':36} {'context':>11} {'ms':>8} {'dense is':>9} {'bytes':>8}"]
+    """Return all rows under a head: times, how much faster than dense attention here, and share of
+    the copy bandwidth.
+    """
+    lines = [
+        f"{'a decoded token, H 32, G 8, D 128':36} {'context':>11} {'ms':>8} {'dense is':>9} "
+        f"{'bytes':>8}"
+    ]
     dense = {row.context: row.ms for row in rows if row.way == "dense"}
     for row in rows:
         name = row.way if row.way == "SDPA, torch" else f"racecore, {row.way}"

@@ -1,6 +1,7 @@
 """What JAX adds to a call of racecore: `python asv_benchmarks/jax_overhead.py`. Needs JAX.
 
-NumPy arrays and jitted JAX functions are timed in turns; the median over the rounds of the ratio of neighbours counts.
+NumPy arrays and jitted JAX functions are timed in turns; the median over the rounds of the ratio of
+neighbours counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from racecore.adapters.jax import race_attention
 CASES = ((1, 1), (1, 256), (1, 2**11), (1, 2**14), (1, 2**16), (32, 256))  # batch, tokens
 
 
-def functions(batch: int, tokens: int, is_causal: bool) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def functions(
+    batch: int, tokens: int, is_causal: bool
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """Return by name what computes on NumPy arrays, and the same in JAX."""
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((batch, tokens, 4, 128), dtype=np.float32) for _ in range(4)]
@@ -38,7 +41,9 @@ def functions(batch: int, tokens: int, is_causal: bool) -> dict[str, tuple[Calla
         return out, pull(g)
 
     def both_in_numpy() -> None:
-        _, saved = racecore.attention_forward(*rows[:3], lsh, is_causal=is_causal, wrt=("query", "key", "value"))
+        _, saved = racecore.attention_forward(
+            *rows[:3], lsh, is_causal=is_causal, wrt=("query", "key", "value")
+        )
         racecore.attention_backward(rows[3], saved)
 
     forward = jax.jit(attend)
@@ -51,7 +56,9 @@ def functions(batch: int, tokens: int, is_causal: bool) -> dict[str, tuple[Calla
     }
 
 
-def compare(pair: tuple[Callable[[], Any], Callable[[], Any]], rounds: int) -> tuple[float, float, float]:
+def compare(
+    pair: tuple[Callable[[], Any], Callable[[], Any]], rounds: int
+) -> tuple[float, float, float]:
     """Return the median milliseconds of each, and the median of the ratios."""
     seconds = np.empty((rounds + 1, 2))
     for each in seconds:
@@ -65,7 +72,9 @@ def compare(pair: tuple[Callable[[], Any], Callable[[], Any]], rounds: int) -> t
 
 def main(rounds: int) -> None:
     """Print one table."""
-    print(f"JAX {jax.__version__}, NumPy {np.__version__}, {len(os.sched_getaffinity(0))} processors")
+    print(
+        f"JAX {jax.__version__}, NumPy {np.__version__}, {len(os.sched_getaffinity(0))} processors"
+    )
     print("float32, 4 heads of 128, L = P = 4; milliseconds, medians of", rounds, "rounds\n")
     print("batch  tokens  kind           what                   NumPy       JAX   ratio")
     for batch, tokens in CASES:
@@ -74,7 +83,8 @@ def main(rounds: int) -> None:
                 numpy, in_jax, ratio = compare(pair, rounds)
                 kind = "causal" if is_causal else "bidirectional"
                 print(
-                    f"{batch:5}  {tokens:6}  {kind:<13}  {what:<18}  {numpy:8.2f}  {in_jax:8.2f}  {ratio:6.2f}",
+                    f"{batch:5}  {tokens:6}  {kind:<13}  {what:<18}  {numpy:8.2f}  {in_jax:8.2f}  "
+                    f"{ratio:6.2f}",
                     flush=True,
                 )
 

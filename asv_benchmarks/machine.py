@@ -1,4 +1,6 @@
-"""What the comparison asks the machine: its name, free memory, and the memory of this process. Linux only."""
+"""What the comparison asks the machine: its name, free memory, and the memory of this process.
+Linux only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import platform
 import resource
 from typing import Any
 
-__all__ = ["describe", "free_memory", "limit_memory", "peak_memory", "reset_peak", "resident_memory"]
+__all__ = [
+    "describe",
+    "free_memory",
+    "limit_memory",
+    "peak_memory",
+    "reset_peak",
+    "resident_memory",
+]
 
 _PACKAGES = ("racecore", "numpy", "numba", "torch", "ml_dtypes")
 
@@ -36,9 +45,13 @@ def describe() -> dict[str, Any]:
 
 
 def free_memory() -> int:
-    """Return the bytes that can still be allocated: of the machine, or of the control group if that has a limit."""
+    """Return the bytes that can still be allocated: of the machine, or of the control group if that
+    has a limit.
+    """
     free = _kilobytes("/proc/meminfo", "MemAvailable")
-    limit, used = (pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, used = (
+        pathlib.Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")
+    )
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
     return free
@@ -50,7 +63,9 @@ def resident_memory() -> int:
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, where the kernel lets us; else `peak_memory` covers all of the process's life."""
+    """Forget the peak so far, where the kernel lets us; else `peak_memory` covers all of the
+    process's life.
+    """
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
@@ -58,7 +73,8 @@ def reset_peak() -> None:
 def peak_memory() -> int:
     """Return the most bytes of this process that were in memory since `reset_peak`.
 
-    This is ru_maxrss of getrusage, but that would also count what the parent had before it started this process.
+    This is ru_maxrss of getrusage, but that would also count what the parent had before it started
+    this process.
     """
     return _kilobytes("/proc/self/status", "VmHWM")
 
@@ -68,7 +84,10 @@ def limit_memory(n_bytes: int) -> None:
     now = _kilobytes("/proc/self/status", "VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = now + n_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_DATA,
+        (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard),
+    )
 
 
 def _kilobytes(path: str, name: str) -> int:

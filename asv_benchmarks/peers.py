@@ -1,7 +1,9 @@
-"""What racecore is compared with, in plain torch on the CPU: [B, H, T, D] tensors, gradients by autograd.
+"""What racecore is compared with, in plain torch on the CPU: [B, H, T, D] tensors, gradients by
+autograd.
 
-Each is the formulation that its paper or its best-known implementation gives; `verify` holds every one of them against
-something that shares no line with it, so that the table compares the right things.
+Each is the formulation that its paper or its best-known implementation gives; `verify` holds every
+one of them against something that shares no line with it, so that the table compares the right
+things.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from torch import Tensor
 
 import racecore
 
-__all__ = ["linear_attention", "performer", "performer_features", "race_formula", "softmax_attention", "verify"]
+__all__ = [
+    "linear_attention",
+    "performer",
+    "performer_features",
+    "race_formula",
+    "softmax_attention",
+    "verify",
+]
 
 _CHUNK = 128  # tokens of one chunk of causal linear attention
 _SMALL = 1e-6  # keeps the features of Performer positive
@@ -30,8 +39,9 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     """Linear attention with the feature map elu + 1 (Katharopoulos et al., arXiv 2006.16236).
 
-    Causal: the chunk-wise form (Hua et al., arXiv 2202.10447) that flash-linear-attention also has in plain torch: states
-    are added up from chunk to chunk, and a masked product treats the tokens of one chunk. T must be a multiple of 128.
+    Causal: the chunk-wise form (Hua et al., arXiv 2202.10447) that flash-linear-attention also has
+    in plain torch: states are added up from chunk to chunk, and a masked product treats the tokens
+    of one chunk. T must be a multiple of 128.
     """
     q, k = (torch.nn.functional.elu(x) + 1 for x in (query, key))
     if not causal:
@@ -39,7 +49,9 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool)
         return (q @ state) / (q @ k.sum(2).unsqueeze(-1))
     batch, heads, tokens, _ = q.shape
     if tokens % _CHUNK:
-        raise ValueError(f"causal linear attention takes a multiple of {_CHUNK} tokens, got {tokens}")
+        raise ValueError(
+            f"causal linear attention takes a multiple of {_CHUNK} tokens, got {tokens}"
+        )
     q, k, v = (x.reshape(batch, heads, tokens // _CHUNK, _CHUNK, -1) for x in (q, k, value))
     state = _before((k.transpose(-1, -2) @ v).cumsum(2))  # [B, H, chunks, D, V]
     mass = _before(k.sum(3).cumsum(2))  # [B, H, chunks, D]
@@ -54,15 +66,23 @@ def _before(sums: Tensor) -> Tensor:
 
 
 def performer_features(dim: int, n_features: int = 256, seed: int = 0) -> Tensor:
-    """Draw the directions [m, D] of FAVOR+: orthogonal in blocks of D, with the norms of Gaussian rows."""
+    """Draw the directions [m, D] of FAVOR+: orthogonal in blocks of D, with the norms of Gaussian
+    rows.
+    """
     rng = np.random.default_rng(seed)
-    blocks = [np.linalg.qr(rng.standard_normal((dim, dim)))[0].T for _ in range(-(-n_features // dim))]
+    blocks = [
+        np.linalg.qr(rng.standard_normal((dim, dim)))[0].T for _ in range(-(-n_features // dim))
+    ]
     norms = np.linalg.norm(rng.standard_normal((n_features, dim)), axis=1)
-    return torch.from_numpy((np.concatenate(blocks)[:n_features] * norms[:, None]).astype(np.float32))
+    return torch.from_numpy(
+        (np.concatenate(blocks)[:n_features] * norms[:, None]).astype(np.float32)
+    )
 
 
 def performer(query: Tensor, key: Tensor, value: Tensor, features: Tensor) -> Tensor:
-    """Performer, bidirectional, with positive random features (Choromanski et al., arXiv 2009.14794)."""
+    """Performer, bidirectional, with positive random features (Choromanski et al., arXiv
+    2009.14794).
+    """
     q = _positive_features(query, features, lambda x: x.amax(-1, keepdim=True))
     k = _positive_features(key, features, lambda x: x.amax((-1, -2), keepdim=True))
     state = k.transpose(-1, -2) @ value  # [B, H, m, V]
@@ -73,11 +93,16 @@ def _positive_features(x: Tensor, features: Tensor, largest: Callable[[Tensor], 
     x = x * x.shape[-1] ** -0.25
     logits = x @ features.T
     half_square = x.square().sum(-1, keepdim=True) / 2
-    return (torch.exp(logits - half_square - largest(logits).detach()) + _SMALL) / math.sqrt(len(features))
+    return (torch.exp(logits - half_square - largest(logits).detach()) + _SMALL) / math.sqrt(
+        len(features)
+    )
 
 
-def race_formula(query: Tensor, key: Tensor, value: Tensor, planes: Tensor, beta: Tensor, *, causal: bool) -> Tensor:
-    """RACE attention as its paper writes it (arXiv 2510.04008, Algorithms 1 and 2), with planes [L, P, D].
+def race_formula(
+    query: Tensor, key: Tensor, value: Tensor, planes: Tensor, beta: Tensor, *, causal: bool
+) -> Tensor:
+    """RACE attention as its paper writes it (arXiv 2510.04008, Algorithms 1 and 2), with planes [L,
+    P, D].
 
     The causal one holds the state of every token: [B, H, T, S, V].
     """
@@ -85,7 +110,9 @@ def race_formula(query: Tensor, key: Tensor, value: Tensor, planes: Tensor, beta
     if causal:
         mass = phi_k.cumsum(2)
         value_sum = (phi_k.unsqueeze(-1) * value.unsqueeze(-2)).cumsum(2)  # [B, H, T, S, V]
-        return torch.einsum("bhts,bhtsv->bhtv", phi_q, value_sum) / (phi_q * mass).sum(-1, keepdim=True)
+        return torch.einsum("bhts,bhtsv->bhtv", phi_q, value_sum) / (phi_q * mass).sum(
+            -1, keepdim=True
+        )
     value_sum = torch.einsum("bhts,bhtv->bhsv", phi_k, value)
     sums = torch.einsum("bhts,bhsv->bhtv", phi_q, value_sum)
     return sums / torch.einsum("bhts,bhs->bht", phi_q, phi_k.sum(2)).unsqueeze(-1)
@@ -106,7 +133,8 @@ def verify(tokens: int = 256, dim: int = 32) -> dict[str, float]:
     Returns
     -------
     dict
-        The largest absolute difference of each comparison; of Performer, which is an estimate, the relative one.
+        The largest absolute difference of each comparison; of Performer, which is an estimate, the
+        relative one.
 
     Raises
     ------
@@ -119,19 +147,31 @@ def verify(tokens: int = 256, dim: int = 32) -> dict[str, float]:
     for causal in (False, True):
         way = "causal" if causal else "bidirectional"
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(dim)
-        errors[f"softmax, {way}"] = _far(softmax_attention(q, k, v, causal=causal), _quadratic(scores.exp(), v, causal))
+        errors[f"softmax, {way}"] = _far(
+            softmax_attention(q, k, v, causal=causal), _quadratic(scores.exp(), v, causal)
+        )
         f, g = (torch.where(x > 0, x + 1, x.exp()) for x in (q, k))
         similarity = torch.einsum("bhid,bhjd->bhij", f, g)
-        errors[f"linear, {way}"] = _far(linear_attention(q, k, v, causal=causal), _quadratic(similarity, v, causal))
+        errors[f"linear, {way}"] = _far(
+            linear_attention(q, k, v, causal=causal), _quadratic(similarity, v, causal)
+        )
         errors[f"RACE formula, {way}"] = _race_error(q, k, v, causal)
-    half = 0.5  # short rows, where features do well; the plain mean of the values would be off by 0.3
+    half = (
+        0.5  # short rows, where features do well; the plain mean of the values would be off by 0.3
+    )
     exact = softmax_attention(half * q, half * k, v, causal=False)
     near = performer(half * q, half * k, v, performer_features(dim, 2**14))
     errors["Performer, many features"] = float((near - exact).norm() / exact.norm())
     allowed = dict.fromkeys(errors, 1e-4) | {"Performer, many features": 0.1}
-    wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error < allowed[name]]
+    wrong = [
+        f"{name} is off by {error:.1e}"
+        for name, error in errors.items()
+        if not error < allowed[name]
+    ]
     if wrong:
-        raise RuntimeError(f"a peer does not compute what it should, so no comparison was made: {'; '.join(wrong)}")
+        raise RuntimeError(
+            f"a peer does not compute what it should, so no comparison was made: {'; '.join(wrong)}"
+        )
     return errors
 
 
@@ -145,11 +185,15 @@ def _far(a: Tensor, b: Tensor) -> float:
 
 
 def _race_error(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
-    """Return the largest difference between formula and racecore, in the outputs and in every gradient."""
+    """Return the largest difference between formula and racecore, in the outputs and in every
+    gradient.
+    """
     lsh = racecore.SoftLSH.random(head_dim=q.shape[-1], n_tables=3, n_planes=3, beta=1.0, rng=0)
     q, k, v = leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     beta = torch.tensor(1.0, requires_grad=True)
-    out = race_formula(q, k, v, torch.from_numpy(lsh.planes.astype(np.float32)), beta, causal=causal)
+    out = race_formula(
+        q, k, v, torch.from_numpy(lsh.planes.astype(np.float32)), beta, causal=causal
+    )
     d_out = torch.randn_like(out)
     out.backward(d_out)
     ours, saved = racecore.attention_forward(

@@ -1,6 +1,7 @@
 """Read arrays with all cores and do nothing else: the ceiling of whoever has to read them.
 
-It is not `ceilings`' triad, a third of whose bytes are written, and travel to the memory beside those that come from it.
+It is not `ceilings`' triad, a third of whose bytes are written, and travel to the memory beside
+those that come from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _LEAST = 1 << 20  # bytes of a piece: handing one over takes tens of microsecond
 
 
 def reader(n_threads: int) -> Callable[..., None]:
-    """Return a function that reads every byte of its arguments, C-contiguous arrays of whole 64-bit words."""
+    """Return a function that reads every byte of its arguments, C-contiguous arrays of whole 64-bit
+    words.
+    """
     import numba
 
     @numba.njit(nogil=True)

@@ -1,4 +1,6 @@
-"""Turn the figures of a comparison into a Markdown table, a summary in plain lines, and the picture."""
+"""Turn the figures of a comparison into a Markdown table, a summary in plain lines, and the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Figures:
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
         self._runs = {(Case.of(run), run["tokens"]): run for run in data["runs"]}
-        self.cases = list(dict.fromkeys(Case.of(record) for record in [*data["runs"], *data["stopped"]]))
+        self.cases = list(
+            dict.fromkeys(Case.of(record) for record in [*data["runs"], *data["stopped"]])
+        )
         self.lengths = sorted({run["tokens"] for run in data["runs"]})
 
     def get(self, case: Case, tokens: int, what: str = "seconds") -> float | None:
@@ -38,16 +42,25 @@ class Figures:
 
     def common(self, wanted: float, *cases: Case) -> int | None:
         """Return `wanted`, or the longest shorter length that all the cases were measured at."""
-        shared = [n for n in self.lengths if n <= wanted and all((case, n) in self._runs for case in cases)]
+        shared = [
+            n
+            for n in self.lengths
+            if n <= wanted and all((case, n) in self._runs for case in cases)
+        ]
         return max(shared, default=None)
 
     def nanoseconds(self, case: Case, tokens: int) -> float:
         """Return nanoseconds per token and head."""
         setting = self.data["setting"]
-        return self._runs[case, tokens]["seconds"] / (tokens * setting["batch"] * setting["heads"]) * 1e9
+        return (
+            self._runs[case, tokens]["seconds"]
+            / (tokens * setting["batch"] * setting["heads"])
+            * 1e9
+        )
 
     def rounds(self) -> list[tuple[Case, list[float], list[float]]]:
-        """Return, for every case below the roofline, nanoseconds per token and head and the share of each round.
+        """Return, for every case below the roofline, nanoseconds per token and head and the share
+        of each round.
 
         The share is what part of the measured time the ceilings of the same round ask for.
         """
@@ -55,8 +68,16 @@ class Figures:
         for measured in self.data["rounds"]:
             for run in measured["runs"]:
                 case = Case("racecore", run["causal"], run["tables"], run["planes"])
-                least = floor(case.tables, case.planes, case.causal, self.data["setting"]["dim"], measured["ceilings"])
-                seconds = run["seconds"] / (run["tokens"] * self.data["setting"]["batch"] * run["heads"])
+                least = floor(
+                    case.tables,
+                    case.planes,
+                    case.causal,
+                    self.data["setting"]["dim"],
+                    measured["ceilings"],
+                )
+                seconds = run["seconds"] / (
+                    run["tokens"] * self.data["setting"]["batch"] * run["heads"]
+                )
                 times, shares = found.setdefault(case, ([], []))
                 times.append(seconds * 1e9)
                 shares.append(least / seconds)
@@ -82,11 +103,16 @@ def write(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
 def table(data: dict[str, Any]) -> str:
     """Return the Markdown page part: machine, time, peak memory, shares of the roofline, ratios."""
     figures = Figures(data)
-    columns = figures.lengths if len(figures.lengths) <= 6 else [n for n in figures.lengths if math.log2(n) % 2 == 0]
+    columns = (
+        figures.lengths
+        if len(figures.lengths) <= 6
+        else [n for n in figures.lengths if math.log2(n) % 2 == 0]
+    )
     setting = data["setting"]
     parts = [
         f"Printed by `{data['command']}`: {machine_line(data)}.",
-        f"Forward + backward, B = {setting['batch']}, H = {setting['heads']}, D = V = {setting['dim']}, "
+        f"Forward + backward, B = {setting['batch']}, H = {setting['heads']}, D = V = "
+        f"{setting['dim']}, "
         f"{setting['dtype']}; (L, P) in brackets; best of several calls. "
         '"Too slow" and "memory" say why a sweep ended.',
     ]
@@ -103,8 +129,10 @@ def table(data: dict[str, Any]) -> str:
     if shares:
         rounds = data["rounds"]
         parts += [
-            f"**Time per token and head at {rounds[0]['runs'][0]['tokens']:,} tokens, and its share of the roofline**",
-            f"The median of {len(rounds)} rounds, each of ceilings and calls in turn; in brackets the lowest and the highest.",
+            f"**Time per token and head at {rounds[0]['runs'][0]['tokens']:,} tokens, and its "
+            "share of the roofline**",
+            f"The median of {len(rounds)} rounds, each of ceilings and calls in turn; in brackets "
+            "the lowest and the highest.",
             shares,
         ]
     parts.append("\n".join(f"- {line}" for line in _findings(figures)))
@@ -115,7 +143,10 @@ def _grid(figures: Figures, cases: list[Case], columns: list[int], what: str, te
     lines = [["", *(f"{n:,}" for n in columns)], ["---", *["---:"] * len(columns)]]
     for case in cases:
         values = [figures.get(case, n, what) for n in columns]
-        cells = [figures.mark(case, n) if x is None else text(x) for n, x in zip(columns, values, strict=True)]
+        cells = [
+            figures.mark(case, n) if x is None else text(x)
+            for n, x in zip(columns, values, strict=True)
+        ]
         lines.append([case.label, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -126,8 +157,13 @@ def _share_table(figures: Figures) -> str:
         cells.setdefault((case.tables, case.planes), []).extend(
             [f"{statistics.median(times):.0f} ns", _with_range(shares, 100, "%")]
         )
-    lines = [f"| ({tables}, {planes}) | {' | '.join(line)} |" for (tables, planes), line in cells.items()]
-    head = ["| (L, P) | bidirectional | of roofline | causal | of roofline |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        f"| ({tables}, {planes}) | {' | '.join(line)} |" for (tables, planes), line in cells.items()
+    ]
+    head = [
+        "| (L, P) | bidirectional | of roofline | causal | of roofline |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     return "\n".join(head + lines) if lines else ""
 
 
@@ -147,7 +183,8 @@ def round_line(measured: dict[str, Any]) -> str:
     rates, runs = measured["ceilings"], measured["runs"]
     times = ", ".join(duration(run["seconds"]) for run in runs)
     return (
-        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s, {rates['flops_per_second'] / 1e9:.0f} GFLOP/s; "
+        f"{rates['bytes_per_second'] / 1e9:.1f} GB/s, {rates['flops_per_second'] / 1e9:.0f} "
+        "GFLOP/s; "
         f"{runs[0]['tokens']:,} tokens in {times}"
     )
 
@@ -162,13 +199,20 @@ def _findings(figures: Figures) -> list[str]:
     rounds = [measured["ceilings"] for measured in figures.data["rounds"]]
     if rounds:
         lines.append(
-            f"ceilings of the rounds: {_with_range([rates['bytes_per_second'] for rates in rounds], 1e-9, 'GB/s')}, "
+            "ceilings of the rounds: "
+            f"{_with_range([rates['bytes_per_second'] for rates in rounds], 1e-9, 'GB/s')}, "
             f"{_with_range([rates['flops_per_second'] for rates in rounds], 1e-9, 'GFLOP/s')}"
         )
     for method, causal, wanted in (
-        ("formula", False, _AT), ("formula", True, _SHORT), ("formula", True, math.inf), ("softmax", False, _SHORT),
-        ("softmax", True, _SHORT), ("linear", False, _AT), ("linear", True, _AT), ("performer", False, _AT),
-    ):  # fmt: skip
+        ("formula", False, _AT),
+        ("formula", True, _SHORT),
+        ("formula", True, math.inf),
+        ("softmax", False, _SHORT),
+        ("softmax", True, _SHORT),
+        ("linear", False, _AT),
+        ("linear", True, _AT),
+        ("performer", False, _AT),
+    ):
         lines += _speed_ups(figures, method, causal, wanted)
     return [*dict.fromkeys(lines), *_ratios(figures.data["experiments"])]
 
@@ -177,7 +221,11 @@ def _speed_ups(figures: Figures, method: str, causal: bool, wanted: float) -> li
     """Return a line that says how many times as fast racecore is, for every hash."""
     found = []
     for ours in figures.of("racecore", causal):
-        peer = Case(method, causal, ours.tables, ours.planes) if method == "formula" else Case(method, causal)
+        peer = (
+            Case(method, causal, ours.tables, ours.planes)
+            if method == "formula"
+            else Case(method, causal)
+        )
         tokens = figures.common(wanted, ours, peer)
         if tokens is not None:
             ratio = figures.nanoseconds(peer, tokens) / figures.nanoseconds(ours, tokens)
@@ -193,22 +241,32 @@ def _speed_ups(figures: Figures, method: str, causal: bool, wanted: float) -> li
 
 
 def _ratios(experiments: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return the lines about racecore beside itself; each experiment's settings were measured in turns."""
+    """Return the lines about racecore beside itself; each experiment's settings were measured in
+    turns.
+    """
     lines = []
     for name, runs in experiments.items():
         kind, _, way = name.partition(", ")
-        base, where = runs[0], f"{way}, {runs[0]['tokens']:,} tokens, ({runs[0]['tables']}, {runs[0]['planes']})"
+        base, where = (
+            runs[0],
+            f"{way}, {runs[0]['tokens']:,} tokens, ({runs[0]['tables']}, {runs[0]['planes']})",
+        )
         for run in runs[1:]:
-            times = {part: run[f"{part}seconds"] / base[f"{part}seconds"] for part in ("", "forward_", "backward_")}
+            times = {
+                part: run[f"{part}seconds"] / base[f"{part}seconds"]
+                for part in ("", "forward_", "backward_")
+            }
             if kind == "fresh outputs":
                 per = run["tokens"] * run["heads"] / 1e9
                 lines.append(
-                    f"fresh outputs at every call: {run['seconds'] / per:.0f} ns per token and head in place of "
+                    f"fresh outputs at every call: {run['seconds'] / per:.0f} ns per token and "
+                    "head in place of "
                     f"{base['seconds'] / per:.0f}, {where}"
                 )
             elif kind == "threads":
                 lines.append(
-                    f"{run['threads']} threads beside 1: forward {1 / times['forward_']:.2f} x as fast, "
+                    f"{run['threads']} threads beside 1: forward {1 / times['forward_']:.2f} x as "
+                    "fast, "
                     f"backward {1 / times['backward_']:.2f} x, {where}"
                 )
             elif kind == "bfloat16":
@@ -216,7 +274,8 @@ def _ratios(experiments: dict[str, list[dict[str, Any]]]) -> list[str]:
             elif kind == "heads":
                 fewer = base["heads"] / run["heads"]
                 lines.append(
-                    f"backward with H = {run['heads']} takes {times['backward_'] * fewer:.2f} of the time per token "
+                    f"backward with H = {run['heads']} takes {times['backward_'] * fewer:.2f} of "
+                    "the time per token "
                     f"and head with H = {base['heads']}, {where}"
                 )
     return lines
@@ -234,7 +293,8 @@ def machine_line(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     vectors = f", {about['wide_vectors']}" if about["wide_vectors"] else ""
     return (
-        f"{_cores(about['processors'])} of {about['processor']}{vectors}, {about['memory_bytes'] / 1e9:.0f} GB, "
+        f"{_cores(about['processors'])} of {about['processor']}{vectors}, "
+        f"{about['memory_bytes'] / 1e9:.0f} GB, "
         f"{versions}, {about['date']}"
     )
 

@@ -5,7 +5,8 @@
     python asv_benchmarks/table.py --run --bench Threads     # only what matches
     python asv_benchmarks/table.py --run --careful           # repeat timings until they are stable
 
-Measures the racecore that is installed for this Python, with the commands that asv's own users would type.
+Measures the racecore that is installed for this Python, with the commands that asv's own users
+would type.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-# Compile everything once before measuring, or the first process of each kind would be charged with it.
+# Compile everything once before measuring, or the first process of each kind would be charged with
+# it.
 FILL_CACHE = """
 import numpy as np, racecore
 for dtype in ("float32", "float64"):
@@ -40,10 +42,14 @@ UNITS = {
 
 
 def run(pattern: str | None, careful: bool) -> None:
-    """Run the benchmarks in this Python, with a kernel cache of their own, made by the sources as they are."""
+    """Run the benchmarks in this Python, with a kernel cache of their own, made by the sources as
+    they are.
+    """
     asv = [sys.executable, "-m", "asv"]
     subprocess.run([*asv, "machine", "--yes"], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, check=True, capture_output=True, text=True).stdout
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=HERE, check=True, capture_output=True, text=True
+    ).stdout
     command = [*asv, "run", "-E", "existing:same", "--set-commit-hash", commit.strip()]
     command += [] if careful else ["--quick"]
     command += ["--bench", pattern] if pattern else []
@@ -57,7 +63,9 @@ def run(pattern: str | None, careful: bool) -> None:
 
 def latest() -> pathlib.Path | None:
     """Return the result file that was written last."""
-    files = [p for p in RESULTS.glob("*/*.json") if p.name not in ("machine.json", "benchmarks.json")]
+    files = [
+        p for p in RESULTS.glob("*/*.json") if p.name not in ("machine.json", "benchmarks.json")
+    ]
     return max(files, key=lambda p: p.stat().st_mtime, default=None)
 
 
@@ -69,12 +77,20 @@ def text(value: float | None, unit: str) -> str:
         return "n/a"
     for factor, name in UNITS.get(unit, []):
         if abs(value) >= factor or name in ("ns", "B"):
-            return f"{value / factor:.3g} {name}" if abs(value / factor) < 1000 else f"{value / factor:.0f} {name}"
+            return (
+                f"{value / factor:.3g} {name}"
+                if abs(value / factor) < 1000
+                else f"{value / factor:.0f} {name}"
+            )
     return f"{value:.3g} {unit}"
 
 
-def grid(values: list[float | None], params: list[list[str]], names: list[str], unit: str) -> list[list[str]]:
-    """Lay out one benchmark: a line per combination of all parameters but the last, a column per value of that."""
+def grid(
+    values: list[float | None], params: list[list[str]], names: list[str], unit: str
+) -> list[list[str]]:
+    """Lay out one benchmark: a line per combination of all parameters but the last, a column per
+    value of that.
+    """
     if not params:
         return [[text(values[0], unit)]]
     last = [p.strip("'") for p in params[-1]]
@@ -94,7 +110,8 @@ def show(path: pathlib.Path) -> None:
     machine = json.loads((path.parent / "machine.json").read_text())
     versions = ", ".join(f"{name} {version(name)}" for name in ("racecore", "numpy", "numba"))
     print(
-        f"commit {results.commit_hash[:12]} on {machine['cpu'] or machine['machine']}, {machine['num_cpu']} processors,"
+        f"commit {results.commit_hash[:12]} on {machine['cpu'] or machine['machine']}, "
+        f"{machine['num_cpu']} processors,"
     )
     print(f"{machine['os']}, Python {sys.version.split()[0]}, {versions}")
     for name in sorted(results.get_all_result_keys()):
@@ -102,18 +119,27 @@ def show(path: pathlib.Path) -> None:
         if about is None:
             continue
         params = results.get_result_params(name)
-        lines = grid(results.get_result_value(name, params), params, about["param_names"], about["unit"])
+        lines = grid(
+            results.get_result_value(name, params), params, about["param_names"], about["unit"]
+        )
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         print(f"\n{name}")
         for line in lines:
-            print("   " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+            print(
+                "   "
+                + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            )
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", action="store_true", help="measure before printing")
-    parser.add_argument("--bench", metavar="REGEX", help="measure only benchmarks whose name matches")
+    parser.add_argument(
+        "--bench", metavar="REGEX", help="measure only benchmarks whose name matches"
+    )
     parser.add_argument("--careful", action="store_true", help="many repetitions instead of one")
     options = parser.parse_args()
     if options.run or options.bench or latest() is None:

@@ -1,7 +1,8 @@
-"""What the PyTorch adapter costs: `python asv_benchmarks/torch_adapter.py`, a minute or two; needs torch.
+"""What the PyTorch adapter costs: `python asv_benchmarks/torch_adapter.py`, a minute or two; needs
+torch.
 
-Overhead over racecore on NumPy arrays, peak memory of training a layer, and whether PyTorch's threads and racecore's get in each
-other's way. Everything that is compared is measured in turns.
+Overhead over racecore on NumPy arrays, peak memory of training a layer, and whether PyTorch's
+threads and racecore's get in each other's way. Everything that is compared is measured in turns.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def overhead(n_tokens: int, repeats: int) -> None:
-    """Print what calls on tensors take more than calls on NumPy arrays: 8 heads of 64, causal, float32, (L, P) = (4, 4)."""
+    """Print what calls on tensors take more than calls on NumPy arrays: 8 heads of 64, causal,
+    float32, (L, P) = (4, 4).
+    """
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((1, n_tokens, 8, 64), dtype=np.float32) for _ in range(4)]
     lsh = racecore.SoftLSH.random(64, 4, 4, rng=0)
@@ -49,11 +52,15 @@ def overhead(n_tokens: int, repeats: int) -> None:
     watched = [x.clone().requires_grad_() for x in tensors[:3]]
 
     def numpy_both() -> None:
-        _, saved = racecore.attention_forward(*arrays[:3], lsh, is_causal=True, wrt=("query", "key", "value"))
+        _, saved = racecore.attention_forward(
+            *arrays[:3], lsh, is_causal=True, wrt=("query", "key", "value")
+        )
         racecore.attention_backward(arrays[3], saved)
 
     def torch_both() -> None:
-        torch.autograd.grad(race_attention(*watched, planes, beta, is_causal=True), watched, tensors[3])
+        torch.autograd.grad(
+            race_attention(*watched, planes, beta, is_causal=True), watched, tensors[3]
+        )
 
     def multiply() -> None:  # what autograd itself takes, for any function
         torch.autograd.grad(watched[0] * watched[1] * watched[2], watched, tensors[3])
@@ -68,10 +75,14 @@ def overhead(n_tokens: int, repeats: int) -> None:
         },
         repeats,
     )
-    for what, a, b in (("forward", "NumPy", "torch"), ("forward + backward", "NumPy, both", "torch, both")):
+    for what, a, b in (
+        ("forward", "NumPy", "torch"),
+        ("forward + backward", "NumPy, both", "torch, both"),
+    ):
         more = times[b] - times[a]
         print(
-            f"| {n_tokens:,} | {what} | {times[a] * 1e6:,.0f} us | {times[b] * 1e6:,.0f} us | {more * 1e6:+,.0f} us | "
+            f"| {n_tokens:,} | {what} | {times[a] * 1e6:,.0f} us | {times[b] * 1e6:,.0f} us | "
+            f"{more * 1e6:+,.0f} us | "
             f"{more / times[a]:+.1%} |"
         )
     if n_tokens == 1:
@@ -81,8 +92,9 @@ def overhead(n_tokens: int, repeats: int) -> None:
 def layer_memory(n_tokens: int) -> None:
     """Print the peak of one training step. For child processes.
 
-    When attention goes backward there are x, queries, keys and values (4), the layer's output and its gradient (2), and the
-    gradients of attention's output, queries, keys and values (4); attention's output itself is gone by then.
+    When attention goes backward there are x, queries, keys and values (4), the layer's output and
+    its gradient (2), and the gradients of attention's output, queries, keys and values (4);
+    attention's output itself is gone by then.
     """
     layer = RaceAttention(**LAYER)
 
@@ -105,12 +117,18 @@ def threads() -> None:
     calls = {
         "product": lambda: a @ b,
         "attention": lambda: race_attention(x, x, x, planes, 1.0),
-        "both": lambda: (a @ b, race_attention(x, x, x, planes, 1.0), a @ b, race_attention(x, x, x, planes, 1.0)),
+        "both": lambda: (
+            a @ b,
+            race_attention(x, x, x, planes, 1.0),
+            a @ b,
+            race_attention(x, x, x, planes, 1.0),
+        ),
     }
     times = in_turns(calls, 3)
     alone = 2 * (times["product"] + times["attention"])
     print(
-        f"product {times['product'] * 1e3:.1f} ms, attention {times['attention'] * 1e3:.1f} ms; two of each in alternation "
+        f"product {times['product'] * 1e3:.1f} ms, attention {times['attention'] * 1e3:.1f} ms; "
+        "two of each in alternation "
         f"{times['both'] * 1e3:.1f} ms, {times['both'] / alone:.2f} times their sum"
     )
 
@@ -119,7 +137,10 @@ def main() -> None:
     """Measure everything and print it."""
     found = machine.describe()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    print(f"{found['processor']} ({found['wide_vectors']}), {found['processors']} processors; {versions}\n")
+    print(
+        f"{found['processor']} ({found['wide_vectors']}), {found['processors']} processors; "
+        f"{versions}\n"
+    )
     print("| tokens | | NumPy | torch | more | |\n| ---: | --- | ---: | ---: | ---: | ---: |")
     overhead(1, 200)
     overhead(1 << 14, 1)
@@ -128,7 +149,10 @@ def main() -> None:
         command = [sys.executable, __file__, "--layer-memory", str(n)]
         peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         arrays = PER_TOKEN * n * LAYER["embed_dim"] * 4
-        print(f"{n:,} tokens: {peak / 1e6:,.0f} MB, {peak / arrays:.2f} times the {PER_TOKEN} arrays that there have to be")
+        print(
+            f"{n:,} tokens: {peak / 1e6:,.0f} MB, {peak / arrays:.2f} times the {PER_TOKEN} "
+            "arrays that there have to be"
+        )
     print("\nPyTorch's threads and racecore's:")
     threads()
 

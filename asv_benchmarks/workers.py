@@ -1,6 +1,8 @@
-"""One measurement in one fresh process: the comparison calls itself with a job as JSON and reads one line of JSON.
+"""One measurement in one fresh process: the comparison calls itself with a job as JSON and reads
+one line of JSON.
 
-A fresh process makes peak memory mean something and keeps thread pools of different libraries out of each other's way.
+A fresh process makes peak memory mean something and keeps thread pools of different libraries out
+of each other's way.
 """
 
 from __future__ import annotations
@@ -22,11 +24,24 @@ from cases import BATCH, DIM, HEADS, Case, Setting
 
 __all__ = ["WorkerError", "answer", "clean_environment", "run"]
 
-Call = Callable[[], tuple[float, float]]  # returns the seconds of forward, and of forward + backward
+Call = Callable[
+    [], tuple[float, float]
+]  # returns the seconds of forward, and of forward + backward
 _SCRIPT = pathlib.Path(__file__).with_name("compare.py")
 _WARM_TOKENS = 128
-_BLOCK = 2**22  # random values; longer inputs repeat them, since making them would take longer than all the rest
-_THREAD_SETTINGS = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "BLIS_", "NUMBA_NUM_THREADS", "NUMBA_THREADING")
+_BLOCK = (
+    2**22
+)  # random values; longer inputs repeat them, since making them would take longer than all the rest
+_THREAD_SETTINGS = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "OPENBLAS_",
+    "BLIS_",
+    "NUMBA_NUM_THREADS",
+    "NUMBA_THREADING",
+)
 
 
 class WorkerError(RuntimeError):
@@ -35,7 +50,9 @@ class WorkerError(RuntimeError):
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without settings of thread libraries: everyone runs as installed."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_THREAD_SETTINGS)}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_THREAD_SETTINGS)
+    }
 
 
 def run(job: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -48,19 +65,25 @@ def run(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     """
     command = [sys.executable, str(_SCRIPT), "--worker", json.dumps(job)]
     try:
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, env=clean_environment(), capture_output=True, text=True, timeout=timeout
+        )
     except subprocess.TimeoutExpired:
         raise WorkerError(f"no result after {timeout:.0f} s") from None
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = (done.stderr.strip() or "no message").splitlines()[-1]
-    if done.returncode == -9 or any(word in done.stderr for word in ("MemoryError", "can't allocate memory")):
+    if done.returncode == -9 or any(
+        word in done.stderr for word in ("MemoryError", "can't allocate memory")
+    ):
         raise WorkerError(f"out of memory ({last})")
     raise WorkerError(f"exit code {done.returncode}: {last}")
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job here: "verify", "case" (time and peak memory of one method) or "settings" (racecore's, in turns)."""
+    """Do a job here: "verify", "case" (time and peak memory of one method) or "settings"
+    (racecore's, in turns).
+    """
     if job["kind"] == "verify":
         import peers
 
@@ -73,7 +96,9 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure_case(case: Case, tokens: int, seconds: float, memory: int) -> dict[str, Any]:
-    _prepared(case, _WARM_TOKENS)()()  # loads or compiles everything, so that it counts neither as time nor as memory
+    _prepared(
+        case, _WARM_TOKENS
+    )()()  # loads or compiles everything, so that it counts neither as time nor as memory
     machine.limit_memory(memory)
     with_inputs = _prepared(case, tokens)
     before = machine.resident_memory()
@@ -83,9 +108,11 @@ def _measure_case(case: Case, tokens: int, seconds: float, memory: int) -> dict[
 
 
 def _timings(calls: list[Call], seconds: float) -> list[dict[str, Any]]:
-    """Repeat all calls in turns until `seconds` have passed, at least twice; the first round is a warm-up, but counts.
+    """Repeat all calls in turns until `seconds` have passed, at least twice; the first round is a
+    warm-up, but counts.
 
-    It counts because only the best matters, and the fastest of two slow calls is no worse than the second of them.
+    It counts because only the best matters, and the fastest of two slow calls is no worse than the
+    second of them.
     """
     laps: list[list[tuple[float, float]]] = [[] for _ in calls]
     started = time.perf_counter()
@@ -130,8 +157,13 @@ def _race_call(setting: Setting, arrays: list[Any] | None = None) -> Call:
         import ml_dtypes
 
         *inputs, d_out = (x.astype(ml_dtypes.bfloat16) for x in (*inputs, d_out))
-    lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=setting.tables, n_planes=setting.planes, beta=1.0, rng=0)
-    options: dict[str, Any] = {"is_causal": setting.causal, "wrt": ("query", "key", "value", "beta")}
+    lsh = racecore.SoftLSH.random(
+        head_dim=DIM, n_tables=setting.tables, n_planes=setting.planes, beta=1.0, rng=0
+    )
+    options: dict[str, Any] = {
+        "is_causal": setting.causal,
+        "wrt": ("query", "key", "value", "beta"),
+    }
     buffers: dict[str, Any] = {"out": None, "gradients": None}
 
     def call() -> tuple[float, float]:
@@ -143,7 +175,9 @@ def _race_call(setting: Setting, arrays: list[Any] | None = None) -> Call:
             total = time.perf_counter() - started
         if not setting.fresh_outputs:  # as a training loop does: the next call writes over these
             buffers["out"] = out
-            buffers["gradients"] = SimpleNamespace(query=grads.query, key=grads.key, value=grads.value)
+            buffers["gradients"] = SimpleNamespace(
+                query=grads.query, key=grads.key, value=grads.value
+            )
         return forward, total
 
     return call
@@ -160,7 +194,9 @@ def _torch_call(case: Case, arrays: list[Any]) -> Callable[[], Call]:
     *inputs, d_out = (torch.from_numpy(x) for x in arrays)
     leaves = [x.requires_grad_() for x in inputs]
     if case.method == "formula":
-        lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=case.tables, n_planes=case.planes, beta=1.0, rng=0)
+        lsh = racecore.SoftLSH.random(
+            head_dim=DIM, n_tables=case.tables, n_planes=case.planes, beta=1.0, rng=0
+        )
         planes = torch.from_numpy(lsh.planes.astype(np.float32))
         leaves.append(torch.tensor(1.0, requires_grad=True))
     features = peers.performer_features(DIM)

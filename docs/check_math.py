@@ -1,7 +1,9 @@
-"""Check every formula of docs/math.md by machine: `python docs/check_math.py` (one second, NumPy only).
+"""Check every formula of docs/math.md by machine: `python docs/check_math.py` (one second, NumPy
+only).
 
-Nothing of racecore is imported. Gradients are held against complex-step derivatives, df/dx = Im f(x + i 1e-30) / 1e-30,
-which have no cancellation and so are exact to rounding. Every line printed is the largest relative error of one claim.
+Nothing of racecore is imported. Gradients are held against complex-step derivatives, df/dx = Im f(x
++ i 1e-30) / 1e-30, which have no cancellation and so are exact to rounding. Every line printed is
+the largest relative error of one claim.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def weights(phi, mass, readout, n_tables):
 
 
 def attend(q, k, v, planes, beta, mass0, value_sum0, readout, causal):
-    """Return out [T, V] and the final state, straight from the definitions; rows see all keys or keys j <= i."""
+    """Return out [T, V] and the final state, straight from the definitions; rows see all keys or
+    keys j <= i.
+    """
     phi_q, phi_k = soft_hash(q, planes, beta), soft_hash(k, planes, beta)
     out = []
     for i in range(len(q)):
@@ -82,8 +86,14 @@ def check_hash() -> None:
     a, b = sigmoid(2 * y), sigmoid(2 * w)
     claim("phi = prod_p sigmoid(2 c_p y_p)", sigmoid(2 * c * y).prod(1), phi)
     claim("sum_r phi_r c_r = tanh(y) = 2 a - 1", phi @ c, np.tanh(y))
-    claim("phi(q).phi(k) = prod_p (a b + (1-a)(1-b))", (a * b + (1 - a) * (1 - b)).prod(), phi @ psi)
-    claim("              = prod_p (1 + tanh y tanh z) / 2", ((1 + np.tanh(y) * np.tanh(w)) / 2).prod(), phi @ psi)
+    claim(
+        "phi(q).phi(k) = prod_p (a b + (1-a)(1-b))", (a * b + (1 - a) * (1 - b)).prod(), phi @ psi
+    )
+    claim(
+        "              = prod_p (1 + tanh y tanh z) / 2",
+        ((1 + np.tanh(y) * np.tanh(w)) / 2).prod(),
+        phi @ psi,
+    )
 
     d_phi = rng.standard_normal(2**n_planes)
     weighted = d_phi * phi
@@ -104,13 +114,21 @@ def check_hash() -> None:
 
     tanh_u = y / beta
     d_u = d_y * beta * (1 - tanh_u**2)
-    claim("d_beta = sum_p d_y tanh(u)", d_y @ tanh_u, complex_step(lambda t: loss(x, planes, t), np.array(beta)))
-    claim("d_x = sum_p d_u W_p", d_u @ planes[0], complex_step(lambda t: loss(t, planes, beta), x)[0])
+    claim(
+        "d_beta = sum_p d_y tanh(u)",
+        d_y @ tanh_u,
+        complex_step(lambda t: loss(x, planes, t), np.array(beta)),
+    )
+    claim(
+        "d_x = sum_p d_u W_p", d_u @ planes[0], complex_step(lambda t: loss(t, planes, beta), x)[0]
+    )
     claim("d_W_p = d_u x", np.outer(d_u, x[0]), complex_step(lambda t: loss(x, t, beta), planes)[0])
 
 
 def check_digits() -> None:
-    """Section 9: a bucket's probability, and a sum over its bits, from tables of 16 entries per digit of four bits."""
+    """Section 9: a bucket's probability, and a sum over its bits, from tables of 16 entries per
+    digit of four bits.
+    """
     for n_planes in (4, 6, 8, 10):
         planes, q, tau = rng.standard_normal((1, n_planes, 5)), rng.standard_normal((1, 5)), 0.4
         u = planes[0] @ q[0]
@@ -130,7 +148,9 @@ def check_digits() -> None:
 
 
 def check_kernel_form() -> None:
-    """Section 4: the ratio readout is attention under the kernel, and out is a convex combination of values."""
+    """Section 4: the ratio readout is attention under the kernel, and out is a convex combination
+    of values.
+    """
     planes = rng.standard_normal((3, 2, 4))
     q, k, v = (rng.standard_normal((6, n)) for n in (4, 4, 3))
     similarity = soft_hash(q, planes, 1.3) @ soft_hash(k, planes, 1.3).T
@@ -146,11 +166,17 @@ def hash_backward(d_phi, x, planes, beta):
     weighted = (d_phi * soft_hash(x, planes, beta)).reshape(len(x), n_tables, -1)
     d_y = weighted @ corners(n_planes) - weighted.sum(-1, keepdims=True) * np.tanh(beta * tanh_u)
     d_u = d_y * beta * (1 - tanh_u**2)
-    return np.einsum("tlp,lpd->td", d_u, planes), np.einsum("tlp,td->lpd", d_u, x), (d_y * tanh_u).sum()
+    return (
+        np.einsum("tlp,lpd->td", d_u, planes),
+        np.einsum("tlp,td->lpd", d_u, x),
+        (d_y * tanh_u).sum(),
+    )
 
 
 def blocked(q, k, v, planes, beta, mass0, value_sum0, readout, g, d_mass, d_value_sum, block):
-    """Section 7: the causal algorithm of the CPU kernels, forward and backward, one block being one segment here."""
+    """Section 7: the causal algorithm of the CPU kernels, forward and backward, one block being one
+    segment here.
+    """
     n_tables, tril = len(planes), lambda x: np.tril(x)
     phi_q, phi_k = soft_hash(q, planes, beta), soft_hash(k, planes, beta)
     rows = [slice(i, min(i + block, len(q))) for i in range(0, len(q), block)]
@@ -159,7 +185,12 @@ def blocked(q, k, v, planes, beta, mass0, value_sum0, readout, g, d_mass, d_valu
     for r in rows:
         mass, value_sum = states[-1]
         states.append((mass + phi_k[r].sum(0), value_sum + phi_k[r].T @ v[r]))
-    out, rho, d_mu, d_phi_q = np.empty_like(g), np.empty_like(phi_q), np.empty_like(phi_q), np.empty_like(phi_q)
+    out, rho, d_mu, d_phi_q = (
+        np.empty_like(g),
+        np.empty_like(phi_q),
+        np.empty_like(phi_q),
+        np.empty_like(phi_q),
+    )
     for r, (mass, value_sum) in zip(rows, states[:-1], strict=True):  # pass 2: any order
         mass_i = mass + np.cumsum(phi_k[r], axis=0)
         rho[r], factor = weights(phi_q[r], mass_i, readout, n_tables)
@@ -183,7 +214,9 @@ def blocked(q, k, v, planes, beta, mass0, value_sum0, readout, g, d_mass, d_valu
 
 
 def bidirectional(q, k, v, planes, beta, mass0, value_sum0, readout, g, d_mass, d_value_sum):
-    """Sections 4 and 5: one state for all queries; d_mass, d_value_sum is the gradient of the final state."""
+    """Sections 4 and 5: one state for all queries; d_mass, d_value_sum is the gradient of the final
+    state.
+    """
     phi_q, phi_k = soft_hash(q, planes, beta), soft_hash(k, planes, beta)
     mass, value_sum = mass0 + phi_k.sum(0), value_sum0 + phi_k.T @ v
     if readout == "ratio":
@@ -207,15 +240,28 @@ def bidirectional(q, k, v, planes, beta, mass0, value_sum0, readout, g, d_mass, 
 
 
 def check_attention(readout: str, causal: bool) -> None:
-    """Sections 4 to 7: the value and every gradient, an initial state and a used final state included."""
+    """Sections 4 to 7: the value and every gradient, an initial state and a used final state
+    included.
+    """
     n_tables, n_planes, dim, value_dim, n_tokens = 3, 2, 4, 3, 11
     n_buckets = n_tables * 2**n_planes
     planes, beta = rng.standard_normal((n_tables, n_planes, dim)), np.array(1.4)
     q, k, v = (rng.standard_normal((n_tokens, n)) for n in (dim, dim, value_dim))
     mass0, value_sum0 = rng.random(n_buckets), rng.standard_normal((n_buckets, value_dim))
     g = rng.standard_normal((n_tokens, value_dim))
-    d_mass, d_value_sum = rng.standard_normal(n_buckets), rng.standard_normal((n_buckets, value_dim))
-    arguments = {"q": q, "k": k, "v": v, "planes": planes, "beta": beta, "mass0": mass0, "value_sum0": value_sum0}
+    d_mass, d_value_sum = (
+        rng.standard_normal(n_buckets),
+        rng.standard_normal((n_buckets, value_dim)),
+    )
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "planes": planes,
+        "beta": beta,
+        "mass0": mass0,
+        "value_sum0": value_sum0,
+    }
 
     def loss(**changed):
         out, mass, value_sum = attend(**{**arguments, **changed}, readout=readout, causal=causal)
@@ -229,9 +275,14 @@ def check_attention(readout: str, causal: bool) -> None:
     d_q, d_planes_q, d_beta_q = hash_backward(d_phi_q, q, planes, beta)
     d_k, d_planes_k, d_beta_k = hash_backward(d_phi_k, k, planes, beta)
     found = {
-        "q": d_q, "k": d_k, "v": d_v, "planes": d_planes_q + d_planes_k, "beta": d_beta_q + d_beta_k,
-        "mass0": d_mass0, "value_sum0": d_value_sum0,
-    }  # fmt: skip
+        "q": d_q,
+        "k": d_k,
+        "v": d_v,
+        "planes": d_planes_q + d_planes_k,
+        "beta": d_beta_q + d_beta_k,
+        "mass0": d_mass0,
+        "value_sum0": d_value_sum0,
+    }
     for name, gradient in found.items():
         step = complex_step(lambda x, name=name: loss(**{name: x}), arguments[name])
         claim(f"{what}: d_{name}", gradient, step)

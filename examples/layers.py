@@ -1,7 +1,8 @@
-"""A small transformer whose attention is softmax or RACE, for the examples that train: all else is the same for both.
+"""A small transformer whose attention is softmax or RACE, for the examples that train: all else is
+the same for both.
 
-Attention, in `Attention.mix`, is one call: `scaled_dot_product_attention` or `race_attention`. In a model of your own,
-`racecore.adapters.torch.RaceAttention` is a layer that is ready made.
+Attention, in `Attention.mix`, is one call: `scaled_dot_product_attention` or `race_attention`. In a
+model of your own, `racecore.adapters.torch.RaceAttention` is a layer that is ready made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from racecore.adapters.torch import race_attention
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One of the attentions that are compared: softmax, or RACE with L tables of P planes and one of its readouts."""
+    """One of the attentions that are compared: softmax, or RACE with L tables of P planes and one
+    of its readouts.
+    """
 
     readout: str = "softmax"
     n_planes: int = 0
@@ -27,7 +30,11 @@ class Kind:
 
     def __str__(self) -> str:
         """Return what tables and pictures call it."""
-        return self.readout if self.readout == "softmax" else f"RACE {self.readout} ({self.n_planes}, {self.n_tables})"
+        return (
+            self.readout
+            if self.readout == "softmax"
+            else f"RACE {self.readout} ({self.n_planes}, {self.n_tables})"
+        )
 
 
 SOFTMAX = Kind()
@@ -36,15 +43,26 @@ SOFTMAX = Kind()
 class Attention(nn.Module):
     """Attention of several heads with rotary embedding: x [B, T, E] -> [B, T, E]."""
 
-    def __init__(self, dim: int, n_heads: int, kind: Kind, is_causal: bool, seed: list[int]) -> None:
+    def __init__(
+        self, dim: int, n_heads: int, kind: Kind, is_causal: bool, seed: list[int]
+    ) -> None:
         super().__init__()
-        self.n_heads, self.head_dim, self.kind, self.is_causal = n_heads, dim // n_heads, kind, is_causal
+        self.n_heads, self.head_dim, self.kind, self.is_causal = (
+            n_heads,
+            dim // n_heads,
+            kind,
+            is_causal,
+        )
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.norm_query, self.norm_key = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
         if kind != SOFTMAX:
             lsh = SoftLSH.random(self.head_dim, kind.n_tables, kind.n_planes, beta=1.0, rng=seed)
-            scale = 1.7 / math.sqrt(self.head_dim)  # rows of norm sqrt(D) then start where tanh is not yet flat
-            self.planes = nn.Parameter(torch.tensor(scale * lsh.planes, dtype=torch.float32))  # [L, P, D]
+            scale = 1.7 / math.sqrt(
+                self.head_dim
+            )  # rows of norm sqrt(D) then start where tanh is not yet flat
+            self.planes = nn.Parameter(
+                torch.tensor(scale * lsh.planes, dtype=torch.float32)
+            )  # [L, P, D]
             self.beta = nn.Parameter(torch.tensor(lsh.beta))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +77,13 @@ class Attention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2)
         return race_attention(
-            query, key, value, self.planes, self.beta, is_causal=self.is_causal, readout=self.kind.readout
+            query,
+            key,
+            value,
+            self.planes,
+            self.beta,
+            is_causal=self.is_causal,
+            readout=self.kind.readout,
         )
 
 
@@ -69,7 +93,10 @@ def rotate(x: torch.Tensor, base: float = 10_000.0) -> torch.Tensor:
     speed = torch.exp(torch.arange(half, device=x.device) * (-math.log(base) / half))
     angle = (torch.arange(x.shape[1], device=x.device)[:, None] * speed)[:, None, :]  # [T, 1, D/2]
     first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+    return torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()],
+        dim=-1,
+    )
 
 
 class ShortConvolution(nn.Module):
@@ -88,7 +115,9 @@ class ShortConvolution(nn.Module):
 class Block(nn.Module):
     """Pre-norm: short convolution and attention, then a perceptron of one hidden layer."""
 
-    def __init__(self, dim: int, n_heads: int, kind: Kind, is_causal: bool, width: int, seed: list[int]) -> None:
+    def __init__(
+        self, dim: int, n_heads: int, kind: Kind, is_causal: bool, width: int, seed: list[int]
+    ) -> None:
         super().__init__()
         self.before_attention, self.before_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.convolution = ShortConvolution(dim, width) if width else nn.Identity()
@@ -102,9 +131,18 @@ class Block(nn.Module):
 
 
 def blocks(
-    dim: int, n_heads: int, n_layers: int, kind: Kind, *, is_causal: bool, width: int = 0, seed: int = 0
+    dim: int,
+    n_heads: int,
+    n_layers: int,
+    kind: Kind,
+    *,
+    is_causal: bool,
+    width: int = 0,
+    seed: int = 0,
 ) -> nn.Sequential:
-    """Return a stack of blocks and a last norm. The same seed gives the same weights around attention, whatever the kind."""
+    """Return a stack of blocks and a last norm. The same seed gives the same weights around
+    attention, whatever the kind.
+    """
     torch.manual_seed(seed)
     stack = [Block(dim, n_heads, kind, is_causal, width, [seed, i]) for i in range(n_layers)]
     return nn.Sequential(*stack, nn.LayerNorm(dim))

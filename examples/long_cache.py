@@ -1,7 +1,9 @@
-"""Decode over a cache of 10 million tokens on the disk: `python examples/long_cache.py`; `--tokens 100000` takes seconds.
+"""Decode over a cache of 10 million tokens on the disk: `python examples/long_cache.py`; `--tokens
+100000` takes seconds.
 
-Keys and values lie in two files, mapped to memory; beside them a SocketIndex, in memory. The system is told to forget what it has
-of the files before the first step, and asked after each which of their pages it has: those of the chosen rows. Linux only.
+Keys and values lie in two files, mapped to memory; beside them a SocketIndex, in memory. The system
+is told to forget what it has of the files before the first step, and asked after each which of
+their pages it has: those of the chosen rows. Linux only.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def made_up(n_tokens: int) -> list[Synthetic]:
 
 
 def write(folder: pathlib.Path, n_tokens: int) -> None:
-    """Write keys, values and their index to files, chunk by chunk, and let the system forget keys and values."""
+    """Write keys, values and their index to files, chunk by chunk, and let the system forget keys
+    and values.
+    """
     index = racecore.SocketIndex(racecore.SoftLSH.random(DIM, n_tables=60, n_planes=8, rng=0))
     with open(folder / "keys", "wb") as keys, open(folder / "values", "wb") as values:
         for start in range(0, n_tokens, CHUNK):
@@ -58,7 +62,9 @@ def write(folder: pathlib.Path, n_tokens: int) -> None:
 
 
 def mapped(path: pathlib.Path) -> np.memmap:
-    """Return a file as an array [1, T, G, D]; nothing is read yet, and later no neighbours of what is."""
+    """Return a file as an array [1, T, G, D]; nothing is read yet, and later no neighbours of what
+    is.
+    """
     rows = np.memmap(path, np.float16, "r").reshape(1, -1, KV_HEADS, DIM)
     rows._mmap.madvise(mmap.MADV_RANDOM)
     return rows
@@ -67,26 +73,40 @@ def mapped(path: pathlib.Path) -> np.memmap:
 def in_memory(rows: np.memmap) -> np.ndarray:
     """Return which pages of a mapped file the system has in memory, bool."""
     pages = np.zeros(-(-rows.nbytes // mmap.PAGESIZE), np.uint8)
-    if ctypes.CDLL(None).mincore(*map(ctypes.c_void_p, (rows.ctypes.data, rows.nbytes, pages.ctypes.data))):
+    if ctypes.CDLL(None).mincore(
+        *map(ctypes.c_void_p, (rows.ctypes.data, rows.nbytes, pages.ctypes.data))
+    ):
         raise OSError("mincore failed")
     return (pages & 1).astype(bool)
 
 
-def decode(index: racecore.SocketIndex, key: np.memmap, value: np.memmap, n_steps: int) -> Iterator[Step]:
+def decode(
+    index: racecore.SocketIndex, key: np.memmap, value: np.memmap, n_steps: int
+) -> Iterator[Step]:
     """Look for a token at random, every step another one, and yield what that took."""
     rng, wanted = np.random.default_rng(0), np.zeros(len(in_memory(key)), bool)
     for _ in range(n_steps):
         place = int(rng.integers(index.n_tokens))
-        query = 3 * made_up(index.n_tokens)[0][place : place + 1].repeat(HEADS // KV_HEADS, axis=1)[None]  # [1, 1, H, D]
+        query = (
+            3
+            * made_up(index.n_tokens)[0][place : place + 1].repeat(HEADS // KV_HEADS, axis=1)[None]
+        )  # [1, 1, H, D]
         before, started = in_memory(key).sum() + in_memory(value).sum(), time.perf_counter()
         racecore.sparse_attention(query, key, value, index, **CHOICE)
         seconds = time.perf_counter() - started
         selected = index.select(query, **CHOICE)[0]  # [H, W]
         head, column = np.nonzero(selected >= 0)
         more = np.zeros_like(wanted)
-        more[(selected[head, column] * KV_HEADS + head // (HEADS // KV_HEADS)) * ROW // mmap.PAGESIZE] = True
+        more[
+            (selected[head, column] * KV_HEADS + head // (HEADS // KV_HEADS)) * ROW // mmap.PAGESIZE
+        ] = True
         read = int(in_memory(key).sum() + in_memory(value).sum() - before)
-        yield Step(seconds, 2 * int((more & ~wanted).sum()), read, bool((selected == place).any(axis=1).all()))
+        yield Step(
+            seconds,
+            2 * int((more & ~wanted).sum()),
+            read,
+            bool((selected == place).any(axis=1).all()),
+        )
         wanted |= more
 
 
@@ -95,7 +115,9 @@ def warm_up() -> None:
     key, value = (source[:] for source in made_up(300))
     index = racecore.SocketIndex(racecore.SoftLSH.random(DIM, n_tables=60, n_planes=8, rng=0))
     index.append(key, value)
-    racecore.sparse_attention(key[-1:].repeat(4, axis=1), key, value, index, budget=20, sink=1, window=1)
+    racecore.sparse_attention(
+        key[-1:].repeat(4, axis=1), key, value, index, budget=20, sink=1, window=1
+    )
 
 
 def main(folder: pathlib.Path, n_tokens: int, n_steps: int) -> None:
@@ -109,22 +131,38 @@ def main(folder: pathlib.Path, n_tokens: int, n_steps: int) -> None:
         loaded = anonymous_bytes()
     key, value = mapped(folder / "keys"), mapped(folder / "values")
     n_pages = 2 * len(in_memory(key))
-    print(f"{n_tokens:,} tokens: keys and values {2 * key.nbytes / 1e6:,.0f} MB, {n_pages:,} pages, on the disk")
+    print(
+        f"{n_tokens:,} tokens: keys and values {2 * key.nbytes / 1e6:,.0f} MB, {n_pages:,} pages, "
+        "on the disk"
+    )
     built, read = (f"{(memory.peak - base) / 1e6:,.0f} MB" for memory in (writing, loading))
-    print(f"index: {index.nbytes / 1e6:,.0f} MB in memory; at most {built} while it was built, {read} while it was loaded")
+    print(
+        f"index: {index.nbytes / 1e6:,.0f} MB in memory; at most {built} while it was built, "
+        f"{read} while it was loaded"
+    )
     print(f"pages in memory at first: {in_memory(key).sum() + in_memory(value).sum():,}")
     with PeakMemory() as memory:
         for number, step in enumerate(decode(index, key, value, n_steps), 1):
             read = f"{1e3 * step.seconds:.0f} ms, {step.read:,} pages read ({step.read * mmap.PAGESIZE / 1e6:.1f} MB)"
-            print(f"step {number}: {read}, {step.wanted:,} have chosen rows, token {'found' if step.found else 'MISSED'}")
-    print(f"memory of its own during the steps, beyond the index: at most {(memory.peak - loaded) / 1e6:,.0f} MB")
+            print(
+                f"step {number}: {read}, {step.wanted:,} have chosen rows, token "
+                f"{'found' if step.found else 'MISSED'}"
+            )
+    print(
+        "memory of its own during the steps, beyond the index: at most "
+        f"{(memory.peak - loaded) / 1e6:,.0f} MB"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--folder", type=pathlib.Path, help="on the disk to measure; its files are removed at the end")
+    parser.add_argument(
+        "--folder",
+        type=pathlib.Path,
+        help="on the disk to measure; its files are removed at the end",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         main(pathlib.Path(temporary), arguments.tokens, arguments.steps)

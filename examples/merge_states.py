@@ -1,8 +1,9 @@
 """Shards are summed apart, saved, and merged into the whole: `python examples/merge_states.py`.
 
-The sum over tokens is all that attention needs of keys and values, and sums add. So every worker turns its shard into a
-state of a few kilobytes, and whoever has the states can answer queries over all the tokens. Here the workers are
-processes and the states travel as files; over a network it is the same.
+The sum over tokens is all that attention needs of keys and values, and sums add. So every worker
+turns its shard into a state of a few kilobytes, and whoever has the states can answer queries over
+all the tokens. Here the workers are processes and the states travel as files; over a network it is
+the same.
 """
 
 from __future__ import annotations
@@ -51,18 +52,25 @@ def main(n_tokens: int = 200_000, n_shards: int = 4) -> None:
     for state in reversed(states[:-1]):
         backwards.merge(state)
 
-    query = np.random.default_rng(8).standard_normal((1, 5, 8, 64), dtype=np.float32)  # 8 heads share 2 key heads
+    query = np.random.default_rng(8).standard_normal(
+        (1, 5, 8, 64), dtype=np.float32
+    )  # 8 heads share 2 key heads
     shards = [make_shard(i, share) for i, share in enumerate(shares)]
     key, value = (np.concatenate(parts, axis=1) for parts in zip(*shards, strict=True))
     whole = racecore.attention(query, key, value, LSH)
     state_kb = (merged.mass.nbytes + merged.value_sum.nbytes) / 1e3
     inputs_mb = (key.nbytes + value.nbytes) / 1e6
-    print(f"\nmerged: {merged.n_tokens:,} tokens; {inputs_mb:,.0f} MB of keys and values became {state_kb:,.0f} kB")
+    print(
+        f"\nmerged: {merged.n_tokens:,} tokens; {inputs_mb:,.0f} MB of keys and values became "
+        f"{state_kb:,.0f} kB"
+    )
     for name, state in (("merged", merged), ("merged in the other order", backwards)):
         error = np.abs(state.attend(query) - whole).max() / np.abs(whole).max()
         print(f"five queries, {name}, against all tokens at once: relative difference {error:.1e}")
     try:
-        merged.merge(racecore.RaceState.zeros(racecore.SoftLSH.random(64, 8, 3, 1.5, rng=1), 1, 2, 64))
+        merged.merge(
+            racecore.RaceState.zeros(racecore.SoftLSH.random(64, 8, 3, 1.5, rng=1), 1, 2, 64)
+        )
     except ValueError as error:
         print(f"a state of another hash is refused: {error}")
 

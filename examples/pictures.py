@@ -1,4 +1,6 @@
-"""What the examples that train have in common when they show results: curves in one picture, and where they were measured."""
+"""What the examples that train have in common when they show results: curves in one picture, and
+where they were measured.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from typing import Any
 import racecore
 from racecore.runtime.threads import default_count
 
-COLOURS = ["#c2502e", "#1f5a96", "#7fb0de", "#2f7d4f", "#93c9a5", "#8a5aa8", "#d9a441", "#888888"]  # softmax first
+COLOURS = [
+    "#c2502e",
+    "#1f5a96",
+    "#7fb0de",
+    "#2f7d4f",
+    "#93c9a5",
+    "#8a5aa8",
+    "#d9a441",
+    "#888888",
+]  # softmax first
 _GREY = "#555555"
 
 
@@ -21,7 +32,9 @@ def machine() -> str:
     """Return the processor, the threads and the versions in one line."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        processor = next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     torch = sys.modules.get("torch")  # not every example needs it
@@ -29,7 +42,13 @@ def machine() -> str:
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "numba")]
     packages += [] if torch is None else [f"torch {torch.__version__}"]
     return ", ".join(
-        [processor, f"{n_threads} threads", f"Python {platform.python_version()}", *packages, f"racecore {racecore.__version__}"]
+        [
+            processor,
+            f"{n_threads} threads",
+            f"Python {platform.python_version()}",
+            *packages,
+            f"racecore {racecore.__version__}",
+        ]
     )
 
 
@@ -60,11 +79,15 @@ def curves(
     title: str = "",
     colours: list[str] | None = None,
 ) -> None:
-    """Draw lines of points (x, y) in the manner of all pictures here; `labels` are those of the axes."""
+    """Draw lines of points (x, y) in the manner of all pictures here; `labels` are those of the
+    axes.
+    """
     from matplotlib.ticker import FuncFormatter
 
     for (label, points), colour in zip(lines.items(), colours or COLOURS, strict=False):
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.8, markersize=4, label=label)
+        axes.plot(
+            *zip(*points, strict=True), "o-", color=colour, linewidth=1.8, markersize=4, label=label
+        )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel(labels[0], color=_GREY)
     axes.set_ylabel(labels[1], color=_GREY)

@@ -1,8 +1,10 @@
-"""Classify handwritten digits pixel by pixel, 784 tokens each, with softmax and with RACE: `python examples/pixel_digits.py`.
+"""Classify handwritten digits pixel by pixel, 784 tokens each, with softmax and with RACE: `python
+examples/pixel_digits.py`.
 
-A pixel is a token; nothing tells the model which pixels lie above one another: every place has two learned vectors, of which one
-is scaled by the brightness of the pixel. The same weights to begin with, the same batches, the same number of steps; only
-attention, here bidirectional, differs. Writes `pixel_digits.json` and `.png`. `--quick` takes seconds and no data.
+A pixel is a token; nothing tells the model which pixels lie above one another: every place has two
+learned vectors, of which one is scaled by the brightness of the pixel. The same weights to begin
+with, the same batches, the same number of steps; only attention, here bidirectional, differs.
+Writes `pixel_digits.json` and `.png`. `--quick` takes seconds and no data.
 """
 
 from __future__ import annotations
@@ -43,10 +45,14 @@ class PixelClassifier(nn.Module):
 
     def __init__(self, n_pixels: int, plan: Plan, kind: Kind) -> None:
         super().__init__()
-        self.blocks = blocks(plan.dim, plan.heads, plan.layers, kind, is_causal=False, seed=plan.seed)
+        self.blocks = blocks(
+            plan.dim, plan.heads, plan.layers, kind, is_causal=False, seed=plan.seed
+        )
         torch.manual_seed(plan.seed)
         self.norm, self.head = nn.BatchNorm1d(plan.dim, momentum=None), nn.Linear(plan.dim, 10)
-        self.position, self.ink = (nn.Parameter(torch.randn(n_pixels, plan.dim) * 0.3) for _ in range(2))  # [T, E]
+        self.position, self.ink = (
+            nn.Parameter(torch.randn(n_pixels, plan.dim) * 0.3) for _ in range(2)
+        )  # [T, E]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Classify."""
@@ -57,8 +63,12 @@ class PixelClassifier(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, shown: torch.Tensor) -> float:
-    """Return the share of images that are recognised, with the batch norm set by images that the model was trained on."""
+def accuracy(
+    model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, shown: torch.Tensor
+) -> float:
+    """Return the share of images that are recognised, with the batch norm set by images that the
+    model was trained on.
+    """
     model.norm.reset_running_stats()
     model(shown)
     model.eval()
@@ -68,11 +78,15 @@ def accuracy(model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor,
 
 
 def train(kind: Kind, images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> dict[str, Any]:
-    """Train one classifier; return its accuracies on the images held out and the time that steps took."""
+    """Train one classifier; return its accuracies on the images held out and the time that steps
+    took.
+    """
     held, shown = slice(plan.test_images), slice(plan.test_images, None)
     model = PixelClassifier(images.shape[1], plan, kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, plan.rate, total_steps=plan.steps, pct_start=0.1
+    )
     rng = np.random.default_rng(plan.seed)
     curve, seconds = [], []
     every = max(plan.steps // plan.evaluations, 1)
@@ -93,7 +107,9 @@ def train(kind: Kind, images: torch.Tensor, labels: torch.Tensor, plan: Plan) ->
 
 
 def linear(images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> float:
-    """Return the accuracy of a linear classifier of whole images: what there is to reach without attention."""
+    """Return the accuracy of a linear classifier of whole images: what there is to reach without
+    attention.
+    """
     held, shown = slice(plan.test_images), slice(plan.test_images, None)
     torch.manual_seed(plan.seed)
     model = nn.Linear(images.shape[1], 10)
@@ -106,11 +122,19 @@ def linear(images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> float:
     return (model(images[held]).argmax(dim=1) == labels[held]).double().mean().item()
 
 
-def compare(kinds: list[Kind], images: np.ndarray, labels: np.ndarray, plan: Plan) -> list[dict[str, Any]]:
+def compare(
+    kinds: list[Kind], images: np.ndarray, labels: np.ndarray, plan: Plan
+) -> list[dict[str, Any]]:
     """Train one classifier after the other and print how they did."""
     order = np.random.default_rng(plan.seed).permutation(len(images))
-    pixels, shown = torch.from_numpy(images[order].reshape(len(images), -1)), torch.from_numpy(labels[order])
-    print(f"{len(images):,} images of {pixels.shape[1]} pixels, {plan.test_images:,} of them held out; {plan}")
+    pixels, shown = (
+        torch.from_numpy(images[order].reshape(len(images), -1)),
+        torch.from_numpy(labels[order]),
+    )
+    print(
+        f"{len(images):,} images of {pixels.shape[1]} pixels, {plan.test_images:,} of them held "
+        f"out; {plan}"
+    )
     results = [train(kind, pixels, shown, plan) for kind in kinds]
     print("\nattention                  accuracy   ms per step")
     for result in results:
@@ -122,10 +146,14 @@ def compare(kinds: list[Kind], images: np.ndarray, labels: np.ndarray, plan: Pla
 def main() -> None:
     """Read the command line, train, and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, on images made by rule")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds, on images made by rule"
+    )
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--threads", type=int, help="of PyTorch and racecore")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pixel_digits"), help="without an ending")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("pixel_digits"), help="without an ending"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -135,7 +163,10 @@ def main() -> None:
     images, labels = data_sets.bars(200, size=10) if arguments.quick else data_sets.digits()
     print(pictures.machine())
     results = compare([SOFTMAX, Kind("ratio", 4, 4), Kind("ratio", 2, 2)], images, labels, plan)
-    lines = {result["kind"]: [(step, 100 * right) for step, right in result["curve"]] for result in results}
+    lines = {
+        result["kind"]: [(step, 100 * right) for step, right in result["curve"]]
+        for result in results
+    }
     pictures.draw(arguments.out, lines, "training steps", "accuracy on images held out, %")
     pictures.record(arguments.out, plan, results)
 

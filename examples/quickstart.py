@@ -1,4 +1,6 @@
-"""Attention forward and backward on plain NumPy arrays, and what it costs: `python examples/quickstart.py`."""
+"""Attention forward and backward on plain NumPy arrays, and what it costs: `python
+examples/quickstart.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,27 @@ def main(n_tokens: int = 2**17) -> None:
     print(f"{lsh}: {lsh.n_tables * lsh.n_buckets} buckets\n")
     print("  tokens    forward   backward   ns per token   state")
     lengths = [n for n in (n_tokens // 16, n_tokens // 4, n_tokens) if n]
-    for n in [min(lengths), *lengths]:  # the first round loads the kernels (and compiles them, the first time ever)
+    for n in [
+        min(lengths),
+        *lengths,
+    ]:  # the first round loads the kernels (and compiles them, the first time ever)
         rng = np.random.default_rng(0)
-        query, key, value = (rng.standard_normal((n, 1, 64), dtype=np.float32) for _ in range(3))  # [T, H, D]
+        query, key, value = (
+            rng.standard_normal((n, 1, 64), dtype=np.float32) for _ in range(3)
+        )  # [T, H, D]
         started = time.perf_counter()
         out, saved, state = racecore.attention_forward(
             query, key, value, lsh, is_causal=True, return_state=True, wrt=("query", "key", "value")
         )
         between = time.perf_counter()
-        grads = racecore.attention_backward(out, saved)  # the gradient of a loss that is half the sum of squares
+        grads = racecore.attention_backward(
+            out, saved
+        )  # the gradient of a loss that is half the sum of squares
         ended = time.perf_counter()
         state_bytes = state.mass.nbytes + state.value_sum.nbytes
         print(
-            f"{n:8,}  {between - started:8.3f} s {ended - between:8.3f} s {(ended - started) / n * 1e9:12,.0f}"
+            f"{n:8,}  {between - started:8.3f} s {ended - between:8.3f} s "
+            f"{(ended - started) / n * 1e9:12,.0f}"
             f"   {state_bytes:,} bytes"
         )
     print("\nLinear time once the threads have enough to do, and a state that does not grow.")
@@ -36,7 +46,10 @@ def main(n_tokens: int = 2**17) -> None:
     # What anybody can check without a reference: the last token sees all, in whatever order.
     order = rng.permutation(n)
     shuffled = racecore.attention(query[-1:], key[order], value[order], lsh)
-    print(f"last causal row against a bidirectional one, keys shuffled: {np.abs(out[-1:] - shuffled).max():.1e}")
+    print(
+        "last causal row against a bidirectional one, keys shuffled: "
+        f"{np.abs(out[-1:] - shuffled).max():.1e}"
+    )
     print(f"gradient of the query, norm of the last row: {np.linalg.norm(grads.query[-1]):.1e}")
 
 

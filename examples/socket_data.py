@@ -1,6 +1,7 @@
 """Made-up key/value caches for `socket_study.py`: clusters of keys, and needles in a haystack.
 
-All have D = V = 64. What is said of a cluster holds for one key/value head: a cache has a head for every variant.
+All have D = V = 64. What is said of a cluster holds for one key/value head: a cache has a head for
+every variant.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def clusters(n_tokens: int, n_queries: int, seed: int, n_clusters: int = 64) -> Cache:
-    """Return keys around centres and queries near one: B = 1, a key/value head for each of `VARIANTS`.
+    """Return keys around centres and queries near one: B = 1, a key/value head for each of
+    `VARIANTS`.
 
-    Keys are 0.6 centre + 0.8 noise, so of about equal norm, and queries 1.5 times such a row. A query gives about half of its
-    weight to its own cluster, a 64th of the tokens. Values are 0.6 times a centre of the cluster's own + 0.8 noise, times a norm.
+    Keys are 0.6 centre + 0.8 noise, so of about equal norm, and queries 1.5 times such a row. A
+    query gives about half of its weight to its own cluster, a 64th of the tokens. Values are 0.6
+    times a centre of the cluster's own + 0.8 noise, times a norm.
 
     "scattered"         every token has a cluster of its own choice; norms of values are log-normal, independent of keys
     "in runs"           the same, but 64 tokens in a row share a cluster, as in text
@@ -47,7 +50,9 @@ def clusters(n_tokens: int, n_queries: int, seed: int, n_clusters: int = 64) -> 
         if variant == "common offset":
             rows += 1.5 * _normal(rng, DIM)
         key[0, :, g] = rows
-        value[0, :, g] = norm[:, None] * (0.6 * centre_of_values[member] + 0.8 * _normal(rng, n_tokens, DIM))
+        value[0, :, g] = norm[:, None] * (
+            0.6 * centre_of_values[member] + 0.8 * _normal(rng, n_tokens, DIM)
+        )
         asked = rng.integers(n_clusters, size=n_queries)
         query[0, 0, g] = 1.5 * (0.6 * centre[asked] + 0.8 * _normal(rng, n_queries, DIM))
     return Cache(query.reshape(1, 1, -1, DIM), key, value)
@@ -62,10 +67,12 @@ class Haystack(NamedTuple):
 
 
 def haystack(n_tokens: int, n_queries: int, likeness: tuple[float, ...], seed: int) -> Haystack:
-    """Return tokens in runs of 256 around topics, as of documents, and needles among them at random depths.
+    """Return tokens in runs of 256 around topics, as of documents, and needles among them at random
+    depths.
 
-    Every query is a random direction of norm 4 sqrt(D); by chance some keys have a cosine up to 0.55 with it.
-    The key of its needle has a cosine of one of `likeness`, the same for a part of the queries.
+    Every query is a random direction of norm 4 sqrt(D); by chance some keys have a cosine up to
+    0.55 with it. The key of its needle has a cosine of one of `likeness`, the same for a part of
+    the queries.
     """
     rng = np.random.default_rng([seed, 2])
     topics = _normal(rng, n_tokens // 256 + 1, DIM).repeat(256, axis=0)[:n_tokens]

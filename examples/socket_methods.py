@@ -1,7 +1,9 @@
-"""Ways to choose the few tokens that a query attends to, and how good a choice is, for `socket_study.py`: NumPy alone.
+"""Ways to choose the few tokens that a query attends to, and how good a choice is, for
+`socket_study.py`: NumPy alone.
 
-A method gives scores [B, H, T]; the best of them by score are attended to, in `chosen`, which is the same for all. SOCKET comes
-from `racecore.SocketIndex`; what it is compared with is written out here.
+A method gives scores [B, H, T]; the best of them by score are attended to, in `chosen`, which is
+the same for all. SOCKET comes from `racecore.SocketIndex`; what it is compared with is written out
+here.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Socket:
     def scores(self, cache: Cache, seed: int) -> np.ndarray:
         """Return the scores of an index of these keys."""
         lsh = racecore.SoftLSH.random(cache.key.shape[3], self.n_tables, self.n_planes, rng=seed)
-        index = racecore.SocketIndex(lsh, scorer=self.scorer, tau=self.tau, weight_by_value_norm=self.weighs)
+        index = racecore.SocketIndex(
+            lsh, scorer=self.scorer, tau=self.tau, weight_by_value_norm=self.weighs
+        )
         key = cache.key - cache.key.mean(axis=1, keepdims=True) if self.centres else cache.key
         index.append(key, cache.value)
         return index.scores(cache.query)
@@ -59,7 +63,8 @@ class Socket:
 
 @dataclasses.dataclass(frozen=True)
 class Quest:
-    """Pages of consecutive tokens, scored by the largest <q, k> that the least and greatest key values in the page allow.
+    """Pages of consecutive tokens, scored by the largest <q, k> that the least and greatest key
+    values in the page allow.
 
     Source: Quest (arXiv 2406.10774).
     """
@@ -87,7 +92,9 @@ class Quest:
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """The tokens of the largest softmax weights; or, `by_value`, of the largest products of weight and norm of the value."""
+    """The tokens of the largest softmax weights; or, `by_value`, of the largest products of weight
+    and norm of the value.
+    """
 
     by_value: bool = False
 
@@ -149,7 +156,9 @@ def true_weights(cache: Cache) -> np.ndarray:
 
 
 def chosen(scores: np.ndarray, budget: int, sink: int, window: int, page: int = 1) -> np.ndarray:
-    """Return which tokens `SocketIndex.select` takes of these scores, bool [B, H, T]; of pages, whole ones up to the budget."""
+    """Return which tokens `SocketIndex.select` takes of these scores, bool [B, H, T]; of pages,
+    whole ones up to the budget.
+    """
     n_tokens = scores.shape[2]
     budget -= budget % page
     takes = np.zeros(scores.shape, bool)
@@ -163,7 +172,9 @@ def chosen(scores: np.ndarray, budget: int, sink: int, window: int, page: int = 
         equal = scores == limit
         takes |= equal & (equal.cumsum(axis=2, dtype=np.int32) <= missing)
     takes[:, :, :sink] = True
-    takes[:, :, max(0, n_tokens - max(window, 1 - min(sink, 1))) :] = True  # with neither, the last token
+    takes[:, :, max(0, n_tokens - max(window, 1 - min(sink, 1))) :] = (
+        True  # with neither, the last token
+    )
     return takes
 
 
@@ -191,10 +202,18 @@ def _outputs(cache: Cache, weights: np.ndarray) -> np.ndarray:
 
 
 def judge(
-    cache: Cache, method: Any, budgets: list[int], sink: int, window: int, seed: int, weights: np.ndarray | None = None
+    cache: Cache,
+    method: Any,
+    budgets: list[int],
+    sink: int,
+    window: int,
+    seed: int,
+    weights: np.ndarray | None = None,
 ) -> Iterator[Quality]:
     """Yield how good the choices of a method are, for every budget."""
     weights = true_weights(cache) if weights is None else weights
     scores = method.scores(cache, seed)
     for budget in budgets:
-        yield quality(cache, weights, chosen(scores, budget, sink, window, getattr(method, "page", 1)))
+        yield quality(
+            cache, weights, chosen(scores, budget, sink, window, getattr(method, "page", 1))
+        )

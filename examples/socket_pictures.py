@@ -9,7 +9,16 @@ import numpy as np
 import pictures
 from socket_tables import Needles, Row, per_seed, pick
 
-DRAWN = ("oracle", "signed_jl", "hamming", "soft", "soft, values weighted", "Quest, pages of 16", "Quest, pages of 4", "random")
+DRAWN = (
+    "oracle",
+    "signed_jl",
+    "hamming",
+    "soft",
+    "soft, values weighted",
+    "Quest, pages of 16",
+    "Quest, pages of 4",
+    "random",
+)
 
 
 def draw(rows: list[Row], needles: list[Needles], folder: pathlib.Path) -> None:
@@ -36,16 +45,30 @@ def draw(rows: list[Row], needles: list[Needles], folder: pathlib.Path) -> None:
 
 def legend(figure: Any, axes: Any) -> None:
     """Tell colours under the picture: there are too many for a corner of it."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
 
 
 def draw_budgets(axes: Any, rows: list[Row], benches: list[str]) -> None:
     """Draw weight kept and error against the budget."""
     for bench, pair in zip(benches, axes, strict=True):
-        for number, label, ax in zip(("mass", "error"), ("share of softmax weight", "relative error"), pair, strict=True):
+        for number, label, ax in zip(
+            ("mass", "error"), ("share of softmax weight", "relative error"), pair, strict=True
+        ):
             found = pick(rows, bench=bench, table="methods")
             kept = sorted({row.kept for row in found})
-            lines = {name: [(few, per_seed(pick(found, method=name, kept=few), number).mean()) for few in kept] for name in DRAWN}
+            lines = {
+                name: [
+                    (few, per_seed(pick(found, method=name, kept=few), number).mean())
+                    for few in kept
+                ]
+                for name in DRAWN
+            }
             pictures.curves(ax, lines, ("one token in so many", label), bench)
             pictures.scale(ax, kept, both=number == "error")
 
@@ -60,8 +83,12 @@ def draw_sizes(axes: Any, rows: list[Row], benches: list[str]) -> None:
         for name in names:
             mine = [row for row in found if row.method.partition(",")[0] == name]
             sizes = sorted({row.n_bytes for row in mine})
-            lines[name] = [(size, per_seed(pick(mine, n_bytes=size), "error").mean()) for size in sizes]
-        pictures.curves(ax, lines, ("bytes per token", "relative error"), f"{bench}, one token in 20", colours)
+            lines[name] = [
+                (size, per_seed(pick(mine, n_bytes=size), "error").mean()) for size in sizes
+            ]
+        pictures.curves(
+            ax, lines, ("bytes per token", "relative error"), f"{bench}, one token in 20", colours
+        )
         pictures.scale(ax, [8, 16, 32, 64, 128])
     axes[0].legend(frameon=False)
 

@@ -1,6 +1,8 @@
-"""Keys, values and queries of a trained model for `socket_study.py`: the character model of `character_model.py`, with softmax.
+"""Keys, values and queries of a trained model for `socket_study.py`: the character model of
+`character_model.py`, with softmax.
 
-It trains on windows of 1,024 characters and then for a while on the length that is judged, so that its heads know such distances.
+It trains on windows of 1,024 characters and then for a while on the length that is judged, so that
+its heads know such distances.
 """
 
 from __future__ import annotations
@@ -30,34 +32,51 @@ class Training:
     windows: int = 16
 
 
-QUICK = Training(steps=20, long_steps=4, context=64, long_context=256, dim=32, heads=2, layers=2, windows=3)
+QUICK = Training(
+    steps=20, long_steps=4, context=64, long_context=256, dim=32, heads=2, layers=2, windows=3
+)
 
 
 def trained_cache(training: Training, text: bytes) -> tuple[Cache, float]:
-    """Train; return what every head of every layer had at the ends of windows of the validation text, and the loss.
+    """Train; return what every head of every layer had at the ends of windows of the validation
+    text, and the loss.
 
-    There are layers times heads key/value heads, one query each: that of the last character of a window. Without the short
-    convolution of the guide, attention has to find for itself what stands just before, as in language models.
+    There are layers times heads key/value heads, one query each: that of the last character of a
+    window. Without the short convolution of the guide, attention has to find for itself what stands
+    just before, as in language models.
     """
     characters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     codes = torch.from_numpy(codes.astype(np.int64))
     plan = character_model.Plan(
-        steps=training.steps, context=training.context, dim=training.dim, heads=training.heads, layers=training.layers,
-        width=0, rate=4e-3, evaluations=1, validation_windows=8,
-    )  # fmt: skip
+        steps=training.steps,
+        context=training.context,
+        dim=training.dim,
+        heads=training.heads,
+        layers=training.layers,
+        width=0,
+        rate=4e-3,
+        evaluations=1,
+        validation_windows=8,
+    )
     model = character_model.CharacterModel(len(characters), plan, SOFTMAX)
     character_model.train(SOFTMAX, codes, model, plan)
-    plan = dataclasses.replace(plan, steps=training.long_steps, context=training.long_context, batch=1, rate=1e-3)
+    plan = dataclasses.replace(
+        plan, steps=training.long_steps, context=training.long_context, batch=1, rate=1e-3
+    )
     loss = character_model.train(SOFTMAX, codes, model, plan)["loss"]
     held_out = codes[len(codes) * 9 // 10 :]
     starts = np.linspace(0, len(held_out) - training.long_context, training.windows).astype(int)
-    caches = [last_rows(model, held_out[None, start : start + training.long_context]) for start in starts]
+    caches = [
+        last_rows(model, held_out[None, start : start + training.long_context]) for start in starts
+    ]
     return Cache(*(np.concatenate(rows) for rows in zip(*caches, strict=True))), loss
 
 
 @torch.no_grad()
 def last_rows(model: Any, characters: torch.Tensor) -> Cache:
-    """Return keys and values of a window, and the queries of its last character, the heads of all layers side by side."""
+    """Return keys and values of a window, and the queries of its last character, the heads of all
+    layers side by side.
+    """
     caught: list[Cache] = []
     attentions = [block.attention for block in model.blocks[:-1]]
     for attention in attentions:

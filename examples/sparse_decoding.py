@@ -1,7 +1,9 @@
-"""Decode with a key/value cache and attend to the few tokens that matter: `python examples/sparse_decoding.py`.
+"""Decode with a key/value cache and attend to the few tokens that matter: `python
+examples/sparse_decoding.py`.
 
-The cache is what a language model keeps: keys and values of all tokens, here with topics, so that a query cares about some of
-them. A SocketIndex keeps some bytes per key beside it. Every step appends one token to both and attends to a twentieth.
+The cache is what a language model keeps: keys and values of all tokens, here with topics, so that a
+query cares about some of them. A SocketIndex keeps some bytes per key beside it. Every step appends
+one token to both and attends to a twentieth.
 """
 
 from __future__ import annotations
@@ -32,10 +34,15 @@ def main(n_tokens: int = 60_000, n_steps: int = 20) -> None:
     key, value = np.zeros((2, 1, room, KV_HEADS, DIM), np.float32)
     key[:, :n_tokens], value[:, :n_tokens] = tokens(rng, n_tokens, topics)
 
-    index = racecore.SocketIndex(racecore.SoftLSH.random(head_dim=DIM, n_tables=60, n_planes=8, rng=0))
+    index = racecore.SocketIndex(
+        racecore.SoftLSH.random(head_dim=DIM, n_tables=60, n_planes=8, rng=0)
+    )
     index.append(key[:, :n_tokens], value[:, :n_tokens])  # the prompt
     bytes_of_cache = 2 * key[:, :n_tokens].nbytes
-    print(f"a cache of {n_tokens:,} tokens: {bytes_of_cache / 1e6:.0f} MB; its index: {index.nbytes / 1e6:.0f} MB")
+    print(
+        f"a cache of {n_tokens:,} tokens: {bytes_of_cache / 1e6:.0f} MB; its index: "
+        f"{index.nbytes / 1e6:.0f} MB"
+    )
 
     errors, seconds = [], {"sparse": 0.0, "dense": 0.0}
     for step in range(n_steps):
@@ -43,7 +50,9 @@ def main(n_tokens: int = 60_000, n_steps: int = 20) -> None:
         key[:, n - 1 : n], value[:, n - 1 : n] = tokens(rng, 1, topics)
         index.append(key[:, n - 1 : n], value[:, n - 1 : n])
         topic = topics[rng.integers(len(topics))].repeat(HEADS // KV_HEADS, axis=0)
-        query = (1.5 * topic + 0.5 * rng.standard_normal((HEADS, DIM))).astype(np.float32)[None, None]
+        query = (1.5 * topic + 0.5 * rng.standard_normal((HEADS, DIM))).astype(np.float32)[
+            None, None
+        ]
 
         started = time.perf_counter()
         sparse = racecore.sparse_attention(query, key[:, :n], value[:, :n], index, budget=0.05)

@@ -1,4 +1,6 @@
-"""Which implementation runs: reference (plain NumPy), cpu (Numba) or cuda, and the reason for each that cannot."""
+"""Which implementation runs: reference (plain NumPy), cpu (Numba) or cuda, and the reason for each
+that cannot.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NAMES = ("reference", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every operation: modules with the same functions, whichever backend it is."""
+    """One implementation of every operation: modules with the same functions, whichever backend it
+    is.
+    """
 
     name: str
     soft_hash: ModuleType
@@ -45,7 +49,11 @@ def available() -> dict[str, str | None]:
 
 
 def _reason_without(package: str) -> str | None:
-    return None if importlib.util.find_spec(package) else f"{package} is not installed: pip install {package}"
+    return (
+        None
+        if importlib.util.find_spec(package)
+        else f"{package} is not installed: pip install {package}"
+    )
 
 
 _REASONS: dict[str, Callable[[], str | None]] = {
@@ -67,7 +75,8 @@ def place(name: str | None) -> bool | None:
 
 
 def choose(name: str | None, on_device: bool = False) -> Backend:
-    """Return the backend called `name`; None means the fastest that runs here for arrays in host memory or on a GPU.
+    """Return the backend called `name`; None means the fastest that runs here for arrays in host
+    memory or on a GPU.
 
     Raises
     ------
@@ -79,10 +88,13 @@ def choose(name: str | None, on_device: bool = False) -> Backend:
     if name is None:
         name = "cuda" if on_device else _default()
     if not isinstance(name, str) or name not in NAMES:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+        raise ValueError(
+            f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}"
+        )
     if on_device and name != "cuda":
         raise ValueError(
-            f"backend={name!r} works in host memory, and these arrays are on a GPU: copy them to the host with cupy.asnumpy, or "
+            f"backend={name!r} works in host memory, and these arrays are on a GPU: copy them to "
+            "the host with cupy.asnumpy, or "
             "leave backend out"
         )
     return _load(name)
@@ -101,4 +113,7 @@ def _load(name: str) -> Backend:
     if _REASONS[name]() is not None:
         raise BackendUnavailableError(name, available())
     operations = ("soft_hash", "bidirectional", "causal", "decoding")
-    return Backend(name, *(importlib.import_module(f"racecore.ops.{operation}.{name}") for operation in operations))
+    return Backend(
+        name,
+        *(importlib.import_module(f"racecore.ops.{operation}.{name}") for operation in operations),
+    )

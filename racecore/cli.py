@@ -1,7 +1,8 @@
-"""The program `racecore`: reads the command line, runs one command, turns what happened into an exit code.
+"""The program `racecore`: reads the command line, runs one command, turns what happened into an
+exit code.
 
-0 done, 1 failed, 2 bad usage or input, 130 interrupted. A person who made a mistake sees one message, no traceback;
-a traceback means a bug in racecore.
+0 done, 1 failed, 2 bad usage or input, 130 interrupted. A person who made a mistake sees one
+message, no traceback; a traceback means a bug in racecore.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises
     ------
     SystemExit
-        Raised by argparse, with code 2 for words it does not understand and 0 after ``--help`` or ``--version``.
+        Raised by argparse, with code 2 for words it does not understand and 0 after ``--help`` or
+        ``--version``.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -66,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInputError as error:
         return _end(args.command, f"error: {error}", 2)
     except MemoryError as error:
-        return _end(args.command, f"error: not enough memory: {error or 'the system gave no more'}", 1)
+        return _end(
+            args.command, f"error: not enough memory: {error or 'the system gave no more'}", 1
+        )
     except BrokenPipeError:  # `racecore doctor | head`: whoever read the output wants no more of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,7 +100,9 @@ def _end(command: str, message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def _termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM (batch systems, `timeout`) unwind the program as Ctrl-C does, so that partial files are removed."""
+    """Let SIGTERM (batch systems, `timeout`) unwind the program as Ctrl-C does, so that partial
+    files are removed.
+    """
 
     def leave(number: int, frame: object) -> NoReturn:
         """Raise what unwinds the program."""

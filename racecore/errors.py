@@ -1,10 +1,18 @@
-"""The exceptions that are racecore's own. Everything else is the standard ValueError, TypeError or OSError."""
+"""The exceptions that are racecore's own. Everything else is the standard ValueError, TypeError or
+OSError.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["BackendUnavailableError", "CorruptFileError", "InputChangedError", "NonFiniteError", "OutputInUseError"]
+__all__ = [
+    "BackendUnavailableError",
+    "CorruptFileError",
+    "InputChangedError",
+    "NonFiniteError",
+    "OutputInUseError",
+]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -26,7 +34,9 @@ class BackendUnavailableError(RuntimeError):
     def __init__(self, wanted: str, reasons: Mapping[str, str | None]) -> None:
         self.wanted = wanted
         self.reasons = dict(reasons)
-        lines = "\n".join(f"  {name}: {reason or 'available'}" for name, reason in self.reasons.items())
+        lines = "\n".join(
+            f"  {name}: {reason or 'available'}" for name, reason in self.reasons.items()
+        )
         super().__init__(f"backend {wanted!r} cannot run here. All backends:\n{lines}")
 
     def __reduce__(self) -> tuple[type[BackendUnavailableError], tuple[str, dict[str, str | None]]]:
@@ -34,7 +44,9 @@ class BackendUnavailableError(RuntimeError):
 
 
 class CorruptFileError(ValueError):
-    """A saved hash or state does not match its own checksum, or is not one of racecore's files at all."""
+    """A saved hash or state does not match its own checksum, or is not one of racecore's files at
+    all.
+    """
 
 
 class NonFiniteError(ValueError):

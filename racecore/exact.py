@@ -1,4 +1,6 @@
-"""The O(T^2) angular kernel that RACE estimates: for judging the approximation, not for long inputs."""
+"""The O(T^2) angular kernel that RACE estimates: for judging the approximation, not for long
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ __all__ = ["angular_attention"]
 _ROWS = 256  # queries at once: bounds the memory to _ROWS x Tk similarities per head
 
 
-def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_causal: bool = False) -> Any:
+def angular_attention(
+    query: Any, key: Any, value: Any, power: float, *, is_causal: bool = False
+) -> Any:
     """Compute attention under the sharpened angular kernel, exactly and in quadratic time.
 
-    ``sim(q, k) = (1 - arccos(cos(q, k)) / pi)**power`` and ``out = sum sim v / sum sim``. With hard hashes (large beta) and
-    many tables, `racecore.attention` with P planes converges to this with ``power = P``.
+    ``sim(q, k) = (1 - arccos(cos(q, k)) / pi)**power`` and ``out = sum sim v / sum sim``. With hard
+    hashes (large beta) and many tables, `racecore.attention` with P planes converges to this with
+    ``power = P``.
 
     Parameters
     ----------
@@ -45,12 +50,24 @@ def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_caus
     -----
     Source: RACE Attention (arXiv 2510.04008), section 3, the kernel before its estimation.
     """
-    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < float("inf"):
+    if (
+        isinstance(power, bool)
+        or not isinstance(power, numbers.Real)
+        or not 0 < power < float("inf")
+    ):
         raise ValueError(f"power must be a positive number, got {power!r}")
     problem, _, had_batch = inputs.check_attention(
-        query, key, value, None, is_causal=is_causal, readout="ratio", key_mask=None, cu_seqlens=None,
-        chunk_size=None, memory_limit=None,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        None,
+        is_causal=is_causal,
+        readout="ratio",
+        key_mask=None,
+        cu_seqlens=None,
+        chunk_size=None,
+        memory_limit=None,
+    )
     q, k, v = (inputs.arrays.as_numpy(x, "input").astype(np.float64) for x in (query, key, value))
     if not had_batch:
         q, k, v = q[None], k[None], v[None]
@@ -62,19 +79,27 @@ def angular_attention(query: Any, key: Any, value: Any, power: float, *, is_caus
             g = h // repeats
             for begin in range(0, q.shape[1], _ROWS):
                 rows = slice(begin, begin + _ROWS)
-                out[b, rows, h] = _rows(q[b, rows, h], k[b, :, g], v[b, :, g], power, begin if is_causal else None)
+                out[b, rows, h] = _rows(
+                    q[b, rows, h], k[b, :, g], v[b, :, g], power, begin if is_causal else None
+                )
     dtype = inputs.arrays.as_numpy(query, "query").dtype
     return inputs.arrays.restorer(query)((out if had_batch else out[0]).astype(dtype))
 
 
-def _rows(q: np.ndarray, k: np.ndarray, v: np.ndarray, power: float, first: int | None) -> np.ndarray:
-    """Return the outputs [n, V] of n queries, the first of which is token `first` where attention is causal."""
+def _rows(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, power: float, first: int | None
+) -> np.ndarray:
+    """Return the outputs [n, V] of n queries, the first of which is token `first` where attention
+    is causal.
+    """
     with np.errstate(divide="ignore"):
         logits = power * np.log1p(-np.arccos(np.clip(q @ k.T, -1, 1)) / np.pi)  # [n, Tk]
     if first is not None:
         logits = np.where(np.arange(len(k)) <= first + np.arange(len(q))[:, None], logits, -np.inf)
     highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
-    weight = np.exp(logits - np.where(np.isneginf(highest), 0, highest))  # a large power would underflow without this
+    weight = np.exp(
+        logits - np.where(np.isneginf(highest), 0, highest)
+    )  # a large power would underflow without this
     total = weight.sum(axis=1, keepdims=True)
     if first is not None and not np.isfinite(v).all():  # 0 * NaN would reach earlier queries
         seen = [(w[: first + i + 1], v[: first + i + 1]) for i, w in enumerate(weight)]
@@ -88,6 +113,8 @@ def _unit_rows(x: np.ndarray) -> np.ndarray:
     """Return rows of length 1; rows of zeros stay, and what is not finite becomes NaN."""
     largest = np.abs(x).max(axis=-1, keepdims=True, initial=0)
     with np.errstate(invalid="ignore"):
-        scaled = np.divide(x, largest, out=np.zeros_like(x), where=largest != 0)  # its squares cannot overflow
+        scaled = np.divide(
+            x, largest, out=np.zeros_like(x), where=largest != 0
+        )  # its squares cannot overflow
     length = np.linalg.norm(scaled, axis=-1, keepdims=True)
     return np.divide(scaled, length, out=np.zeros_like(x), where=length != 0)

@@ -1,4 +1,6 @@
-"""What backward needs and what it returns: the saved bundle, the gradients, and the arrays they are written to."""
+"""What backward needs and what it returns: the saved bundle, the gradients, and the arrays they are
+written to.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,16 @@ from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 
 __all__ = [
-    "Gradients", "Saved", "StateGradient", "gradient_buffers", "hash_gradients", "out_shape", "readable",
-    "state_gradient", "stored",
-]  # fmt: skip
+    "Gradients",
+    "Saved",
+    "StateGradient",
+    "gradient_buffers",
+    "hash_gradients",
+    "out_shape",
+    "readable",
+    "state_gradient",
+    "stored",
+]
 
 
 class StateGradient(NamedTuple):
@@ -55,7 +64,8 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Saved:
-    """What backward needs: the inputs themselves, not copies, and states at the boundaries of chunks.
+    """What backward needs: the inputs themselves, not copies, and states at the boundaries of
+    chunks.
 
     Changing the inputs between forward and backward makes the gradients wrong.
     """
@@ -76,7 +86,9 @@ class Saved:
 
     @property
     def are_on_device(self) -> bool:
-        """Whether the caller's arrays are on a GPU; with backend="cuda" those in host memory were copied there."""
+        """Whether the caller's arrays are on a GPU; with backend="cuda" those in host memory were
+        copied there.
+        """
         return arrays.is_on_device(self.sources[0])
 
     @property
@@ -87,19 +99,25 @@ class Saved:
         return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
 
     def without_inputs(self) -> Saved:
-        """Return the same without query, key, value, mask and states, for frameworks that keep their tensors themselves."""
+        """Return the same without query, key, value, mask and states, for frameworks that keep
+        their tensors themselves.
+        """
         problem = changed(self.problem, query=None, key=None, value=None, key_mask=None)
         return changed(self, problem=problem, states=(), sources=())
 
     def with_inputs(self, query: Any, key: Any, value: Any, key_mask: Any, states: Any) -> Saved:
-        """Undo `without_inputs`, with the same arrays as before, NumPy's or CuPy's, and the same states."""
+        """Undo `without_inputs`, with the same arrays as before, NumPy's or CuPy's, and the same
+        states.
+        """
         q, k, v = (query, key, value) if query.ndim == 4 else (query[None], key[None], value[None])
         mask = key_mask if key_mask is None or key_mask.ndim == 2 else key_mask[None]
         problem = changed(self.problem, query=q, key=k, value=v, key_mask=mask)
         return changed(self, problem=problem, states=states, sources=(query, key, value))
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False))
+        shapes = ", ".join(
+            f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False)
+        )
         return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
 
 
@@ -123,11 +141,15 @@ def gradient_buffers(
         given = getattr(out, name, None)
         if name not in saved.wrt:
             if given is not None:
-                raise ValueError(f"out.{name} was given, but wrt of attention_forward does not name {name!r}")
+                raise ValueError(
+                    f"out.{name} was given, but wrt of attention_forward does not name {name!r}"
+                )
             results.append(None)
             continue
         shape = shape if had_batch else shape[1:]
-        result = inputs.check_out(given, f"out.{name}", shape, stored(array).dtype, sources, problem.on_device)
+        result = inputs.check_out(
+            given, f"out.{name}", shape, stored(array).dtype, sources, problem.on_device
+        )
         sources.append((f"out.{name}", result))
         results.append(result)
     buffers = [r if r is None or had_batch else r[None] for r in results]
@@ -142,7 +164,9 @@ def _new_hash_gradient(saved: Saved) -> Any:
     return arrays.zeros(shape, np.float64, problem.on_device) if needed else None
 
 
-def hash_gradients(hash_gradient: Any, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]) -> tuple[Any, Any]:
+def hash_gradients(
+    hash_gradient: Any, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]
+) -> tuple[Any, Any]:
     """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
     if hash_gradient is None:
         return None, None
@@ -166,7 +190,9 @@ def state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
 
 
 def readable(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, Any]]:
-    """Name what a result must not overlap: what is read, and what the caller passed where that was copied."""
+    """Name what a result must not overlap: what is read, and what the caller passed where that was
+    copied.
+    """
     read = zip(
         ("query", "key", "value", "key_mask"),
         (problem.query, problem.key, problem.value, problem.key_mask),

@@ -1,4 +1,6 @@
-"""Every check of what a caller passed, and every message about it. One frozen bundle (`Problem`) comes out."""
+"""Every check of what a caller passed, and every message about it. One frozen bundle (`Problem`)
+comes out.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,17 @@ __all__ = [
 
 READOUTS = ("ratio", "bucket_mean")
 WRT = ("query", "key", "value", "planes", "beta", "state")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 def check_attention(
@@ -64,7 +76,9 @@ def check_attention(
     had_batch : bool
         False where the caller passed 3-D arrays.
     """
-    q, k, v = (arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    q, k, v = (
+        arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    )
     if on_device is None:
         on_device = check_same_place(query=q, key=k, value=v)
     q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
@@ -76,24 +90,37 @@ def check_attention(
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if is_causal and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"is_causal needs as many queries as keys, got Tq = {q.shape[1]} and Tk = {k.shape[1]}; to continue a "
+            f"is_causal needs as many queries as keys, got Tq = {q.shape[1]} and Tk = "
+            f"{k.shape[1]}; to continue a "
             "sequence, pass the new tokens alone and the past as initial_state"
         )
     mask = checked_mask(key_mask, k)
     if mask is not None and cu_seqlens is not None:
         raise ValueError(
-            "key_mask and cu_seqlens were both given; use one: drop the masked tokens and adapt cu_seqlens"
+            "key_mask and cu_seqlens were both given; use one: drop the masked tokens and adapt "
+            "cu_seqlens"
         )
     sequences = _sequence_table(cu_seqlens, q, k)
     per_head = lsh.n_heads is not None
     planes, beta = lsh.per_head(q.shape[2] if per_head else k.shape[2])
     _check_chunk_size(chunk_size, memory_limit)
     problem = Problem(
-        query=q, key=k, value=v, planes=planes, beta=beta, key_mask=mask, sequences=sequences,
-        n_heads=q.shape[2], n_kv_heads=k.shape[2], value_dim=v.shape[3], is_causal=bool(is_causal), readout=readout,
-        dtype=arrays.compute_dtype(q.dtype), chunk_tokens=None if chunk_size is None else int(chunk_size),
+        query=q,
+        key=k,
+        value=v,
+        planes=planes,
+        beta=beta,
+        key_mask=mask,
+        sequences=sequences,
+        n_heads=q.shape[2],
+        n_kv_heads=k.shape[2],
+        value_dim=v.shape[3],
+        is_causal=bool(is_causal),
+        readout=readout,
+        dtype=arrays.compute_dtype(q.dtype),
+        chunk_tokens=None if chunk_size is None else int(chunk_size),
         workspace_bytes=DEVICE_WORKSPACE_BYTES if on_device else WORKSPACE_BYTES,
-    )  # fmt: skip
+    )
     if memory_limit is not None:
         problem = _limited(problem, parse_bytes(memory_limit))
     elif problem.is_causal and chunk_size is None and chunking.can_keep_states(problem):
@@ -105,19 +132,27 @@ def check_same_place(**named: Any) -> bool:
     """Return whether the arrays are on a GPU; all of them must be, or none."""
     places = {name: cuda.is_array(array) for name, array in named.items()}
     if len(set(places.values())) > 1:
-        text = ", ".join(f"{name} {'on a GPU' if place else 'in host memory'}" for name, place in places.items())
+        text = ", ".join(
+            f"{name} {'on a GPU' if place else 'in host memory'}" for name, place in places.items()
+        )
         raise ValueError(
-            f"the arrays must be in one place, got {text}; bring them together with cupy.asarray or cupy.asnumpy"
+            f"the arrays must be in one place, got {text}; bring them together with cupy.asarray "
+            "or cupy.asnumpy"
         )
     return next(iter(places.values()))
 
 
-def check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Check the shapes of query, key and value with each other; return them with a batch axis, and whether they had one."""
+def check_shapes(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Check the shapes of query, key and value with each other; return them with a batch axis, and
+    whether they had one.
+    """
     shapes = f"query {q.shape}, key {k.shape}, value {v.shape}"
     if not (q.ndim == k.ndim == v.ndim and q.ndim in (3, 4)):
         raise ValueError(
-            "query, key and value must all be [B, T, heads, dim], or all [T, heads, dim] without a batch axis; "
+            "query, key and value must all be [B, T, heads, dim], or all [T, heads, dim] without "
+            "a batch axis; "
             f"got {shapes}"
         )
     had_batch = q.ndim == 4
@@ -133,7 +168,8 @@ def check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarra
         raise ValueError(f"heads and head dims must not be 0 (tokens and batch may); got {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads (axis order is "
+            f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads "
+            "(axis order is "
             f"[batch, tokens, heads, dim]); got {shapes}"
         )
     return q, k, v, had_batch
@@ -142,7 +178,9 @@ def check_shapes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarra
 def check_readout(readout: str) -> None:
     """Check the name of a readout."""
     if not isinstance(readout, str) or readout not in READOUTS:
-        raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
+        raise ValueError(
+            f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}"
+        )
 
 
 def check_dtypes(**named: np.ndarray) -> None:
@@ -150,12 +188,14 @@ def check_dtypes(**named: np.ndarray) -> None:
     for name, array in named.items():
         if not arrays.is_supported(array.dtype):
             raise TypeError(
-                f"{name} must be {arrays.DTYPE_NAMES}, got {array.dtype}; convert it with .astype(numpy.float32)"
+                f"{name} must be {arrays.DTYPE_NAMES}, got {array.dtype}; convert it with "
+                ".astype(numpy.float32)"
             )
     dtypes = [array.dtype for array in named.values()]
     if len(set(dtypes)) > 1:
         raise TypeError(
-            f"{', '.join(named)} must have one dtype, got {', '.join(map(str, dtypes))}; convert them with .astype"
+            f"{', '.join(named)} must have one dtype, got {', '.join(map(str, dtypes))}; convert "
+            "them with .astype"
         )
 
 
@@ -166,10 +206,13 @@ def _checked_lsh(lsh: SoftLSH | None, head_dim: int, n_heads: int) -> SoftLSH:
         raise TypeError(f"lsh must be a racecore.SoftLSH or None, got {type(lsh).__qualname__}")
     if lsh.head_dim != head_dim:
         raise ValueError(
-            f"lsh hashes rows of {lsh.head_dim} values, query and key have {head_dim}; make one for {head_dim}"
+            f"lsh hashes rows of {lsh.head_dim} values, query and key have {head_dim}; make one "
+            f"for {head_dim}"
         )
     if lsh.n_heads not in (None, n_heads):
-        raise ValueError(f"lsh has planes or beta for {lsh.n_heads} query heads, the query has {n_heads}")
+        raise ValueError(
+            f"lsh has planes or beta for {lsh.n_heads} query heads, the query has {n_heads}"
+        )
     return lsh
 
 
@@ -185,7 +228,10 @@ def checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
         return None
     mask = arrays.brought(arrays.as_array(key_mask, "key_mask"), cuda.is_array(k))
     if mask.dtype != np.bool_:
-        raise TypeError(f"key_mask must be bool (True = the key takes part), got {mask.dtype}; compare it to get bools")
+        raise TypeError(
+            f"key_mask must be bool (True = the key takes part), got {mask.dtype}; compare it to "
+            "get bools"
+        )
     batch, n_keys = k.shape[:2]
     if mask.shape == (n_keys,) and batch == 1:
         mask = mask[None]
@@ -207,16 +253,26 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
     if bounds.ndim != 1 or len(bounds) < 1:
         raise ValueError(f"cu_seqlens must have shape [n_sequences + 1], got {bounds.shape}")
     if batch != 1:
-        raise ValueError(f"cu_seqlens packs all sequences along one token axis: B must be 1 or absent, got B = {batch}")
+        raise ValueError(
+            "cu_seqlens packs all sequences along one token axis: B must be 1 or absent, got B = "
+            f"{batch}"
+        )
     if n_queries != n_keys:
-        raise ValueError(f"cu_seqlens needs as many queries as keys, got Tq = {n_queries} and Tk = {n_keys}")
+        raise ValueError(
+            f"cu_seqlens needs as many queries as keys, got Tq = {n_queries} and Tk = {n_keys}"
+        )
     bounds = bounds.astype(np.int64)
     if bounds[0] != 0 or bounds[-1] != n_keys:
-        raise ValueError(f"cu_seqlens must start at 0 and end at T = {n_keys}, got {bounds[0]} ... {bounds[-1]}")
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at T = {n_keys}, got {bounds[0]} ... {bounds[-1]}"
+        )
     steps = np.diff(bounds)
     if (steps < 0).any():
         where = int(np.argmax(steps < 0))
-        raise ValueError(f"cu_seqlens must not decrease, got {bounds[where]}, {bounds[where + 1]} at index {where}")
+        raise ValueError(
+            f"cu_seqlens must not decrease, got {bounds[where]}, {bounds[where + 1]} at index "
+            f"{where}"
+        )
     begin, end = bounds[:-1], bounds[1:]
     return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
 
@@ -237,15 +293,20 @@ def _check_chunk_size(chunk_size: int | None, memory_limit: int | str | None) ->
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     if memory_limit is not None:
-        raise ValueError("chunk_size and memory_limit both bound the temporary memory; give one of them")
+        raise ValueError(
+            "chunk_size and memory_limit both bound the temporary memory; give one of them"
+        )
 
 
 def _limited(problem: Problem, memory_limit: int) -> Problem:
-    """Lower the workspace to the limit; a higher limit changes nothing, because larger chunks are no faster."""
+    """Lower the workspace to the limit; a higher limit changes nothing, because larger chunks are
+    no faster.
+    """
     smallest = chunking.smallest_workspace(problem)
     if memory_limit < smallest:
         raise ValueError(
-            f"memory_limit is {memory_limit} bytes, but a segment of {chunking.SEGMENT} tokens needs more temporary memory "
+            f"memory_limit is {memory_limit} bytes, but a segment of {chunking.SEGMENT} tokens "
+            "needs more temporary memory "
             f"here; the smallest memory_limit that works is {smallest} (bytes)"
         )
     return replace(problem, workspace_bytes=min(problem.workspace_bytes, memory_limit))
@@ -264,7 +325,10 @@ def parse_bytes(size: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(size).lower())
         if match is None or match[2] not in _UNITS:
-            raise ValueError(f"a memory size is a number of bytes or text such as '512MB' or '1GiB', got {size!r}")
+            raise ValueError(
+                "a memory size is a number of bytes or text such as '512MB' or '1GiB', got "
+                f"{size!r}"
+            )
         n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0**62))
     if n_bytes < 1:
         raise ValueError(f"a memory size must be positive, got {size!r}")
@@ -272,62 +336,92 @@ def parse_bytes(size: int | str) -> int:
 
 
 def check_wrt(wrt: Any, has_initial_state: bool) -> frozenset[str]:
-    """Return the set of gradients that are wanted; None means all of them (the state's only if one was passed)."""
+    """Return the set of gradients that are wanted; None means all of them (the state's only if one
+    was passed).
+    """
     if wrt is None:
         return frozenset(WRT if has_initial_state else WRT[:-1])
     if not isinstance(wrt, (str, list, tuple, set, frozenset)):
-        raise TypeError(f"wrt must be None, a name or several names of {', '.join(WRT)}; got {wrt!r}")
+        raise TypeError(
+            f"wrt must be None, a name or several names of {', '.join(WRT)}; got {wrt!r}"
+        )
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     unknown = [name for name in names if name not in WRT]
     if unknown:
-        raise ValueError(f"wrt must name some of {', '.join(WRT)}; got {', '.join(map(repr, unknown))}")
+        raise ValueError(
+            f"wrt must name some of {', '.join(WRT)}; got {', '.join(map(repr, unknown))}"
+        )
     return frozenset(names)
 
 
 def check_out(
-    out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]], on_device: bool
+    out: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sources: list[tuple[str, Any]],
+    on_device: bool,
 ) -> Any:
     """Check an array that the caller gave for a result, or make one where None was given."""
     if out is None:
         return arrays.empty(shape, dtype, on_device)
     if cuda.is_array(out) != on_device or not (on_device or isinstance(out, np.ndarray)):
         kind = "a CuPy array, as the inputs are on a GPU" if on_device else "a NumPy array"
-        raise TypeError(f"{name} must be {kind}, got {type(out).__module__}.{type(out).__qualname__}")
+        raise TypeError(
+            f"{name} must be {kind}, got {type(out).__module__}.{type(out).__qualname__}"
+        )
     if out.shape != shape or out.dtype != dtype:
-        raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {out.shape} and {out.dtype}")
+        raise ValueError(
+            f"{name} must have shape {shape} and dtype {dtype}, got {out.shape} and {out.dtype}"
+        )
     if not on_device and not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
     is_aligned = on_device or (out.dtype.isnative and out.flags.aligned)
     if not is_aligned or any(s % dtype.itemsize for s in out.strides):
         raise ValueError(f"{name} must be aligned and in native byte order")
     if out.size and 0 in (s for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
+        raise ValueError(
+            f"{name} is a broadcast array: several of its elements share one place in memory"
+        )
     for other, array in sources:
         if _overlap(out, array):
             raise ValueError(
-                f"{name} overlaps {other} in memory; inputs are never written to, so give it memory of its own"
+                f"{name} overlaps {other} in memory; inputs are never written to, so give it "
+                "memory of its own"
             )
     return out
 
 
 def check_overwritten(problem: Problem, sources: tuple[Any, Any, Any], out: Any) -> None:
-    """Check that gradients can be written over query, key and value: on a GPU, each in memory of its own."""
+    """Check that gradients can be written over query, key and value: on a GPU, each in memory of
+    its own.
+    """
     if out is not None:
         raise ValueError("overwrite_inputs and out were both given; gradients go to one place only")
     if not (problem.on_device and arrays.is_on_device(sources[0])):
-        raise ValueError("overwrite_inputs needs inputs on a GPU; in host memory pass arrays of your own as out")
+        raise ValueError(
+            "overwrite_inputs needs inputs on a GPU; in host memory pass arrays of your own as out"
+        )
     if problem.n_state_heads > problem.n_kv_heads:
         raise ValueError(
-            "overwrite_inputs does not work with grouped queries whose planes or beta are per query head: keys and values are "
+            "overwrite_inputs does not work with grouped queries whose planes or beta are per "
+            "query head: keys and values are "
             "read once for every query head"
         )
     named: dict[str, Any] = {"query": problem.query, "key": problem.key, "value": problem.value}
     for name, array in named.items():
-        if array.size and 0 in (s for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
-            raise ValueError(f"{name} is a broadcast array: several of its elements share one place in memory")
+        if array.size and 0 in (
+            s for s, n in zip(array.strides, array.shape, strict=True) if n > 1
+        ):
+            raise ValueError(
+                f"{name} is a broadcast array: several of its elements share one place in memory"
+            )
         for other, its in named.items():
             if other != name and _overlap(array, its):
-                raise ValueError(f"overwrite_inputs needs {name} and {other} in memory of their own, and they overlap")
+                raise ValueError(
+                    f"overwrite_inputs needs {name} and {other} in memory of their own, and they "
+                    "overlap"
+                )
 
 
 def check_gradient_targets(out: Any) -> None:
@@ -336,11 +430,15 @@ def check_gradient_targets(out: Any) -> None:
         return
     if not all(hasattr(out, name) for name in WRT[:3]):
         raise TypeError(
-            f"out must have .query, .key and .value, as a racecore.Gradients has, got {type(out).__qualname__}"
+            "out must have .query, .key and .value, as a racecore.Gradients has, got "
+            f"{type(out).__qualname__}"
         )
     for name in WRT[3:]:
         if getattr(out, name, None) is not None:
-            raise ValueError(f"out.{name} was given, but only query, key and value can be written to arrays of yours")
+            raise ValueError(
+                f"out.{name} was given, but only query, key and value can be written to arrays of "
+                "yours"
+            )
 
 
 def _overlap(a: Any, b: Any) -> bool:
@@ -356,7 +454,9 @@ def _overlap(a: Any, b: Any) -> bool:
 
 
 def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype, on_device: bool) -> Any:
-    """Check the gradient of the output: shape of the output, any supported dtype (converted to the output's)."""
+    """Check the gradient of the output: shape of the output, any supported dtype (converted to the
+    output's).
+    """
     array = arrays.brought(arrays.as_array(d_out, "d_out"), on_device)
     if array.shape != shape:
         raise ValueError(f"d_out must have the shape of the output, {shape}, got {array.shape}")
@@ -366,7 +466,9 @@ def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype, on_device: 
 
 
 def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
-    """Check the gradient of the final state (.mass and .value_sum shaped as the state's); None means zero and stays None."""
+    """Check the gradient of the final state (.mass and .value_sum shaped as the state's); None
+    means zero and stays None.
+    """
     if d_state is None:
         return None
     sketch = problem.new_sketch()
@@ -379,7 +481,8 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
         array = getattr(d_state, name, None)
         if array is None:
             raise TypeError(
-                f"d_state must have .mass and .value_sum, as a RaceState has; {type(d_state).__qualname__} lacks .{name}"
+                "d_state must have .mass and .value_sum, as a RaceState has; "
+                f"{type(d_state).__qualname__} lacks .{name}"
             )
         array = arrays.brought(arrays.as_array(array, f"d_state.{name}"), problem.on_device)
         if array.dtype.kind not in "fiu":

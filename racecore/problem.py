@@ -1,8 +1,10 @@
-"""The frozen bundle that the operations work on: checked arrays, planes per state head, and the table of sequences.
+"""The frozen bundle that the operations work on: checked arrays, planes per state head, and the
+table of sequences.
 
-Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L tables, P planes,
-R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G, or M = H where planes or beta are given
-per query head. State head m reads key/value head m // (M/G) and serves query heads m*(H/M) ... (m+1)*(H/M) - 1.
+Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L
+tables, P planes, R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G,
+or M = H where planes or beta are given per query head. State head m reads key/value head m // (M/G)
+and serves query heads m*(H/M) ... (m+1)*(H/M) - 1.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ import numpy as np
 
 from racecore.runtime import arrays, cuda
 
-__all__ = ["BUCKET_MEAN_EPS", "DEVICE_WORKSPACE_BYTES", "WORKSPACE_BYTES", "GradientBuffers", "Problem", "Sketch", "changed"]
+__all__ = [
+    "BUCKET_MEAN_EPS",
+    "DEVICE_WORKSPACE_BYTES",
+    "WORKSPACE_BYTES",
+    "GradientBuffers",
+    "Problem",
+    "Sketch",
+    "changed",
+]
 
 WORKSPACE_BYTES = 64 << 20
 DEVICE_WORKSPACE_BYTES = 1 << 30  # a GPU wants many segments at once
@@ -22,7 +32,9 @@ BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors
 
 
 def changed(instance: Any, **fields: Any) -> Any:
-    """Return a copy of a frozen dataclass with other fields: `dataclasses.replace` in a tenth of its time, unchecked."""
+    """Return a copy of a frozen dataclass with other fields: `dataclasses.replace` in a tenth of
+    its time, unchecked.
+    """
     copy = object.__new__(type(instance))
     copy.__dict__.update(instance.__dict__, **fields)
     return copy
@@ -30,9 +42,11 @@ def changed(instance: Any, **fields: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a state is read.
+    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a
+    state is read.
 
-    Arrays of tokens are NumPy arrays, or all of them CuPy arrays; planes, beta and sequences are NumPy arrays.
+    Arrays of tokens are NumPy arrays, or all of them CuPy arrays; planes, beta and sequences are
+    NumPy arrays.
     """
 
     query: np.ndarray | None  # [B, Tq, H, D], any strides
@@ -48,9 +62,13 @@ class Problem:
     is_causal: bool
     readout: str  # "ratio" or "bucket_mean"
     dtype: np.dtype  # of the arithmetic
-    chunk_tokens: int | None = None  # at most so many tokens in flight, rounded up to whole segments
+    chunk_tokens: int | None = (
+        None  # at most so many tokens in flight, rounded up to whole segments
+    )
     workspace_bytes: int = WORKSPACE_BYTES  # at most so much temporary memory
-    keeps_states: bool = False  # of all segments for the backward pass, not only those at the boundaries of chunks
+    keeps_states: bool = (
+        False  # of all segments for the backward pass, not only those at the boundaries of chunks
+    )
 
     @property
     def n_state_heads(self) -> int:
@@ -89,8 +107,8 @@ class Problem:
 class Sketch:
     """States in one array [N, M, S*(1+V)], so that one scan serves masses and value sums.
 
-    The first S numbers of a row are `mass`, the others `value_sum`; both properties are views. Operations take float64; a
-    state that a caller keeps may be float32.
+    The first S numbers of a row are `mass`, the others `value_sum`; both properties are views.
+    Operations take float64; a state that a caller keeps may be float32.
     """
 
     __slots__ = ("flat", "n_buckets")
@@ -116,7 +134,9 @@ class Sketch:
         return Sketch(self.flat[first:last], self.n_buckets)
 
     def brought(self, on_device: bool) -> Sketch:
-        """Return the same states on a GPU or in host memory; a copy only where they are on the other side."""
+        """Return the same states on a GPU or in host memory; a copy only where they are on the
+        other side.
+        """
         flat = arrays.brought(self.flat, on_device)
         return self if flat is self.flat else Sketch(flat, self.n_buckets)
 
@@ -133,8 +153,8 @@ class Sketch:
 class GradientBuffers:
     """Where the backward passes write. None means not asked for.
 
-    The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the order of their
-    additions, and so their bits, independent of how the work is cut into chunks.
+    The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the
+    order of their additions, and so their bits, independent of how the work is cut into chunks.
     """
 
     query: np.ndarray | None  # [B, Tq, H, D]

@@ -1,7 +1,8 @@
 """RACE attention and its gradient: the pipeline, readable from top to bottom.
 
-check the arguments -> choose a backend -> cut into parts -> per part: sum keys and read out, or walk -> the caller's kind
-of array. Backward walks the same road and recomputes the hash; beyond the inputs only states are saved.
+check the arguments -> choose a backend -> cut into parts -> per part: sum keys and read out, or
+walk -> the caller's kind of array. Backward walks the same road and recomputes the hash; beyond the
+inputs only states are saved.
 """
 
 from __future__ import annotations
@@ -54,36 +55,39 @@ def attention(
     query : array, shape [B, Tq, H, D]
     key : array, shape [B, Tk, G, D]
     value : array, shape [B, Tk, G, V]
-        Tokens come before heads, unlike in PyTorch's ``scaled_dot_product_attention``. NumPy arrays, CuPy arrays, or
-        arrays of any library that speaks DLPack; all of one dtype: float16, bfloat16, float32 or float64. 3-D arrays mean
-        that B is absent. H must be a multiple of G (grouped queries). Any strides are legal, inputs are never
-        written to. Rows are hashed as they come: neither normalised nor divided by sqrt(D).
+        Tokens come before heads, unlike in PyTorch's ``scaled_dot_product_attention``. NumPy
+        arrays, CuPy arrays, or arrays of any library that speaks DLPack; all of one dtype: float16,
+        bfloat16, float32 or float64. 3-D arrays mean that B is absent. H must be a multiple of G
+        (grouped queries). Any strides are legal, inputs are never written to. Rows are hashed as
+        they come: neither normalised nor divided by sqrt(D).
     lsh : SoftLSH, optional
         The hash. None means that of `initial_state` if there is one, else
         ``SoftLSH.random(head_dim=D, n_tables=4, n_planes=4, beta=1.0, rng=0)``.
     is_causal : bool
         Query i sees keys 0 ... i only; needs Tq == Tk.
     readout : {"ratio", "bucket_mean"}
-        "ratio" divides the weighted sum of values by the summed weight (the paper's Algorithms 1 and 2).
-        "bucket_mean" averages over tables the mean values of the buckets, each weighted with the query's probability,
-        with eps = 1e-6 (the authors' released kernels, which return L times this).
+        "ratio" divides the weighted sum of values by the summed weight (the paper's Algorithms 1
+        and 2). "bucket_mean" averages over tables the mean values of the buckets, each weighted
+        with the query's probability, with eps = 1e-6 (the authors' released kernels, which return L
+        times this).
     key_mask : bool array, shape [B, Tk], optional
         True = the key takes part. What stands under False does not matter, not even NaN.
     cu_seqlens : integers, shape [n + 1], optional
-        Boundaries of n sequences packed along the token axis (B is 1 or absent): starts at 0, ends at T, does not
-        decrease. Not together with `key_mask`.
+        Boundaries of n sequences packed along the token axis (B is 1 or absent): starts at 0, ends
+        at T, does not decrease. Not together with `key_mask`.
     initial_state : RaceState, optional
-        What came before the first token: it counts as tokens that every query sees. Its batch is B, or n with
-        `cu_seqlens`. It is not changed.
+        What came before the first token: it counts as tokens that every query sees. Its batch is B,
+        or n with `cu_seqlens`. It is not changed.
     return_state : bool
         Also return the state after the last token.
     chunk_size : int, optional
-        Tokens in flight, rounded up to whole segments of 1,024. Bounds temporary memory, never changes a bit.
+        Tokens in flight, rounded up to whole segments of 1,024. Bounds temporary memory, never
+        changes a bit.
     memory_limit : int or str, optional
         The same bound as bytes of temporary memory, such as "512MB". At most one of the two.
     backend : {"cpu", "cuda", "reference"}, optional
-        None takes the fastest that runs where the arrays are. "cuda" also takes arrays in host memory: they are copied to
-        the GPU, and results come back.
+        None takes the fastest that runs where the arrays are. "cuda" also takes arrays in host
+        memory: they are copied to the GPU, and results come back.
     out : array, optional
         Where to write the result: a NumPy array, or a CuPy array where the computation is on a GPU.
 
@@ -115,15 +119,30 @@ def attention(
     (1000, 2, 16)
     """
     problem, lsh, had_batch = inputs.check_attention(
-        query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=backends.place(backend),
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        lsh_of(lsh, initial_state),
+        is_causal=is_causal,
+        readout=readout,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        memory_limit=memory_limit,
+        on_device=backends.place(backend),
+    )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
-    result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
-    final, _ = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=False)
+    result, result_4d, restore = _prepare_out(
+        out, problem, had_batch, (query, key, value), initial_state
+    )
+    final, _ = _forward(
+        problem, chosen, initial_state, result_4d, needs_final=return_state, save=False
+    )
     if final is not None:
-        return restore(result), final_state(initial_state, final.brought(arrays.is_on_device(query)), problem, lsh)
+        return restore(result), final_state(
+            initial_state, final.brought(arrays.is_on_device(query)), problem, lsh
+        )
     return restore(result)
 
 
@@ -153,14 +172,15 @@ def attention_forward(
 memory_limit, backend, out
         As for `attention`.
     wrt : str or sequence of str, optional
-        Which gradients will be wanted, of "query", "key", "value", "planes", "beta", "state". None means all (the
-        state's only where `initial_state` is given). Fewer can be cheaper.
+        Which gradients will be wanted, of "query", "key", "value", "planes", "beta", "state". None
+        means all (the state's only where `initial_state` is given). Fewer can be cheaper.
 
     Returns
     -------
     out : array, shape [B, Tq, H, V]
     saved : Saved
-        Refers to the inputs (do not change them before backward) and holds states at the boundaries of chunks.
+        Refers to the inputs (do not change them before backward) and holds states at the boundaries
+        of chunks.
     state : RaceState
         Only if `return_state`.
 
@@ -171,14 +191,29 @@ memory_limit, backend, out
     """
     wanted = inputs.check_wrt(wrt, initial_state is not None)
     problem, lsh, had_batch = inputs.check_attention(
-        query, key, value, lsh_of(lsh, initial_state), is_causal=is_causal, readout=readout, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, chunk_size=chunk_size, memory_limit=memory_limit, on_device=backends.place(backend),
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        lsh_of(lsh, initial_state),
+        is_causal=is_causal,
+        readout=readout,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        memory_limit=memory_limit,
+        on_device=backends.place(backend),
+    )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
-    result, result_4d, restore = _prepare_out(out, problem, had_batch, (query, key, value), initial_state)
-    final, states = _forward(problem, chosen, initial_state, result_4d, needs_final=return_state, save=True)
-    initial = None if initial_state is None else initial_state.sketch.copy().brought(problem.on_device)
+    result, result_4d, restore = _prepare_out(
+        out, problem, had_batch, (query, key, value), initial_state
+    )
+    final, states = _forward(
+        problem, chosen, initial_state, result_4d, needs_final=return_state, save=True
+    )
+    initial = (
+        None if initial_state is None else initial_state.sketch.copy().brought(problem.on_device)
+    )
     saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
     if final is not None:
         final = final.brought(saved.are_on_device)
@@ -187,7 +222,12 @@ memory_limit, backend, out
 
 
 def attention_backward(
-    d_out: Any, saved: Saved, *, d_state: Any = None, out: Any = None, overwrite_inputs: bool = False
+    d_out: Any,
+    saved: Saved,
+    *,
+    d_state: Any = None,
+    out: Any = None,
+    overwrite_inputs: bool = False,
 ) -> Gradients:
     """Compute the gradients of what `attention_forward` computed.
 
@@ -202,8 +242,8 @@ def attention_backward(
     out : object with .query, .key and .value, optional
         Arrays to write those gradients to, such as a `Gradients`; None entries are allocated.
     overwrite_inputs : bool
-        Write the gradients of query, key and value over these arrays themselves, which must be on a GPU: for sequences that
-        fill its memory. `saved` cannot be used again.
+        Write the gradients of query, key and value over these arrays themselves, which must be on a
+        GPU: for sequences that fill its memory. `saved` cannot be used again.
 
     Returns
     -------
@@ -220,7 +260,9 @@ def attention_backward(
     Derived by hand; see docs/math. Rows that see no key have zero gradients.
     """
     if not isinstance(saved, Saved):
-        raise TypeError(f"saved must come from racecore.attention_forward, got {type(saved).__qualname__}")
+        raise TypeError(
+            f"saved must come from racecore.attention_forward, got {type(saved).__qualname__}"
+        )
     problem, wrt = saved.problem, saved.wrt
     shape = out_shape(problem, saved.had_batch)
     g = inputs.check_d_out(d_out, shape, stored(problem.query).dtype, problem.on_device)
@@ -230,24 +272,44 @@ def attention_backward(
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     restore = [arrays.restorer(source) for source in saved.sources]
-    query, key, value = (None if array is None else put(array) for array, put in zip(results, restore, strict=True))
-    d_hash = grads.hash if grads.hash is None or saved.are_on_device else arrays.brought(grads.hash, False)
+    query, key, value = (
+        None if array is None else put(array) for array, put in zip(results, restore, strict=True)
+    )
+    d_hash = (
+        grads.hash
+        if grads.hash is None or saved.are_on_device
+        else arrays.brought(grads.hash, False)
+    )
     planes, beta = hash_gradients(d_hash, problem, saved.lsh, wrt)
-    state = None if d_initial is None else state_gradient(d_initial.brought(saved.are_on_device), saved.lsh)
+    state = (
+        None
+        if d_initial is None
+        else state_gradient(d_initial.brought(saved.are_on_device), saved.lsh)
+    )
     return Gradients(query, key, value, planes, beta, state)
 
 
 def _forward(
-    problem: Problem, backend: backends.Backend, initial_state: RaceState | None, out: np.ndarray, *,
-    needs_final: bool, save: bool,
-) -> tuple[Sketch | None, list[list[np.ndarray] | None]]:  # fmt: skip
-    """Run part by part. Return the final states if they are wanted, and what to save for every part."""
-    first_states = None if initial_state is None else initial_state.sketch.brought(problem.on_device)
+    problem: Problem,
+    backend: backends.Backend,
+    initial_state: RaceState | None,
+    out: np.ndarray,
+    *,
+    needs_final: bool,
+    save: bool,
+) -> tuple[Sketch | None, list[list[np.ndarray] | None]]:
+    """Run part by part. Return the final states if they are wanted, and what to save for every
+    part.
+    """
+    first_states = (
+        None if initial_state is None else initial_state.sketch.brought(problem.on_device)
+    )
     final = problem.new_sketch() if needs_final else None
     saved: list[list[np.ndarray] | None] = []
     for first, last in chunking.parts(problem):
         part = problem.part(first, last)
-        # Many short sequences have many states: summing their keys again costs less than keeping those.
+        # Many short sequences have many states: summing their keys again costs less than keeping
+        # those.
         keep = save and last == first + 1
         sketch = final.part(first, last) if final is not None else part.new_sketch()
         if first_states is not None:
@@ -263,25 +325,48 @@ def _forward(
 
 
 def saved_without_forward(
-    query: Any, key: Any, value: Any, lsh: SoftLSH, *,
-    is_causal: bool = False, readout: str = "ratio", key_mask: Any = None, cu_seqlens: Any = None, wrt: Any = None,
-) -> Saved:  # fmt: skip
-    """Return what `attention_backward` needs, without computing the output: it sums the keys again, to the same bits.
+    query: Any,
+    key: Any,
+    value: Any,
+    lsh: SoftLSH,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    wrt: Any = None,
+) -> Saved:
+    """Return what `attention_backward` needs, without computing the output: it sums the keys again,
+    to the same bits.
 
-    For adapters to frameworks that recompute or cannot carry `Saved` from one call to another; arguments as for
-    `attention_forward`.
+    For adapters to frameworks that recompute or cannot carry `Saved` from one call to another;
+    arguments as for `attention_forward`.
     """
     problem, lsh, _ = inputs.check_attention(
-        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        chunk_size=None, memory_limit=None,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        lsh,
+        is_causal=is_causal,
+        readout=readout,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        chunk_size=None,
+        memory_limit=None,
+    )
     chosen = backends.choose(None, problem.on_device)
     nothing = (None,) * sum(1 for _ in chunking.parts(problem))
-    return Saved(problem, lsh, inputs.check_wrt(wrt, False), chosen.name, nothing, None, (query, key, value))
+    return Saved(
+        problem, lsh, inputs.check_wrt(wrt, False), chosen.name, nothing, None, (query, key, value)
+    )
 
 
 def _backward(
-    saved: Saved, d_out: np.ndarray, d_final: Sketch | None, d_initial: Sketch | None, grads: GradientBuffers
+    saved: Saved,
+    d_out: np.ndarray,
+    d_final: Sketch | None,
+    d_initial: Sketch | None,
+    grads: GradientBuffers,
 ) -> None:
     """Run part by part, in an order of additions that depends on the sequences alone."""
     problem = saved.problem
@@ -312,7 +397,9 @@ def _states_again(saved: Saved, part: Problem, first: int, last: int) -> list[np
         operations.sum_keys(part, sketch)
         return [sketch.flat]
     states = [sketch.flat.copy()]
-    for chunk in chunking.chunks(part, "key")[:-1]:  # more than one only where the part is a single sequence
+    for chunk in chunking.chunks(part, "key")[
+        :-1
+    ]:  # more than one only where the part is a single sequence
         begin, end = chunk[0, 2], chunk[-1, 3]
         span = np.array([[chunk[0, 1], begin, end, begin, end]])
         operations.sum_keys(replace(part, sequences=span), sketch)
@@ -321,12 +408,22 @@ def _states_again(saved: Saved, part: Problem, first: int, last: int) -> list[np
 
 
 def _prepare_out(
-    out: Any, problem: Problem, had_batch: bool, passed: tuple[Any, Any, Any], initial_state: RaceState | None
+    out: Any,
+    problem: Problem,
+    had_batch: bool,
+    passed: tuple[Any, Any, Any],
+    initial_state: RaceState | None,
 ) -> tuple[np.ndarray, np.ndarray, Any]:
     """Return the result array in the caller's shape, a 4-D view of it, and what hands it over."""
     sources = readable(problem, passed)
     if initial_state is not None:
         sources.append(("initial_state", initial_state.sketch.flat))
     dtype = stored(problem.query).dtype
-    result = inputs.check_out(out, "out", out_shape(problem, had_batch), dtype, sources, problem.on_device)
-    return result, result if had_batch else result[None], arrays.restorer(passed[0] if out is None else out)
+    result = inputs.check_out(
+        out, "out", out_shape(problem, had_batch), dtype, sources, problem.on_device
+    )
+    return (
+        result,
+        result if had_batch else result[None],
+        arrays.restorer(passed[0] if out is None else out),
+    )

@@ -22,17 +22,17 @@ _FILE_VERSION = 1
 class SoftLSH:
     """Soft locality-sensitive hash: `n_tables` tables of `n_planes` random hyperplanes each.
 
-    A row x falls softly into every corner r of the cube {-1, +1}^P of a table,
-    ``phi[r] = softmax_r(beta * sum_p tanh(<W_p, x>) * c_r[p])``. Corners are numbered big-endian: plane 0 is the most
-    significant bit, and a set bit means +1.
+    A row x falls softly into every corner r of the cube {-1, +1}^P of a table, ``phi[r] =
+    softmax_r(beta * sum_p tanh(<W_p, x>) * c_r[p])``. Corners are numbered big-endian: plane 0 is
+    the most significant bit, and a set bit means +1.
 
     Parameters
     ----------
     planes : array_like, shape [L, P, D] or [H, L, P, D]
         Normal vectors; the 4-D form gives every query head its own. Kept as float64.
     beta : float or array_like, shape [H]
-        Sharpness; 0 hashes everything evenly, large values approach a hard hash. In float32 nothing under- or
-        overflows for beta in [0, 20]. One value per query head is allowed.
+        Sharpness; 0 hashes everything evenly, large values approach a hard hash. In float32 nothing
+        under- or overflows for beta in [0, 20]. One value per query head is allowed.
 
     Raises
     ------
@@ -83,8 +83,9 @@ class SoftLSH:
         rng : None, int, array_like of int, SeedSequence, BitGenerator or Generator
             What `numpy.random.default_rng` takes.
         orthogonal : bool
-            Make the planes orthogonal in blocks of D rows, keeping the lengths of Gaussian rows. This lowers the
-            error of the kernel estimate a little (by about a tenth at 16 tables or more).
+            Make the planes orthogonal in blocks of D rows, keeping the lengths of Gaussian rows.
+            This lowers the error of the kernel estimate a little (by about a tenth at 16 tables or
+            more).
         n_heads : int, optional
             Draw planes of their own for each of so many query heads.
 
@@ -100,7 +101,10 @@ class SoftLSH:
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if n_planes > _MAX_PLANES:
-            raise ValueError(f"n_planes must be at most {_MAX_PLANES} (2**n_planes buckets a table), got {n_planes}")
+            raise ValueError(
+                f"n_planes must be at most {_MAX_PLANES} (2**n_planes buckets a table), got "
+                f"{n_planes}"
+            )
         generator = np.random.default_rng(rng)
         n_rows = n_tables * n_planes
         heads = 1 if n_heads is None else n_heads
@@ -148,7 +152,9 @@ class SoftLSH:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over shapes and values, in hex. States of hashes with different fingerprints do not mix."""
+        """SHA-256 over shapes and values, in hex. States of hashes with different fingerprints do
+        not mix.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256(b"racecore.SoftLSH.1")
             for array in (self._planes, self._beta):
@@ -158,12 +164,16 @@ class SoftLSH:
         return self._fingerprint
 
     def per_head(self, n_state_heads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without a copy.
+        """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without
+        a copy.
 
         They are the same arrays every time: what is made of them for kernels is kept by them.
         """
         if n_state_heads not in self._per_head:
-            arrays = _repeated(self._planes, 3, n_state_heads), _repeated(self._beta, 0, n_state_heads)
+            arrays = (
+                _repeated(self._planes, 3, n_state_heads),
+                _repeated(self._beta, 0, n_state_heads),
+            )
             self._per_head.setdefault(n_state_heads, arrays)
         return self._per_head[n_state_heads]
 
@@ -178,7 +188,8 @@ class SoftLSH:
         Raises
         ------
         racecore.errors.CorruptFileError
-            The file is not such a file, is newer than this version understands, or fails its checksum.
+            The file is not such a file, is newer than this version understands, or fails its
+            checksum.
         """
         content = files.load(path, _FILE_KIND, _FILE_VERSION, ("planes", "beta"))
         return cls(content["planes"], content["beta"])
@@ -194,10 +205,12 @@ class SoftLSH:
 
     def __repr__(self) -> str:
         heads = "" if self.n_heads is None else f", n_heads={self.n_heads}"
-        beta = f"{self.beta:g}" if self._beta.ndim == 0 else f"[{self._beta.min():g} ... {self._beta.max():g}]"
-        return (
-            f"SoftLSH(head_dim={self.head_dim}, n_tables={self.n_tables}, n_planes={self.n_planes}, beta={beta}{heads})"
+        beta = (
+            f"{self.beta:g}"
+            if self._beta.ndim == 0
+            else f"[{self._beta.min():g} ... {self._beta.max():g}]"
         )
+        return f"SoftLSH(head_dim={self.head_dim}, n_tables={self.n_tables}, n_planes={self.n_planes}, beta={beta}{heads})"
 
 
 def _checked_planes(planes: ArrayLike) -> np.ndarray:
@@ -206,10 +219,14 @@ def _checked_planes(planes: ArrayLike) -> np.ndarray:
         raise TypeError(f"planes must be real numbers, got dtype {array.dtype}")
     array = np.array(array, dtype=np.float64, order="C")
     if array.ndim not in (3, 4) or 0 in array.shape:
-        raise ValueError(f"planes must have shape [L, P, D] or [H, L, P, D] with no empty axis, got {array.shape}")
+        raise ValueError(
+            "planes must have shape [L, P, D] or [H, L, P, D] with no empty axis, got "
+            f"{array.shape}"
+        )
     if array.shape[-2] > _MAX_PLANES:
         raise ValueError(
-            f"a table has at most {_MAX_PLANES} planes (2**P buckets), got P = {array.shape[-2]} in planes of shape "
+            f"a table has at most {_MAX_PLANES} planes (2**P buckets), got P = {array.shape[-2]} "
+            "in planes of shape "
             f"{array.shape}; spread them over more tables"
         )
     if not np.isfinite(array).all():
@@ -226,9 +243,14 @@ def _checked_beta(beta: ArrayLike, planes: np.ndarray) -> np.ndarray:
     if array.ndim > 1 or array.size == 0:
         raise ValueError(f"beta must be a number or have shape [H], got shape {array.shape}")
     if array.ndim == 1 and planes.ndim == 4 and len(array) != len(planes):
-        raise ValueError(f"beta has {len(array)} heads and planes have {len(planes)}: they must agree")
+        raise ValueError(
+            f"beta has {len(array)} heads and planes have {len(planes)}: they must agree"
+        )
     if not (np.abs(array) <= _LARGEST_BETA).all():
-        raise ValueError(f"beta must be finite and at most {_LARGEST_BETA:g}, got {beta!r}; useful values are 0 to 20")
+        raise ValueError(
+            f"beta must be finite and at most {_LARGEST_BETA:g}, got {beta!r}; useful values are "
+            "0 to 20"
+        )
     return array
 
 
@@ -239,10 +261,13 @@ def _locked(array: np.ndarray) -> np.ndarray:
 
 
 def _repeated(array: np.ndarray, ndim: int, n: int) -> np.ndarray:
-    """Return n views of an array of `ndim` axes, or the array itself where it has an axis for them already."""
+    """Return n views of an array of `ndim` axes, or the array itself where it has an axis for them
+    already.
+    """
     if array.ndim > ndim:
         return array
-    # numpy.broadcast_to says the same and takes six times as long, which a call for one token notices
+    # numpy.broadcast_to says the same and takes six times as long, which a call for one token
+    # notices
     return np.ndarray((n, *array.shape), array.dtype, array, 0, (0, *array.strides))
 
 
@@ -251,7 +276,9 @@ def _gaussian_rows(generator: np.random.Generator, n_rows: int, dim: int) -> np.
 
 
 def _orthogonal_rows(generator: np.random.Generator, n_rows: int, dim: int) -> np.ndarray:
-    """Uniformly random orthogonal blocks of `dim` rows, each row as long as a Gaussian row would be (chi_dim)."""
+    """Uniformly random orthogonal blocks of `dim` rows, each row as long as a Gaussian row would be
+    (chi_dim).
+    """
     blocks = []
     for start in range(0, n_rows, dim):
         q, r = np.linalg.qr(generator.standard_normal((dim, dim)))

@@ -1,4 +1,6 @@
-"""What every test runs under: memory full of NaN where nothing was written, and no silent skip of a GPU test."""
+"""What every test runs under: memory full of NaN where nothing was written, and no silent skip of a
+GPU test.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from devices import Gpu
 from racecore.runtime import arrays
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
-hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, print_blob=True, derandomize=True, database=None
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -49,8 +53,8 @@ class _NumPyWithFilledEmpty(ModuleType):
 def nan_filled_memory() -> Iterator[None]:
     """Let racecore allocate NaN in place of whatever memory happens to hold.
 
-    Compiled kernels resolve NumPy when they are compiled, so only the modules without kernels get another NumPy; what
-    kernels write for a caller is allocated by `racecore.runtime.arrays.empty`.
+    Compiled kernels resolve NumPy when they are compiled, so only the modules without kernels get
+    another NumPy; what kernels write for a caller is allocated by `racecore.runtime.arrays.empty`.
     """
     from racecore.ops import reference_rows
     from racecore.ops.bidirectional import reference as bidirectional
@@ -68,14 +72,24 @@ def nan_filled_memory() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("racecore") and getattr(module, "empty", None) is genuine:
                 patch.setattr(module, "empty", empty)
-        for module in (reference_rows, bidirectional, causal, socket, socket_cpu, soft_hash, sys.modules["racecore.chunking"]):
+        for module in (
+            reference_rows,
+            bidirectional,
+            causal,
+            socket,
+            socket_cpu,
+            soft_hash,
+            sys.modules["racecore.chunking"],
+        ):
             patch.setattr(module, "np", _NumPyWithFilledEmpty("numpy"))
         yield
 
 
 @pytest.fixture(autouse=True)
 def cupy_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let a test of the backend "cuda" find a CuPy whose kernels run on the CPU; one of `Gpu` finds the real one."""
+    """Let a test of the backend "cuda" find a CuPy whose kernels run on the CPU; one of `Gpu` finds
+    the real one.
+    """
     callspec = getattr(request.node, "callspec", None)
     backend = None if callspec is None else callspec.params.get("backend")
     if backend == "cuda" and not isinstance(backend, Gpu):

@@ -14,8 +14,14 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def _strided(array: np.ndarray) -> np.ndarray:
-    """Take every other element of the last axis and every third of the token axis, with rubbish in between."""
-    store = np.full((*array.shape[:-3], 3 * array.shape[-3], array.shape[-2], 2 * array.shape[-1]), np.nan, array.dtype)
+    """Take every other element of the last axis and every third of the token axis, with rubbish in
+    between.
+    """
+    store = np.full(
+        (*array.shape[:-3], 3 * array.shape[-3], array.shape[-2], 2 * array.shape[-1]),
+        np.nan,
+        array.dtype,
+    )
     view = store[..., 1::3, :, ::2]
     view[...] = array
     return view

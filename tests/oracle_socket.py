@@ -1,7 +1,8 @@
-"""An independent judge of SOCKET: scores, selected sets and exact attention, in float64 and straight from the definitions.
+"""An independent judge of SOCKET: scores, selected sets and exact attention, in float64 and
+straight from the definitions.
 
-Nothing here comes from the library under test. A query's probabilities are an explicit softmax over all 2^P corners of the
-cube, codes are integers, sets are Python sets.
+Nothing here comes from the library under test. A query's probabilities are an explicit softmax over
+all 2^P corners of the cube, codes are integers, sets are Python sets.
 """
 
 from __future__ import annotations
@@ -15,18 +16,28 @@ __all__ = ["attention", "codes", "probabilities", "scores", "selected_set"]
 
 def corners(n_planes: int) -> np.ndarray:
     """Return [R, P] of -1 and +1: row r spells r in binary, plane 0 its most significant digit."""
-    return 2.0 * np.array([[int(digit) for digit in format(r, f"0{n_planes}b")] for r in range(2**n_planes)]) - 1.0
+    return (
+        2.0
+        * np.array(
+            [[int(digit) for digit in format(r, f"0{n_planes}b")] for r in range(2**n_planes)]
+        )
+        - 1.0
+    )
 
 
 def codes(key: Any, planes: Any) -> np.ndarray:
-    """Return the bucket of every key in every table, [B, T, G, L], of keys [B, T, G, D] and planes [L, P, D]."""
+    """Return the bucket of every key in every table, [B, T, G, L], of keys [B, T, G, D] and planes
+    [L, P, D].
+    """
     u = np.einsum("btgd,lpd->btglp", np.asarray(key, np.float64), np.asarray(planes, np.float64))
     weights = 2 ** np.arange(u.shape[-1])[::-1]
     return ((u >= 0) * weights).sum(-1)
 
 
 def probabilities(query: Any, planes: Any, tau: float) -> np.ndarray:
-    """Return prob [B, H, L, R] of queries [B, 1, H, D]: softmax over corners of sum_p tanh(u_p) c_r[p] / (sqrt(D) tau)."""
+    """Return prob [B, H, L, R] of queries [B, 1, H, D]: softmax over corners of sum_p tanh(u_p)
+    c_r[p] / (sqrt(D) tau).
+    """
     x, w = np.asarray(query, np.float64)[:, 0], np.asarray(planes, np.float64)
     u = np.einsum("bhd,lpd->bhlp", x, w)
     logits = np.tanh(u) / np.sqrt(x.shape[-1]) / tau @ corners(w.shape[1]).T
@@ -34,8 +45,16 @@ def probabilities(query: Any, planes: Any, tau: float) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def scores(query: Any, key: Any, value: Any, planes: Any, *, scorer: str = "soft", tau: float = 0.4,
-           weight_by_value_norm: bool = True) -> np.ndarray:  # fmt: skip
+def scores(
+    query: Any,
+    key: Any,
+    value: Any,
+    planes: Any,
+    *,
+    scorer: str = "soft",
+    tau: float = 0.4,
+    weight_by_value_norm: bool = True,
+) -> np.ndarray:
     """Return [B, H, T]: what a scorer thinks of every key, token by token."""
     key, value, planes = (np.asarray(x, np.float64) for x in (key, value, planes))
     n_batch, n_tokens, n_kv_heads = key.shape[:3]
@@ -54,13 +73,19 @@ def scores(query: Any, key: Any, value: Any, planes: Any, *, scorer: str = "soft
                 elif scorer == "hamming":
                     score = float(((u_query[b, h] >= 0) == (sign[b, t, g] > 0)).sum())
                 else:
-                    score = float((u_query[b, h] * sign[b, t, g]).sum()) * np.linalg.norm(key[b, t, g])
-                result[b, h, t] = score * (np.linalg.norm(value[b, t, g]) if weight_by_value_norm else 1.0)
+                    score = float((u_query[b, h] * sign[b, t, g]).sum()) * np.linalg.norm(
+                        key[b, t, g]
+                    )
+                result[b, h, t] = score * (
+                    np.linalg.norm(value[b, t, g]) if weight_by_value_norm else 1.0
+                )
     return result
 
 
 def selected_set(score: Any, budget: int, sink: int, window: int) -> list[int]:
-    """Return, ascending, the first `sink` tokens, the last `window` ones and the `budget` best of one row of scores."""
+    """Return, ascending, the first `sink` tokens, the last `window` ones and the `budget` best of
+    one row of scores.
+    """
     n_tokens = len(score)
     best = sorted(range(n_tokens), key=lambda t: (-score[t], t))[:budget]
     if sink == window == 0:
@@ -69,7 +94,8 @@ def selected_set(score: Any, budget: int, sink: int, window: int) -> list[int]:
 
 
 def attention(query: Any, key: Any, value: Any, chosen: Any = None) -> np.ndarray:
-    """Return exact softmax attention [B, Tq, H, V], scale 1/sqrt(D); the queries are the last Tq of the Tk tokens.
+    """Return exact softmax attention [B, Tq, H, V], scale 1/sqrt(D); the queries are the last Tq of
+    the Tk tokens.
 
     `chosen`, if there is one, gives for [b][h] the tokens that the (only) query may see.
     """
@@ -81,7 +107,11 @@ def attention(query: Any, key: Any, value: Any, chosen: Any = None) -> np.ndarra
         for i in range(n_queries):
             for h in range(n_heads):
                 g = h // (n_heads // n_kv_heads)
-                rows = list(range(n_tokens - n_queries + i + 1)) if chosen is None else list(chosen[b][h])
+                rows = (
+                    list(range(n_tokens - n_queries + i + 1))
+                    if chosen is None
+                    else list(chosen[b][h])
+                )
                 if rows:
                     logits = key[b, rows, g] @ query[b, i, h] / np.sqrt(dim)
                     weights = np.exp(logits - logits.max())

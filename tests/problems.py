@@ -1,7 +1,8 @@
-"""Random attention problems, drawn over everything that a caller may do, reproducible from one number.
+"""Random attention problems, drawn over everything that a caller may do, reproducible from one
+number.
 
-A `Problem` is a short description that reads well in a failure; `Problem.arrays` makes its numbers. The library and the
-oracle both get them through `run_library` and `run_oracle`.
+A `Problem` is a short description that reads well in a failure; `Problem.arrays` makes its numbers.
+The library and the oracle both get them through `run_library` and `run_oracle`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ DTYPES = {
 GRADIENTS = ("query", "key", "value", "planes", "beta", "mass", "value_sum")
 _LENGTHS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 131, 0, 7, 100, 2051, 33, 65, 1023, 1024, 1025, 67)
 _HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (6, 2), (4, 1), (3, 3), (8, 2))  # H, G
-# Not broadcast_tokens: gradients that should be zero consist of rounding errors, which have no relative error.
+# Not broadcast_tokens: gradients that should be zero consist of rounding errors, which have no
+# relative error.
 _LAYOUTS = [layout for layout in LAYOUTS if layout != "broadcast_tokens"]
 _TABLES = ((2, 2), (3, 3), (4, 4), (1, 1), (5, 2), (1, 5), (3, 1))  # L, P
 
@@ -95,8 +97,14 @@ class Problem:
             name: arrange((factor * rng.standard_normal(shape)).astype(DTYPES[dtype]), layout)
             for (name, (shape, factor)), layout in zip(shapes.items(), self.layouts, strict=True)
         }
-        plane_shape = (self.n_heads,) * self.planes_per_head + (self.n_tables, self.n_planes, self.head_dim)
-        planes = rng.standard_normal(plane_shape).astype(np.float32).astype(np.float64)  # float32 has these values too
+        plane_shape = (self.n_heads,) * self.planes_per_head + (
+            self.n_tables,
+            self.n_planes,
+            self.head_dim,
+        )
+        planes = (
+            rng.standard_normal(plane_shape).astype(np.float32).astype(np.float64)
+        )  # float32 has these values too
         beta = self.beta * rng.uniform(0.5, 1.0, self.n_heads) if self.beta_per_head else self.beta
         key_mask = None if self.mask is None else rng.random((self.batch or 1, self.n_keys)) < 0.7
         if self.mask == "whole" and key_mask is not None:
@@ -104,13 +112,23 @@ class Problem:
         initial = d_state = None
         if self.has_initial_state:
             mass = rng.uniform(0.1, 2.0, self.state_shape)
-            initial = (mass, mass[..., None] * rng.standard_normal((*self.state_shape, self.value_dim)))
+            initial = (
+                mass,
+                mass[..., None] * rng.standard_normal((*self.state_shape, self.value_dim)),
+            )
         if self.has_d_state:
             shapes_of_state = (self.state_shape, (*self.state_shape, self.value_dim))
             d_state = tuple(rng.standard_normal(shape) for shape in shapes_of_state)
         cu_seqlens = None if self.bounds is None else np.array(self.bounds)
-        return Arrays(**rows, planes=planes, beta=beta, key_mask=key_mask, cu_seqlens=cu_seqlens, initial=initial,
-                      d_state=d_state)  # fmt: skip
+        return Arrays(
+            **rows,
+            planes=planes,
+            beta=beta,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            initial=initial,
+            d_state=d_state,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +148,9 @@ class Arrays:
 
 
 def draw(seed: int) -> Problem:
-    """Draw the problem with this number. Lengths go round in turn, so that few numbers reach all of them."""
+    """Draw the problem with this number. Lengths go round in turn, so that few numbers reach all of
+    them.
+    """
     rng = np.random.default_rng([seed, 0])
     n_keys = _LENGTHS[seed % len(_LENGTHS)]
     is_causal = bool(rng.random() < 0.5)
@@ -150,43 +170,74 @@ def draw(seed: int) -> Problem:
     n_tables, n_planes = _TABLES[rng.integers(len(_TABLES))]
     head_dim = int(rng.choice([1, 4, 16, 60, 96, 130]))
     beta = float(rng.choice([0.0, 0.3, 1.0, 1.0, 2.5, 7.0, 20.0]))
-    # Rows of unit variance (spread sqrt(D)) under a large beta make an all but hard hash, whose gradient is a matter of
-    # rounding in any implementation.
+    # Rows of unit variance (spread sqrt(D)) under a large beta make an all but hard hash, whose
+    # gradient is a matter of rounding in any implementation.
     spread = float(rng.choice([0.3, 1.0, np.sqrt(head_dim) if beta < 5 else 0.6]))
     return Problem(
-        seed=seed, batch=batch, n_queries=n_queries, n_keys=n_keys, n_heads=n_heads, n_kv_heads=n_kv_heads,
-        head_dim=head_dim, value_dim=int(rng.choice([1, 3, 16, 64, 130])), n_tables=n_tables, n_planes=n_planes,
-        beta=beta, spread=spread,
-        planes_per_head=bool(rng.random() < 0.25), beta_per_head=bool(rng.random() < 0.25),
-        readout=str(rng.choice(["ratio", "bucket_mean"])), is_causal=is_causal,
-        mask=str(rng.choice(["random", "whole"])) if kind == "mask" else None, bounds=bounds,
-        has_initial_state=bool(rng.random() < 0.4) or n_keys <= 3, has_d_state=bool(rng.random() < 0.4),
+        seed=seed,
+        batch=batch,
+        n_queries=n_queries,
+        n_keys=n_keys,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        value_dim=int(rng.choice([1, 3, 16, 64, 130])),
+        n_tables=n_tables,
+        n_planes=n_planes,
+        beta=beta,
+        spread=spread,
+        planes_per_head=bool(rng.random() < 0.25),
+        beta_per_head=bool(rng.random() < 0.25),
+        readout=str(rng.choice(["ratio", "bucket_mean"])),
+        is_causal=is_causal,
+        mask=str(rng.choice(["random", "whole"])) if kind == "mask" else None,
+        bounds=bounds,
+        has_initial_state=bool(rng.random() < 0.4) or n_keys <= 3,
+        has_d_state=bool(rng.random() < 0.4),
         layouts=tuple(str(name) for name in rng.choice(_LAYOUTS, 4)),
-    )  # fmt: skip
+    )
 
 
 PROBLEMS = tuple(draw(seed) for seed in range(60))
 
 
-def make_state(lsh: racecore.SoftLSH, mass: np.ndarray, value_sum: np.ndarray, n_kv_heads: int) -> racecore.RaceState:
+def make_state(
+    lsh: racecore.SoftLSH, mass: np.ndarray, value_sum: np.ndarray, n_kv_heads: int
+) -> racecore.RaceState:
     """Return a state with these numbers in it."""
-    state = racecore.RaceState.zeros(lsh, batch=len(mass), n_kv_heads=n_kv_heads, value_dim=value_sum.shape[-1])
+    state = racecore.RaceState.zeros(
+        lsh, batch=len(mass), n_kv_heads=n_kv_heads, value_dim=value_sum.shape[-1]
+    )
     state.mass[...] = mass
     state.value_sum[...] = value_sum
     return state
 
 
 def run_library(problem: Problem, dtype: str, backend: str, **options: Any) -> dict[str, Any]:
-    """Run forward and backward in racecore: out, mass and value_sum, and every gradient under "d_" and its name."""
+    """Run forward and backward in racecore: out, mass and value_sum, and every gradient under "d_"
+    and its name.
+    """
     x = problem.arrays(dtype)
-    query, key, value, d_out, key_mask = (put(y, backend) for y in (x.query, x.key, x.value, x.d_out, x.key_mask))
+    query, key, value, d_out, key_mask = (
+        put(y, backend) for y in (x.query, x.key, x.value, x.d_out, x.key_mask)
+    )
     lsh = racecore.SoftLSH(x.planes, x.beta)
     initial = None if x.initial is None else make_state(lsh, *x.initial, problem.n_kv_heads)
     d_state = None if x.d_state is None else make_state(lsh, *x.d_state, problem.n_kv_heads)
     out, saved, state = racecore.attention_forward(
-        query, key, value, lsh, is_causal=problem.is_causal, readout=problem.readout, key_mask=key_mask,
-        cu_seqlens=x.cu_seqlens, initial_state=initial, return_state=True, backend=backend, **options,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        lsh,
+        is_causal=problem.is_causal,
+        readout=problem.readout,
+        key_mask=key_mask,
+        cu_seqlens=x.cu_seqlens,
+        initial_state=initial,
+        return_state=True,
+        backend=backend,
+        **options,
+    )
     grads = racecore.attention_backward(d_out, saved, d_state=d_state)
     results = {"out": out, "mass": state.mass, "value_sum": state.value_sum}
     for name in ("query", "key", "value", "planes", "beta"):
@@ -198,24 +249,35 @@ def run_library(problem: Problem, dtype: str, backend: str, **options: Any) -> d
 
 @lru_cache(maxsize=8)
 def run_oracle(problem: Problem, dtype: str, arithmetic: str = "float64") -> dict[str, np.ndarray]:
-    """Run the oracle on the same numbers; same names. `arithmetic="float32"` makes it the plain implementation."""
+    """Run the oracle on the same numbers; same names. `arithmetic="float32"` makes it the plain
+    implementation.
+    """
     x = problem.arrays(dtype)
     options: dict[str, Any] = {
-        "is_causal": problem.is_causal, "readout": problem.readout, "key_mask": x.key_mask, "cu_seqlens": x.cu_seqlens,
+        "is_causal": problem.is_causal,
+        "readout": problem.readout,
+        "key_mask": x.key_mask,
+        "cu_seqlens": x.cu_seqlens,
         "dtype": DTYPES[arithmetic],
-    }  # fmt: skip
+    }
     if x.initial is not None:
         options |= {"initial_mass": x.initial[0], "initial_value_sum": x.initial[1]}
     out, mass, value_sum = oracle.attention(x.query, x.key, x.value, x.planes, x.beta, **options)
     seeds = {} if x.d_state is None else {"d_mass": x.d_state[0], "d_value_sum": x.d_state[1]}
     grads = oracle.gradients(x.query, x.key, x.value, x.planes, x.beta, x.d_out, **seeds, **options)
-    return {"out": out, "mass": mass, "value_sum": value_sum} | {f"d_{name}": grad for name, grad in grads.items()}
+    return {"out": out, "mass": mass, "value_sum": value_sum} | {
+        f"d_{name}": grad for name, grad in grads.items()
+    }
 
 
 def relative_error(found: Any, expected: Any, floor: float = 0.0) -> float:
-    """Return |found - expected| / |expected| in the root-mean-square sense; `floor` is the least denominator."""
+    """Return |found - expected| / |expected| in the root-mean-square sense; `floor` is the least
+    denominator.
+    """
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape:
         raise AssertionError(f"shape {found.shape} in place of {expected.shape}")
     difference, scale = np.linalg.norm((found - expected).ravel()), np.linalg.norm(expected.ravel())
-    return 0.0 if difference == 0 else float(difference / max(scale, floor, np.finfo(np.float64).tiny))
+    return (
+        0.0 if difference == 0 else float(difference / max(scale, floor, np.finfo(np.float64).tiny))
+    )

@@ -12,7 +12,9 @@ from racecore.runtime import arrays
 
 
 class Foreign:
-    """An array of a library of its own that speaks DLPack and nothing else, as a stand-in for the real ones."""
+    """An array of a library of its own that speaks DLPack and nothing else, as a stand-in for the
+    real ones.
+    """
 
     def __init__(self, array, device=(1, 0)):
         self.array = array
@@ -90,7 +92,9 @@ def test_memory_that_needs_a_copy_is_copied_and_nothing_else():
     packed[:] = range(4)
     assert not packed.flags.aligned
     np.testing.assert_array_equal(arrays.as_numpy(packed, "x"), range(4))
-    odd_stride = np.zeros(4, np.dtype({"names": ["x"], "formats": ["f8"], "offsets": [0], "itemsize": 12}))["x"]
+    odd_stride = np.zeros(
+        4, np.dtype({"names": ["x"], "formats": ["f8"], "offsets": [0], "itemsize": 12})
+    )["x"]
     assert arrays.as_numpy(odd_stride, "x").strides[0] % 8 == 0
 
 
@@ -113,7 +117,9 @@ def test_results_start_on_a_cache_line():
 
 
 def test_torch_tensors_where_torch_is_installed():
-    torch = pytest.importorskip("torch", reason="torch is not installed; DLPack is tested with a stand-in above")
+    torch = pytest.importorskip(
+        "torch", reason="torch is not installed; DLPack is tested with a stand-in above"
+    )
     q, k, v = (torch.randn(2, 20, 2, 5, dtype=torch.bfloat16) for _ in range(3))
     out = racecore.attention(q, k, v)
     assert out.dtype == torch.bfloat16

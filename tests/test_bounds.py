@@ -1,4 +1,6 @@
-"""Kernels touch nothing beyond the arrays they are given: memory before and after every array is forbidden here."""
+"""Kernels touch nothing beyond the arrays they are given: memory before and after every array is
+forbidden here.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +90,14 @@ def test_nothing_beyond_an_array_is_read_or_written(dtype, causal):
         )
     ]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(cases)], capture_output=True, text=True, check=False, timeout=250
+        [sys.executable, "-c", PROGRAM, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
     )
     lines = done.stdout.splitlines()
-    assert done.returncode == 0, f"exit code {done.returncode} at: {lines[-1:]} {done.stderr[-2000:]}"
+    assert done.returncode == 0, (
+        f"exit code {done.returncode} at: {lines[-1:]} {done.stderr[-2000:]}"
+    )
     assert lines[-1] == "done"

@@ -1,4 +1,6 @@
-"""The command line: the same bits as the API, clear errors, exit codes, and no partial file left behind."""
+"""The command line: the same bits as the API, clear errors, exit codes, and no partial file left
+behind.
+"""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +29,8 @@ from racecore.outofcore.stages import Stages
 from racecore.runtime import progress, progress_bar
 
 GRADIENTS = ("query", "key", "value")
-# A shell that starts this in the background lets the child ignore Ctrl-C, so the handler is put back by hand.
+# A shell that starts this in the background lets the child ignore Ctrl-C, so the handler is put
+# back by hand.
 START = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
 START += "from racecore.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -43,7 +46,9 @@ def call(*words):
 def start(*words, **options):
     """Run the program in a new process."""
     command = [sys.executable, "-W", "error", "-c", START, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 @pytest.fixture
@@ -57,7 +62,9 @@ def folder(tmp_path, monkeypatch):
 def save(dtype, batch=()):
     rng = np.random.default_rng(0)
     shapes = {"q": (70, 2, 8), "k": (70, 1, 8), "v": (70, 1, 5), "g": (70, 2, 5)}
-    arrays = {name: rng.standard_normal((*batch, *shape)).astype(dtype) for name, shape in shapes.items()}
+    arrays = {
+        name: rng.standard_normal((*batch, *shape)).astype(dtype) for name, shape in shapes.items()
+    }
     for name, array in arrays.items():
         np.save(f"{name}.npy", array)
     return list(arrays.values())
@@ -82,7 +89,8 @@ def refused(capsys, *parts, code=2, made=("o.npy",)):
     return code
 
 
-# ---------------------------------------------------------------------------------------------- the same as the API
+# ---------------------------------------------------------------------------------------------- the
+# same as the API
 
 
 def same_bits(path, array):
@@ -97,7 +105,19 @@ def same_bits(path, array):
 def test_attend_gives_the_bits_of_the_api(dtype, batch, folder, capsys):
     q, k, v, g = save(dtype, batch)
     words = ["--dtype", "bfloat16"] if dtype is ml_dtypes.bfloat16 else []
-    words += ["--tables", 3, "--planes", 2, "--beta", 1.5, "--seed", 7, "--causal", "--readout", "bucket_mean"]
+    words += [
+        "--tables",
+        3,
+        "--planes",
+        2,
+        "--beta",
+        1.5,
+        "--seed",
+        7,
+        "--causal",
+        "--readout",
+        "bucket_mean",
+    ]
     assert attend(*words, *BACKWARD, "--threads", 2, "--memory-limit", "20MB") == 0
     lsh = racecore.SoftLSH.random(8, 3, 2, beta=1.5, rng=7)
     out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=True, readout="bucket_mean")
@@ -109,7 +129,9 @@ def test_attend_gives_the_bits_of_the_api(dtype, batch, folder, capsys):
     printed = capsys.readouterr().out
     assert float(re.search(r"d_beta = (\S+)", printed)[1]) == pytest.approx(grads.beta, rel=1e-8)
     n_tokens = 70 * int(np.prod(batch, dtype=int))
-    assert re.search(rf"{n_tokens} tokens in \S+ s \(\S+ tokens/s\): o.npy, dq.npy, dk.npy, dv.npy\n$", printed)
+    assert re.search(
+        rf"{n_tokens} tokens in \S+ s \(\S+ tokens/s\): o.npy, dq.npy, dk.npy, dv.npy\n$", printed
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -165,7 +187,8 @@ def test_queries_and_keys_may_differ_in_number(folder):
     assert np.load("o.npy").shape == (9, 2, 5)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------
+# what is refused
 
 
 def test_cut_short_and_bytes_to_spare(folder, capsys):
@@ -176,7 +199,9 @@ def test_cut_short_and_bytes_to_spare(folder, capsys):
         refused(capsys, f"k.npy {what}", f"{len(content):,} bytes", f"has {len(changed):,}")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all" * 9, b"\x93NUMPY\x09\x00" + b" " * 200])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", b"no array at all" * 9, b"\x93NUMPY\x09\x00" + b" " * 200]
+)
 def test_not_an_npy_file(content, folder, capsys):
     pathlib.Path("v.npy").write_bytes(content)
     assert attend() == 2
@@ -193,7 +218,9 @@ def test_wrong_dtypes(folder, capsys):
     np.save("v.npy", np.load("v.npy").astype(np.int32))
     assert attend() == 2
     refused(
-        capsys, "v.npy holds int32; expected float16, bfloat16 (ml_dtypes), float32 or float64", "astype(numpy.float32)"
+        capsys,
+        "v.npy holds int32; expected float16, bfloat16 (ml_dtypes), float32 or float64",
+        "astype(numpy.float32)",
     )
     np.save("v.npy", np.load("k.npy").astype(np.float64))
     assert attend() == 2
@@ -213,7 +240,10 @@ def test_bfloat16_without_its_package(folder, capsys, monkeypatch):
 def test_wrong_shapes(folder, capsys):
     np.save("g.npy", np.load("q.npy"))
     assert attend(*BACKWARD) == 2
-    refused(capsys, "d_out must have the shape and dtype of the output, (70, 2, 5) and float32, got (70, 2, 8)")
+    refused(
+        capsys,
+        "d_out must have the shape and dtype of the output, (70, 2, 5) and float32, got (70, 2, 8)",
+    )
     np.save("k.npy", np.load("k.npy")[:60])
     assert attend() == 2
     refused(capsys, "key and value must agree in tokens and heads")
@@ -276,7 +306,9 @@ def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
     pathlib.Path("elsewhere").mkdir()
     os.symlink("elsewhere/dq.npy", "dq.npy")
     assert attend(*BACKWARD) == 2
-    refused(capsys, "o.npy exists; choose another name for --out, or add --overwrite", made=("dk.npy",))
+    refused(
+        capsys, "o.npy exists; choose another name for --out, or add --overwrite", made=("dk.npy",)
+    )
     assert pathlib.Path("o.npy").read_text() == "mine"
     assert attend(*BACKWARD, "--overwrite") == 0
     assert np.load("o.npy").shape == (70, 2, 5)
@@ -284,7 +316,8 @@ def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
     assert np.load("elsewhere/dq.npy").shape == (70, 2, 8)
 
 
-# ---------------------------------------------------------------------------------------------- what goes wrong
+# ----------------------------------------------------------------------------------------------
+# what goes wrong
 
 
 @pytest.mark.parametrize("failing", [1, 3])
@@ -302,7 +335,11 @@ def test_a_full_disk_is_found_before_the_work_starts(failing, folder, capsys, mo
     monkeypatch.setattr(racecore, "attention_forward", None)
     assert attend(*BACKWARD) == 1
     size = os.path.getsize("g.npy" if failing == 1 else "k.npy")
-    refused(capsys, f"cannot reserve {size:,} bytes: No space left on device", made=("o.npy", "dq.npy", "dk.npy"))
+    refused(
+        capsys,
+        f"cannot reserve {size:,} bytes: No space left on device",
+        made=("o.npy", "dq.npy", "dk.npy"),
+    )
 
 
 def test_a_file_size_limit_is_an_error_and_no_signal(folder):
@@ -323,9 +360,13 @@ def test_a_file_size_limit_is_an_error_and_no_signal(folder):
         (racecore.errors.BackendUnavailableError("cpu", {"cpu": "no reason"}), 1, "cpu: no reason"),
     ],
 )
-def test_after_an_error_in_the_work_the_same_command_goes_on(error, code, message, folder, capsys, monkeypatch):
+def test_after_an_error_in_the_work_the_same_command_goes_on(
+    error, code, message, folder, capsys, monkeypatch
+):
     for name in "qkvg":
-        np.save(f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1)))  # 28,000 tokens: two chunks at least
+        np.save(
+            f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1))
+        )  # 28,000 tokens: two chunks at least
     genuine = Stages.compute
 
     def fail(self, task, *rest):
@@ -358,7 +399,9 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
-    """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no room."""
+    """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
+    room.
+    """
     assert attend() == 0  # compiles the kernels
     os.unlink("o.npy")
     for name, dim in {"q": 16, "k": 16, "v": 1}.items():
@@ -369,7 +412,9 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
     with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
         deadline = time.monotonic() + 60
-        while not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0:
+        while (
+            not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0
+        ):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -399,7 +444,9 @@ def test_restart_discards_what_there_is(folder, capsys, monkeypatch):
     assert "is_causal: False then, True now" in error
     assert "--restart" in error
     assert attend("--causal", "--restart") == 0
-    same_bits("o.npy", racecore.attention(*(np.load(f"{name}.npy") for name in "qkv"), is_causal=True))
+    same_bits(
+        "o.npy", racecore.attention(*(np.load(f"{name}.npy") for name in "qkv"), is_causal=True)
+    )
     assert sorted(os.listdir()) == ["g.npy", "k.npy", "o.npy", "q.npy", "v.npy"]
 
 
@@ -431,7 +478,8 @@ def test_the_plan_writes_nothing(folder, capsys):
     assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
 
 
-# ---------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------------
+# progress
 
 
 class Terminal(io.StringIO):
@@ -473,7 +521,10 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
 def test_the_bar_ends_full(causal, gradients, folder, monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     assert attend(*(["--causal"] if causal else []), *(BACKWARD if gradients else [])) == 0
-    shares = [int(share) for share in re.findall(r"racecore attend: (\d+)% after", capsys.readouterr().err)]
+    shares = [
+        int(share)
+        for share in re.findall(r"racecore attend: (\d+)% after", capsys.readouterr().err)
+    ]
     assert shares == sorted(shares)
     assert shares[-1] == 100
     assert len(set(shares)) == len(shares)
@@ -487,14 +538,19 @@ def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, cap
     assert len(re.findall("racecore attend: ", capsys.readouterr().err)) >= 5
 
 
-# ---------------------------------------------------------------------------------------------- the program
+# ---------------------------------------------------------------------------------------------- the
+# program
 
 
 def test_version_and_module():
     for command in (["-m", "racecore"], ["-c", START]):
-        done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, *command, "--version"], capture_output=True, text=True, check=True
+        )
         assert done.stdout == f"racecore {racecore.__version__}\n"
-    (script,) = (s for s in importlib.metadata.entry_points(group="console_scripts") if s.name == "racecore")
+    (script,) = (
+        s for s in importlib.metadata.entry_points(group="console_scripts") if s.name == "racecore"
+    )
     assert script.load() is main
 
 
@@ -509,10 +565,10 @@ def test_help(capsys):
 
 
 def test_the_command_line_imports_nothing_heavy():
-    program = (
-        "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
+    program = "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
@@ -524,13 +580,16 @@ def test_a_reader_that_stops_reading_is_no_error():
     process.stderr.close()
 
 
-# ---------------------------------------------------------------------------------------------- doctor
+# ----------------------------------------------------------------------------------------------
+# doctor
 
 
 def test_doctor_in_json_without_importing_what_is_optional():
     program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
     program += "print([m for m in ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes') if m in sys.modules], code)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     text, _, last = done.stdout.rstrip().rpartition("\n")
     assert last == "[] 0"
     report = json.loads(text)
@@ -549,7 +608,15 @@ def test_doctor_in_json_without_importing_what_is_optional():
 def test_doctor_in_words(capsys):
     assert call("doctor") == 0
     text = capsys.readouterr().out
-    for part in ("numpy", "backend cuda", "threads", "processor", "kernel cache", "self-test", "All is well."):
+    for part in (
+        "numpy",
+        "backend cuda",
+        "threads",
+        "processor",
+        "kernel cache",
+        "self-test",
+        "All is well.",
+    ):
         assert part in text
 
 
@@ -568,15 +635,21 @@ def test_doctor_reports_an_error_and_a_missing_backend(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(racecore, "attention_forward", fail)
         assert call("doctor", "--json") == 1
-        assert json.loads(capsys.readouterr().out)["problems"] == ["self-test: RuntimeError: no luck"]
+        assert json.loads(capsys.readouterr().out)["problems"] == [
+            "self-test: RuntimeError: no luck"
+        ]
     reasons = {"reference": None, "cpu": "numba is not installed", "cuda": "none"}
     monkeypatch.setattr(backends, "available", lambda: reasons)
     assert call("doctor", "--json") == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
-    assert problems == ["backend cpu: numba is not installed", "self-test: needs the backends cpu and reference"]
+    assert problems == [
+        "backend cpu: numba is not installed",
+        "self-test: needs the backends cpu and reference",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- demo
+# ----------------------------------------------------------------------------------------------
+# demo
 
 
 def test_exact_rows_agree_with_the_oracle():
@@ -587,12 +660,18 @@ def test_exact_rows_agree_with_the_oracle():
     out, _, _ = oracle.attention(q, k, v, planes, 1.3)
     grads = oracle.gradients(q, k, v, planes, 1.3, g)
     for name, wanted in {"out": out, **{f"d_{name}": grads[name] for name in GRADIENTS}}.items():
-        np.testing.assert_allclose(getattr(exact, name), wanted[rows, 0], rtol=1e-10, atol=1e-13, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(exact, name), wanted[rows, 0], rtol=1e-10, atol=1e-13, err_msg=name
+        )
 
 
 def test_exact_rows_over_several_blocks(monkeypatch):
     rng = np.random.default_rng(0)
-    arguments = [rng.standard_normal((50, 4)) for _ in range(4)] + [rng.standard_normal((2, 2, 4)), 1.0, np.arange(5)]
+    arguments = [rng.standard_normal((50, 4)) for _ in range(4)] + [
+        rng.standard_normal((2, 2, 4)),
+        1.0,
+        np.arange(5),
+    ]
     whole = exact_rows(*arguments)
     monkeypatch.setattr("racecore.commands.exact_rows._BLOCK", 7)
     cut = exact_rows(*arguments)
@@ -608,7 +687,9 @@ def test_the_rival_is_softmax_attention():
     weights = np.exp(np.einsum("ihd,jhd->hij", q, k) / np.sqrt(8))
     wanted = np.einsum("hij,jhd->ihd", weights / weights.sum(axis=2, keepdims=True), v)
     with ThreadPoolExecutor(2) as pool:
-        np.testing.assert_allclose(race.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            race.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_demo_quick(tmp_path):
@@ -616,7 +697,12 @@ def test_demo_quick(tmp_path):
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    for part in ("1. Inputs: 4,096 tokens", "racecore attend --query racecore-demo/q.npy", "d_key", "4,096 tokens in"):
+    for part in (
+        "1. Inputs: 4,096 tokens",
+        "racecore attend --query racecore-demo/q.npy",
+        "d_key",
+        "4,096 tokens in",
+    ):
         assert part in printed
     for part in ("WRONG", "No picture"):
         assert part not in printed
@@ -635,7 +721,20 @@ def test_demo_without_matplotlib_and_with_wrong_rows(tmp_path, monkeypatch, caps
     monkeypatch.setattr(race, "_ENOUGH", 0.0)
     monkeypatch.setattr(demo, "_TOLERANCE", 0.0)
     folder = tmp_path / "new" / "folder"
-    words = ("demo", "--quick", "--tokens", 40, "--heads", 1, "--head-dim", 8, "--seed", 3, "--folder", folder)
+    words = (
+        "demo",
+        "--quick",
+        "--tokens",
+        40,
+        "--heads",
+        1,
+        "--head-dim",
+        8,
+        "--seed",
+        3,
+        "--folder",
+        folder,
+    )
     assert call(*words) == 1
     printed = capsys.readouterr().out
     assert "No picture: Matplotlib is not installed (pip install matplotlib)" in printed
@@ -649,14 +748,21 @@ def test_demo_without_matplotlib_and_with_wrong_rows(tmp_path, monkeypatch, caps
 def test_demo_destroys_no_files_of_others(folder, capsys):
     before = pathlib.Path("q.npy").read_bytes()
     assert call("demo", "--quick", "--folder", ".") == 2
-    assert "the folder . holds files that are not the demo's; choose another --folder" in capsys.readouterr().err
+    assert (
+        "the folder . holds files that are not the demo's; choose another --folder"
+        in capsys.readouterr().err
+    )
     assert pathlib.Path("q.npy").read_bytes() == before
     assert call("demo", "--folder", "q.npy") == 2
     assert "q.npy exists and is not a folder" in capsys.readouterr().err
 
 
 def test_the_race_says_where_softmax_wins():
-    laps = [race.Lap(64, 0.002, 0.006, 0.001), race.Lap(128, 0.003, 0.009, 0.006), race.Lap(256, 0.004, 0.01, None)]
+    laps = [
+        race.Lap(64, 0.002, 0.006, 0.001),
+        race.Lap(128, 0.003, 0.009, 0.006),
+        race.Lap(256, 0.004, 0.01, None),
+    ]
     assert race.softmax_wins(laps) == [64]
     lines = race.table(laps).splitlines()
     assert lines[2].endswith("2.0 x slower")

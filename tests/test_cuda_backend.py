@@ -1,4 +1,6 @@
-"""Arrays on a GPU through the public functions: where results lie, what is refused, why there is no CUDA."""
+"""Arrays on a GPU through the public functions: where results lie, what is refused, why there is no
+CUDA.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,16 @@ def test_results_lie_where_the_inputs_do(backend):
     q = put(rows(), backend)
     out, saved, state = racecore.attention_forward(q, q, q, is_causal=True, return_state=True)
     grads = racecore.attention_backward(q, saved)
-    for array in (out, grads.query, grads.key, grads.value, grads.planes, grads.beta, state.mass, state.value_sum):
+    for array in (
+        out,
+        grads.query,
+        grads.key,
+        grads.value,
+        grads.planes,
+        grads.beta,
+        state.mass,
+        state.value_sum,
+    ):
         assert cuda.is_array(array)
     assert grads.beta.ndim == 0
     assert saved.backend == "cuda"
@@ -62,7 +73,10 @@ def test_results_go_where_the_caller_wants_them(backend):
     ("change", "message"),
     [
         (lambda q, x: {"query": x}, "in one place, got query in host memory, key on a GPU"),
-        (lambda q, x: {"out": x}, "out must be a CuPy array, as the inputs are on a GPU, got numpy.ndarray"),
+        (
+            lambda q, x: {"out": x},
+            "out must be a CuPy array, as the inputs are on a GPU, got numpy.ndarray",
+        ),
         (lambda q, x: {"out": q}, "out overlaps query"),
         (lambda q, x: {"out": q[:, ::-1]}, "out overlaps query"),
         (lambda q, x: {"backend": "cpu"}, "works in host memory, and these arrays are on a GPU"),
@@ -93,7 +107,9 @@ def test_a_mask_and_bounds_from_anywhere(backend):
     np.testing.assert_allclose(fetch(found), expected, rtol=1e-4, atol=1e-6)
     bounds = np.array([0, 12, 30])
     expected = racecore.attention(q, q, q, cu_seqlens=bounds, is_causal=True)
-    found = racecore.attention(*[put(q, backend)] * 3, cu_seqlens=put(bounds, backend), is_causal=True)
+    found = racecore.attention(
+        *[put(q, backend)] * 3, cu_seqlens=put(bounds, backend), is_causal=True
+    )
     np.testing.assert_allclose(fetch(found), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -113,12 +129,19 @@ def test_a_state_is_where_its_last_arrays_were(backend, tmp_path):
     assert cuda.is_array(loaded.mass)
     answer = loaded.attend(x)
     assert type(answer) is type(loaded.mass) is np.ndarray
-    assert racecore.attention(put(x, backend), put(x, backend), put(x, backend), initial_state=loaded).shape == x.shape
+    assert (
+        racecore.attention(
+            put(x, backend), put(x, backend), put(x, backend), initial_state=loaded
+        ).shape
+        == x.shape
+    )
 
 
 @pytest.mark.parametrize("planes_per_head", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(backend, is_causal, planes_per_head):
+def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(
+    backend, is_causal, planes_per_head
+):
     lsh = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=8 if planes_per_head else None)
     q, k, v = (
         rows(40, 8, dtype=np.float16),
@@ -127,10 +150,14 @@ def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(backend, is
     )
     grads = {}
     for name in (backend, "reference"):
-        _, saved = racecore.attention_forward(*(put(x, name) for x in (q, k, v)), lsh, is_causal=is_causal)
+        _, saved = racecore.attention_forward(
+            *(put(x, name) for x in (q, k, v)), lsh, is_causal=is_causal
+        )
         grads[name] = racecore.attention_backward(put(q, name), saved)
     for name in ("key", "value"):
-        found, expected = (fetch(getattr(grads[b], name)).astype(np.float64) for b in (backend, "reference"))
+        found, expected = (
+            fetch(getattr(grads[b], name)).astype(np.float64) for b in (backend, "reference")
+        )
         assert np.abs(found - expected).max() <= 1.1e-3 * np.abs(expected).max()
         assert (found == expected).mean() > 0.95  # else in the last bit
 
@@ -167,19 +194,29 @@ def cupy_with(n_devices=1, capability="90", compiles=True):
     module.ndarray = fake_cupy.ndarray
     module.RawModule = raw_module
     module.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(getDeviceCount=count), Device=lambda: SimpleNamespace(compute_capability=capability)
+        runtime=SimpleNamespace(getDeviceCount=count),
+        Device=lambda: SimpleNamespace(compute_capability=capability),
     )
     return module
 
 
 def test_reasons(monkeypatch):
     assert "CuPy is not installed: pip install 'racecore[cuda13]'" in unavailable(monkeypatch, None)
-    error = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
-    assert unavailable(monkeypatch, cupy_with(error)) == f"CuPy 14.2.0 finds no usable driver: {error}"
+    error = RuntimeError(
+        "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+    )
+    assert (
+        unavailable(monkeypatch, cupy_with(error)) == f"CuPy 14.2.0 finds no usable driver: {error}"
+    )
     assert unavailable(monkeypatch, cupy_with(0)) == "CuPy 14.2.0 finds no CUDA device"
-    assert "compute capability 61; 70 or newer is needed" in unavailable(monkeypatch, cupy_with(capability="61"))
+    assert "compute capability 61; 70 or newer is needed" in unavailable(
+        monkeypatch, cupy_with(capability="61")
+    )
     reason = unavailable(monkeypatch, cupy_with(compiles=False))
-    assert reason == "CuPy 14.2.0 cannot compile kernels: libnvrtc.so.13: cannot open shared object file"
+    assert (
+        reason
+        == "CuPy 14.2.0 cannot compile kernels: libnvrtc.so.13: cannot open shared object file"
+    )
     monkeypatch.setitem(sys.modules, "cupy", cupy_with())
     assert cuda.reason_unavailable() is None
 
@@ -231,9 +268,16 @@ def test_when_inputs_cannot_be_overwritten(backend):
     refused((q, k, k), "key and value in memory of their own")
     refused((rows(), rows(), rows()), "needs inputs on a GPU")
     refused((q, k, v), "both given", out=racecore.Gradients())
-    refused((q, k, put(np.broadcast_to(rows(heads=1), (1, 30, 2, 6)), backend)), "value is a broadcast array")
+    refused(
+        (q, k, put(np.broadcast_to(rows(heads=1), (1, 30, 2, 6)), backend)),
+        "value is a broadcast array",
+    )
     per_head = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=2)
-    refused((q, put(rows(heads=1), backend), put(rows(heads=1, seed=1), backend)), "grouped queries", per_head)
+    refused(
+        (q, put(rows(heads=1), backend), put(rows(heads=1, seed=1), backend)),
+        "grouped queries",
+        per_head,
+    )
 
 
 # Long inputs, chunk by chunk
@@ -251,26 +295,46 @@ def problem_of_files(folder, dtype=np.float32):
 @pytest.mark.parametrize("kind", ["plain", "mask", "packed"])
 def test_files_go_through_the_gpu_in_chunks(backend, is_causal, kind, tmp_path):
     paths = problem_of_files(tmp_path)
-    lsh, x = racecore.SoftLSH.random(head_dim=8, rng=0), {name: np.load(path) for name, path in paths.items()}
+    lsh, x = (
+        racecore.SoftLSH.random(head_dim=8, rng=0),
+        {name: np.load(path) for name, path in paths.items()},
+    )
     mask = np.random.default_rng(0).random(9000) < 0.7 if kind == "mask" else None
     bounds = np.array([0, 30, 30, 5000, 9000]) if kind == "packed" else None
     results = {}
     for name in ("cpu", backend):
-        sinks = {sink: tmp_path / f"{name} {sink}.npy" for sink in ("out", "d_query", "d_key", "d_value")}
+        sinks = {
+            sink: tmp_path / f"{name} {sink}.npy" for sink in ("out", "d_query", "d_key", "d_value")
+        }
         report = racecore.outofcore.run(
-            *(paths[n] for n in ("query", "key", "value")), sinks.pop("out"), lsh, d_out=paths["d_out"], d_lsh=True,
-            is_causal=is_causal, key_mask=mask, cu_seqlens=bounds, backend=name, memory_limit="4MB", **sinks,
-        )  # fmt: skip
-        results[name] = [np.load(tmp_path / f"{name} {n}.npy") for n in ("out", "d_query", "d_key", "d_value")]
+            *(paths[n] for n in ("query", "key", "value")),
+            sinks.pop("out"),
+            lsh,
+            d_out=paths["d_out"],
+            d_lsh=True,
+            is_causal=is_causal,
+            key_mask=mask,
+            cu_seqlens=bounds,
+            backend=name,
+            memory_limit="4MB",
+            **sinks,
+        )
+        results[name] = [
+            np.load(tmp_path / f"{name} {n}.npy") for n in ("out", "d_query", "d_key", "d_value")
+        ]
         results[name] += [report.d_planes, report.d_beta]
     for found, expected in zip(results[backend], results["cpu"], strict=True):
         assert np.linalg.norm(found - expected) <= 3e-5 * np.linalg.norm(expected) + 1e-3
     device = {name: put(array, backend) for name, array in x.items()}
     options = {"is_causal": is_causal, "key_mask": mask, "cu_seqlens": bounds}
-    out, saved = racecore.attention_forward(device["query"], device["key"], device["value"], lsh, **options)
+    out, saved = racecore.attention_forward(
+        device["query"], device["key"], device["value"], lsh, **options
+    )
     grads = racecore.attention_backward(device["d_out"], saved)
     at_once = [fetch(array) for array in (out, *grads[:5])]
-    n_equal = 4 if kind == "packed" else 6  # several sequences add to the gradients of planes and beta in another order
+    n_equal = (
+        4 if kind == "packed" else 6
+    )  # several sequences add to the gradients of planes and beta in another order
     for found, expected in zip(results[backend][:n_equal], at_once[:n_equal], strict=True):
         assert np.asarray(found).tobytes() == expected.tobytes()
 
@@ -286,9 +350,15 @@ def test_a_run_on_a_gpu_that_was_interrupted_goes_on(backend, tmp_path):
     def run(out, **options):
         gradients = {f"d_{n}": tmp_path / f"{out} d_{n}.npy" for n in ("query", "key", "value")}
         return racecore.outofcore.run(
-            *sources, tmp_path / f"{out}.npy", d_out=paths["d_out"], d_lsh=True, is_causal=True, memory_limit="6MB",
-            **gradients, **options,
-        )  # fmt: skip
+            *sources,
+            tmp_path / f"{out}.npy",
+            d_out=paths["d_out"],
+            d_lsh=True,
+            is_causal=True,
+            memory_limit="6MB",
+            **gradients,
+            **options,
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run("again", backend=backend, progress=stop)
@@ -318,10 +388,15 @@ def test_a_run_without_a_gpu_is_refused_before_it_begins(monkeypatch, tmp_path):
 
 def test_the_program_takes_a_backend(backend, tmp_path, capsys):
     paths = problem_of_files(tmp_path)
-    words = ["attend", *(word for n in ("query", "key", "value") for word in (f"--{n}", str(paths[n])))]
+    words = [
+        "attend",
+        *(word for n in ("query", "key", "value") for word in (f"--{n}", str(paths[n]))),
+    ]
     assert main([*words, "--out", str(tmp_path / "cuda.npy"), "--backend", "cuda"]) == 0
     assert main([*words, "--out", str(tmp_path / "cpu.npy")]) == 0
-    np.testing.assert_allclose(*(np.load(tmp_path / f"{n}.npy") for n in ("cuda", "cpu")), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        *(np.load(tmp_path / f"{n}.npy") for n in ("cuda", "cpu")), rtol=1e-4, atol=1e-6
+    )
     assert main([*words, "--out", str(tmp_path / "plan.npy"), "--backend", "cuda", "--plan"]) == 2
     assert "--plan knows the time that the CPU takes" in capsys.readouterr().err
 

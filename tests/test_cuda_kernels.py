@@ -1,6 +1,8 @@
-"""The CUDA kernels themselves: compiled by NVRTC, watched by sanitisers, changed to see that tests notice.
+"""The CUDA kernels themselves: compiled by NVRTC, watched by sanitisers, changed to see that tests
+notice.
 
-That they are right is tested where all backends are: here are the things that only kernels can get wrong.
+That they are right is tested where all backends are: here are the things that only kernels can get
+wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from racecore.runtime import cuda
 OPS = Path(racecore.__file__).parent / "ops"
 FILES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
 NAMES = ("query", "key", "value", "d_out")
-READ_NO_ROWS = {"socket/selection.cu", "cuda/sums.cu"}  # they are compiled for dtypes of the arithmetic, and with one column
+READ_NO_ROWS = {
+    "socket/selection.cu",
+    "cuda/sums.cu",
+}  # they are compiled for dtypes of the arithmetic, and with one column
 
 
 def columns_of(file: str, dtype: np.dtype) -> tuple[int, ...]:
@@ -34,19 +39,31 @@ def columns_of(file: str, dtype: np.dtype) -> tuple[int, ...]:
 
 def test_all_files_are_found():
     assert FILES == [
-        "bidirectional/kernels.cu", "causal/kernels.cu", "socket/kernels.cu", "socket/selection.cu", "soft_hash/kernels.cu",
+        "bidirectional/kernels.cu",
+        "causal/kernels.cu",
+        "socket/kernels.cu",
+        "socket/selection.cu",
+        "soft_hash/kernels.cu",
         "cuda/sums.cu",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles(architecture):
-    """For every dtype and number of columns; in float32 and 16 bits, with next to nothing spilled to memory."""
-    instances = [(file, dtype, columns) for file in FILES for dtype in DTYPES.values() for columns in columns_of(file, dtype)]
+    """For every dtype and number of columns; in float32 and 16 bits, with next to nothing spilled
+    to memory.
+    """
+    instances = [
+        (file, dtype, columns)
+        for file in FILES
+        for dtype in DTYPES.values()
+        for columns in columns_of(file, dtype)
+    ]
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(
-            lambda x: nvrtc.compiled(cuda.source(x[0]), cuda.options(x[1], x[2]), architecture), instances
+            lambda x: nvrtc.compiled(cuda.source(x[0]), cuda.options(x[1], x[2]), architecture),
+            instances,
         )
         for (file, dtype, columns), (binary, log) in zip(instances, results, strict=True):
             assert binary.startswith(b"\x7fELF")
@@ -68,7 +85,9 @@ def test_no_atomics_and_no_short_offsets():
         counts = re.findall(r"atomicAdd\((\w+) ", text)
         assert all(f"unsigned* {name}" in text for name in counts), path
         assert text.count("atomic") == len(counts), path
-        assert not re.search(r"\b(unsigned|long|short)\b(?! long)(?! short)(?=.*offset)", text), path
+        assert not re.search(r"\b(unsigned|long|short)\b(?! long)(?! short)(?=.*offset)", text), (
+            path
+        )
 
 
 @pytest.mark.parametrize("of_socket", [False, True])
@@ -106,7 +125,13 @@ def test_a_changed_kernel_is_noticed(what):
 
 
 @pytest.mark.parametrize(
-    "file", ["bidirectional/kernels.cu", "causal/kernels.cu", "soft_hash/soft_hash.cuh", "socket/selection.cu"]
+    "file",
+    [
+        "bidirectional/kernels.cu",
+        "causal/kernels.cu",
+        "soft_hash/soft_hash.cuh",
+        "socket/selection.cu",
+    ],
 )
 def test_a_missing_barrier_is_noticed(file):
     removals = [m for m in mutations.barriers() if m.file == file]
@@ -118,8 +143,24 @@ def backend(request):
     return request.param
 
 
-LARGE = Problem(0, 2, 1100, 1100, 4, 2, 20, 9, 3, 3, 1.2, 1.0, mask="random", has_initial_state=True, has_d_state=True,
-                beta_per_head=True)  # fmt: skip
+LARGE = Problem(
+    0,
+    2,
+    1100,
+    1100,
+    4,
+    2,
+    20,
+    9,
+    3,
+    3,
+    1.2,
+    1.0,
+    mask="random",
+    has_initial_state=True,
+    has_d_state=True,
+    beta_per_head=True,
+)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -143,7 +184,9 @@ def test_a_state_too_large_for_shared_memory(backend, is_causal):
     problem = Problem(1, None, 40, 40, 2, 1, 6, 33, 5, 9, 1.0, 1.0, is_causal=is_causal)
     found, expected = (run_library(problem, "float64", name) for name in (backend, "reference"))
     for name in ("out", "d_query", "d_key", "d_value", "d_planes"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-11 * np.abs(expected[name]).max())
+        np.testing.assert_allclose(
+            found[name], expected[name], rtol=1e-9, atol=1e-11 * np.abs(expected[name]).max()
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -151,8 +194,13 @@ def test_conversions_of_16_bits(backend, dtype):
     """Values go through unchanged, and NaN stays NaN: one key, and the answer is its value."""
     every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
     values = every.reshape(1 << 10, 1, 1, 64)
-    query, key = np.ones((1 << 10, 1, 1, 4), DTYPES[dtype]), np.ones((1 << 10, 1, 1, 4), DTYPES[dtype])
-    lsh = racecore.SoftLSH(np.zeros((1, 1, 4)), 0.0)  # one key has the mass 1/2 in both buckets: nothing is rounded
+    query, key = (
+        np.ones((1 << 10, 1, 1, 4), DTYPES[dtype]),
+        np.ones((1 << 10, 1, 1, 4), DTYPES[dtype]),
+    )
+    lsh = racecore.SoftLSH(
+        np.zeros((1, 1, 4)), 0.0
+    )  # one key has the mass 1/2 in both buckets: nothing is rounded
     out = fetch(racecore.attention(*(put(x, backend) for x in (query, key, values)), lsh)).ravel()
     finite = np.isfinite(every.astype(np.float32))
     normal = finite & (np.abs(every.astype(np.float32)) >= np.finfo(np.float32).tiny * 2)
@@ -167,4 +215,8 @@ def test_kernels_are_compiled_once_and_only_when_used():
         before = dict(cuda._modules)
         racecore.attention(rows, rows, rows)
         assert cuda._modules == before
-        assert not [key for key in before if key[3] == "float64" and key[4] == 4 and key[2] == "soft_hash/kernels.cu"]
+        assert not [
+            key
+            for key in before
+            if key[3] == "float64" and key[4] == 4 and key[2] == "soft_hash/kernels.cu"
+        ]

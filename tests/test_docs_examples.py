@@ -1,4 +1,6 @@
-"""What readers copy has to run: examples, Python blocks of the pages, docstring examples, README's commands, the formulas."""
+"""What readers copy has to run: examples, Python blocks of the pages, docstring examples, README's
+commands, the formulas.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
-    "README.md", "docs/index.md", "docs/quickstart.md", "docs/when_to_use.md", "docs/long_inputs.md", "docs/serving.md",
-    "docs/socket.md", "docs/torch.md", "docs/jax.md",
-]  # fmt: skip
+    "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
+    "docs/when_to_use.md",
+    "docs/long_inputs.md",
+    "docs/serving.md",
+    "docs/socket.md",
+    "docs/torch.md",
+    "docs/jax.md",
+]
 EXAMPLES = {  # arguments that make them small, and what they must have come to say
     "quickstart.py": (["--tokens", "3000"], "a state that does not grow"),
     "gradient_check.py": (["--tokens", "40"], "worst relative error"),
@@ -26,31 +35,60 @@ EXAMPLES = {  # arguments that make them small, and what they must have come to 
     "jax_training.py": (["--quick"], "right on fresh sequences"),
     "sparse_decoding.py": (["--tokens", "3000"], "tokens chosen by each of 8 heads"),
 }
-TRAIN = {"character_model.py", "pixel_digits.py", "convert_model.py"}  # in PyTorch: see test_examples_torch.py
+TRAIN = {
+    "character_model.py",
+    "pixel_digits.py",
+    "convert_model.py",
+}  # in PyTorch: see test_examples_torch.py
 MEASURE = {"socket_study.py", "long_cache.py"}  # see test_socket_study.py and test_long_cache.py
 SHARED = {
-    "data_sets.py", "layers.py", "pictures.py", "socket_data.py", "socket_methods.py", "socket_pictures.py", "socket_real.py",
+    "data_sets.py",
+    "layers.py",
+    "pictures.py",
+    "socket_data.py",
+    "socket_methods.py",
+    "socket_pictures.py",
+    "socket_real.py",
     "socket_tables.py",
 }  # by those; fmt: skip
 NEEDS = {  # packages beyond those of the tests
-    "jax_training.py": "jax", "docs/jax.md": "jax", ".adapters.jax": "jax",
-    "docs/torch.md": "torch", ".adapters.torch": "torch", ".adapters.torch.module": "torch", ".adapters.torch.cache": "torch",
-}  # fmt: skip
+    "jax_training.py": "jax",
+    "docs/jax.md": "jax",
+    ".adapters.jax": "jax",
+    "docs/torch.md": "torch",
+    ".adapters.torch": "torch",
+    ".adapters.torch.module": "torch",
+    ".adapters.torch.cache": "torch",
+}
 MODULES = [
-    "", ".attention", ".soft_lsh", ".state", ".threads", ".exact", ".socket_index", ".sparse", ".adapters.jax",
-    ".adapters.torch", ".adapters.torch.module", ".adapters.torch.cache",
-]  # fmt: skip
+    "",
+    ".attention",
+    ".soft_lsh",
+    ".state",
+    ".threads",
+    ".exact",
+    ".socket_index",
+    ".sparse",
+    ".adapters.jax",
+    ".adapters.torch",
+    ".adapters.torch.module",
+    ".adapters.torch.cache",
+]
 
 
 def skip_without_what_it_needs(name: str) -> None:
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs")
+        pytest.importorskip(
+            NEEDS[name], reason=f"{NEEDS[name]} is not installed, which {name} needs"
+        )
 
 
 def blocks(page: str, language: str) -> list[str]:
     """Return the fenced blocks of a page, dedented; those marked `notest` are left out."""
     text = (ROOT / page).read_text()
-    found = re.finditer(rf"^( *)```{language}([^\n]*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
+    found = re.finditer(
+        rf"^( *)```{language}([^\n]*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE
+    )
     return [textwrap.dedent(match[3]) for match in found if "notest" not in match[2]]
 
 

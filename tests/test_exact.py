@@ -21,10 +21,16 @@ def brute(q, k, v, power, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_a_loop(causal):
     rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((300, 4, 5)), rng.standard_normal((300, 2, 5)), rng.standard_normal((300, 2, 3))
+    q, k, v = (
+        rng.standard_normal((300, 4, 5)),
+        rng.standard_normal((300, 2, 5)),
+        rng.standard_normal((300, 2, 3)),
+    )
     out = racecore.exact.angular_attention(q, k, v, 3, is_causal=causal)
     np.testing.assert_allclose(out, brute(q, k, v, 3, causal), rtol=1e-10, atol=1e-12)
-    batched = racecore.exact.angular_attention(*(x[None].astype(np.float32) for x in (q, k, v)), 3, is_causal=causal)
+    batched = racecore.exact.angular_attention(
+        *(x[None].astype(np.float32) for x in (q, k, v)), 3, is_causal=causal
+    )
     assert batched.dtype == np.float32
     np.testing.assert_allclose(batched[0], out, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +63,9 @@ def test_lengths_of_rows_do_not_matter(scale):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((20, 1, 4)) for _ in range(3))
     expected = racecore.exact.angular_attention(q, k, v, 3)
-    np.testing.assert_allclose(racecore.exact.angular_attention(q * scale, k * scale, v, 3), expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        racecore.exact.angular_attention(q * scale, k * scale, v, 3), expected, rtol=1e-10
+    )
 
 
 def test_a_large_power_picks_the_nearest_key():

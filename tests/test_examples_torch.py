@@ -1,4 +1,6 @@
-"""The examples that train run to their end in seconds, without a network, and say what the guides say that they say."""
+"""The examples that train run to their end in seconds, without a network, and say what the guides
+say that they say.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,26 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 pytest.importorskip("torch", reason="torch is not installed; these examples train with it")
 
 
-def run(name: str, folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    name: str, folder: pathlib.Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run an example in a folder, on one thread, with warnings as errors."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=240
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
 def quick(name: str, folder: pathlib.Path, *arguments: str) -> tuple[str, dict]:
     """Run an example's quick form; return what it printed and the record that it wrote."""
-    done = run(name, folder, "--quick", "--threads", "1", "--out", "result", *arguments, PIP_NO_INDEX="1")
+    done = run(
+        name, folder, "--quick", "--threads", "1", "--out", "result", *arguments, PIP_NO_INDEX="1"
+    )
     assert done.returncode == 0, done.stderr
     assert "fetching" not in done.stdout
     assert (folder / "result.png").stat().st_size > 5_000
@@ -37,11 +48,16 @@ def quick(name: str, folder: pathlib.Path, *arguments: str) -> tuple[str, dict]:
 def test_character_model_learns_with_every_attention(tmp_path):
     printed, record = quick("character_model.py", tmp_path, "--all")
     kinds = [result["kind"] for result in record["results"]]
-    assert kinds == ["softmax", *(f"RACE {r} ({n}, {n})" for r in ("ratio", "bucket_mean") for n in (4, 2))]
+    assert kinds == [
+        "softmax",
+        *(f"RACE {r} ({n}, {n})" for r in ("ratio", "bucket_mean") for n in (4, 2)),
+    ]
     for result in record["results"]:
         assert result["loss"] < 2.4  # evenly spread over 21 characters it is 3.04
         assert result["curve"][0][1] > result["loss"]
-        assert re.search(rf"^{re.escape(result['kind'])} +{result['loss']:.3f} ", printed, re.MULTILINE)
+        assert re.search(
+            rf"^{re.escape(result['kind'])} +{result['loss']:.3f} ", printed, re.MULTILINE
+        )
 
 
 def test_character_model_times_steps(tmp_path):
@@ -53,13 +69,20 @@ def test_character_model_times_steps(tmp_path):
 
 def test_pixel_digits(tmp_path):
     _, record = quick("pixel_digits.py", tmp_path)
-    assert [result["kind"] for result in record["results"]] == ["softmax", "RACE ratio (4, 4)", "RACE ratio (2, 2)"]
+    assert [result["kind"] for result in record["results"]] == [
+        "softmax",
+        "RACE ratio (4, 4)",
+        "RACE ratio (2, 2)",
+    ]
     for result in record["results"]:
         assert result["curve"][-1][1] > 0.3  # one in ten by chance
 
 
 def test_convert_model(tmp_path):
-    pytest.importorskip("transformers", reason="transformers is not installed; this example converts one of its models")
+    pytest.importorskip(
+        "transformers",
+        reason="transformers is not installed; this example converts one of its models",
+    )
     _, record = quick("convert_model.py", tmp_path)
     results = record["results"]
     assert results["layers"] == [1, 3]
@@ -70,7 +93,11 @@ def test_convert_model(tmp_path):
 
 def test_whoever_has_no_network_is_told_what_to_do(tmp_path):
     done = run(
-        "pixel_digits.py", tmp_path, XDG_CACHE_HOME=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path)
+        "pixel_digits.py",
+        tmp_path,
+        XDG_CACHE_HOME=str(tmp_path),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path),
     )
     assert done.returncode == 1
     assert "pip could not download it; is there a network" in done.stderr
@@ -78,11 +105,17 @@ def test_whoever_has_no_network_is_told_what_to_do(tmp_path):
 
 
 def test_the_study_of_sparse_decoding_takes_the_rows_of_a_model_that_was_trained(tmp_path):
-    done = run("socket_study.py", tmp_path, "--quick", "--only", "real", "--out", "found", PIP_NO_INDEX="1")
+    done = run(
+        "socket_study.py", tmp_path, "--quick", "--only", "real", "--out", "found", PIP_NO_INDEX="1"
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "found" / "study.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {"layer 1", "layer 2"}
-    mass = {(row["method"], row["part"]): row["mass"][0] for row in rows if row["table"] == "methods" and row["kept"] == 5}
+    mass = {
+        (row["method"], row["part"]): row["mass"][0]
+        for row in rows
+        if row["table"] == "methods" and row["kept"] == 5
+    }
     for part in ("layer 1", "layer 2"):
         assert mass["oracle", part] >= mass["signed_jl", part] > mass["random", part]
     assert "validation loss" in done.stdout
@@ -96,16 +129,26 @@ def test_the_rows_of_a_model_are_those_that_its_attention_gets(monkeypatch):
     import torch
     from layers import SOFTMAX
 
-    model = character_model.CharacterModel(9, character_model.Plan(dim=16, heads=2, layers=2, width=0), SOFTMAX)
+    model = character_model.CharacterModel(
+        9, character_model.Plan(dim=16, heads=2, layers=2, width=0), SOFTMAX
+    )
     characters, outputs = torch.randint(9, (1, 40)), []
     cache = socket_real.last_rows(model, characters)
-    assert (cache.query.shape, cache.key.shape, cache.value.shape) == ((1, 1, 4, 8), (1, 40, 4, 8), (1, 40, 4, 8))
+    assert (cache.query.shape, cache.key.shape, cache.value.shape) == (
+        (1, 1, 4, 8),
+        (1, 40, 4, 8),
+        (1, 40, 4, 8),
+    )
     for block in model.blocks[:-1]:
-        block.attention.out.register_forward_pre_hook(lambda _, rows: outputs.append(rows[0][0, -1].detach().numpy()))
+        block.attention.out.register_forward_pre_hook(
+            lambda _, rows: outputs.append(rows[0][0, -1].detach().numpy())
+        )
     model(characters)
     weights = socket_methods.true_weights(cache)
     np.testing.assert_allclose(
-        np.einsum("ht,thd->hd", weights[0], cache.value[0]), np.concatenate(outputs).reshape(4, 8), atol=1e-5
+        np.einsum("ht,thd->hd", weights[0], cache.value[0]),
+        np.concatenate(outputs).reshape(4, 8),
+        atol=1e-5,
     )
 
 
@@ -141,7 +184,9 @@ def test_markup_is_taken_out(data_sets):
 |}
 * From 0.75 to 52&nbsp;mm [http://example.org see].
 [[Category:Ants]]"""
-    assert data_sets.plain(wikitext) == ("Ants are insects of the clan\n\nFormicidae.\n\nFrom 0.75 to 52 mm see.")
+    assert data_sets.plain(wikitext) == (
+        "Ants are insects of the clan\n\nFormicidae.\n\nFrom 0.75 to 52 mm see."
+    )
 
 
 def test_data_that_changed_is_refused(data_sets, tmp_path, monkeypatch):

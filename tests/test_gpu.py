@@ -95,14 +95,18 @@ def test_more_heads_than_a_grid_is_wide(cupy):
     out = fetch(racecore.attention(q, q, q, is_causal=True))
     for index in (0, 17_000, 34_999):
         one = fetch(
-            racecore.attention(q[index : index + 1], q[index : index + 1], q[index : index + 1], is_causal=True)
+            racecore.attention(
+                q[index : index + 1], q[index : index + 1], q[index : index + 1], is_causal=True
+            )
         )
         np.testing.assert_allclose(out[index : index + 1], one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rows_beyond_two_to_the_31(cupy, dtype):
-    """The last rows of 2^31 + 2^20 elements are those of a short sequence with the same state before it."""
+    """The last rows of 2^31 + 2^20 elements are those of a short sequence with the same state
+    before it.
+    """
     heads, dim = 4, 128
     tokens = ((1 << 31) + (1 << 20)) // (heads * dim)
     if cupy.cuda.runtime.memGetInfo()[0] < 5 * tokens * heads * dim * 2:
@@ -111,10 +115,14 @@ def test_rows_beyond_two_to_the_31(cupy, dtype):
     q[:, -100:] = put(rows(100, dim=dim).astype(arrays.dtype_of(dtype)), GPU)
     lsh = racecore.SoftLSH.random(head_dim=dim, n_tables=2, n_planes=2, rng=0)
     out = racecore.attention(q, q, q, lsh, is_causal=True)
-    _, state = racecore.attention(q[:, :-100], q[:, :-100], q[:, :-100], lsh, is_causal=True, return_state=True)
+    _, state = racecore.attention(
+        q[:, :-100], q[:, :-100], q[:, :-100], lsh, is_causal=True, return_state=True
+    )
     end = q[:, -100:]
     expected = racecore.attention(end, end, end, lsh, is_causal=True, initial_state=state)
-    np.testing.assert_allclose(*(fetch(x).astype(np.float32) for x in (out[:, -100:], expected)), rtol=2e-2, atol=1e-7)
+    np.testing.assert_allclose(
+        *(fetch(x).astype(np.float32) for x in (out[:, -100:], expected)), rtol=2e-2, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
@@ -136,7 +144,9 @@ def test_compute_sanitizer_has_nothing_to_say(tool):
         "CUPY_CACHE_IN_MEMORY": "1",
     }
     command = [program, f"--tool={tool}", "--error-exitcode=66", sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
@@ -150,13 +160,19 @@ def test_long_sequences_agree_with_the_cpu(cupy):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_agree_with_tensor_cores_and_without(cupy, is_causal, monkeypatch):
-    """What is rounded to bfloat16 in the end differs in its last bit now and then; float64 gradients by float32's rounding."""
+    """What is rounded to bfloat16 in the end differs in its last bit now and then; float64
+    gradients by float32's rounding.
+    """
     device = [put(rows(1 << 17, arrays.dtype_of("bfloat16"), seed), GPU) for seed in range(4)]
     results = []
     for limit in (call.TENSOR_CORES_FROM, 1 << 30):
         monkeypatch.setattr(call, "TENSOR_CORES_FROM", limit)
-        out, saved = racecore.attention_forward(*device[:3], racecore.SoftLSH.random(64, rng=0), is_causal=is_causal)
-        results.append([fetch(x) for x in (out, *racecore.attention_backward(device[3], saved)[:4])])
+        out, saved = racecore.attention_forward(
+            *device[:3], racecore.SoftLSH.random(64, rng=0), is_causal=is_causal
+        )
+        results.append(
+            [fetch(x) for x in (out, *racecore.attention_backward(device[3], saved)[:4])]
+        )
     for ours, theirs in zip(*results, strict=True):
         limit = 2e-5 if ours.dtype == np.float64 else 1e-3
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
@@ -167,13 +183,18 @@ def test_tensors_of_torch(cupy):
     torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
     problem = next(p for p in PROBLEMS if p.is_causal and p.n_keys == 100 and p.bounds is None)
     x = problem.arrays("float32")
-    q, k, v = (torch.tensor(np.ascontiguousarray(y)).cuda().to(torch.bfloat16) for y in (x.query, x.key, x.value))
+    q, k, v = (
+        torch.tensor(np.ascontiguousarray(y)).cuda().to(torch.bfloat16)
+        for y in (x.query, x.key, x.value)
+    )
     lsh = racecore.SoftLSH(x.planes, x.beta)
     with torch.cuda.stream(torch.cuda.Stream()):
         out = racecore.attention(q, k, v, lsh, is_causal=True, readout=problem.readout)
     assert (out.dtype, out.device) == (torch.bfloat16, q.device)
     if problem.mask is None and not problem.has_initial_state:
-        np.testing.assert_allclose(out.float().cpu(), run_oracle(problem, "float32")["out"], rtol=0.1, atol=0.05)
+        np.testing.assert_allclose(
+            out.float().cpu(), run_oracle(problem, "float32")["out"], rtol=0.1, atol=0.05
+        )
 
 
 def test_every_problem_in_16_bits_without_a_copy_of_the_inputs(cupy):
@@ -194,7 +215,10 @@ def decoded(arrays, lsh, backend=None, **options):
     """Return all that a decoded token is made of."""
     index = racecore.SocketIndex(lsh)
     index.append(arrays[1], arrays[2], backend=backend)
-    query, options = arrays[0], {"budget": 0.05, "sink": 16, "window": 32, "backend": backend} | options
+    query, options = (
+        arrays[0],
+        {"budget": 0.05, "sink": 16, "window": 32, "backend": backend} | options,
+    )
     found = [
         index.hashed.codes,
         index.hashed.norms,
@@ -276,7 +300,9 @@ def test_a_cache_of_torch_is_searched_where_it_is(cupy):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_tensors_of_torch_on_its_current_stream(cupy, name):
-    """The same bits as CuPy's arrays give, in memory of PyTorch's pool, behind work that the default stream would overtake."""
+    """The same bits as CuPy's arrays give, in memory of PyTorch's pool, behind work that the
+    default stream would overtake.
+    """
     torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
     if not torch.cuda.is_available():
         pytest.skip("this build of torch has no CUDA")
@@ -287,7 +313,9 @@ def test_tensors_of_torch_on_its_current_stream(cupy, name):
     lsh = racecore.SoftLSH.random(64, rng=0)
     expected = forward_backward(*(put(x, GPU) for x in host), lsh=lsh)
     expected = [fetch(x).view(np.uint8) for x in expected[:4]]
-    sources = [torch.from_numpy(x.view(np.int16 if name == "bfloat16" else dtype)).cuda() for x in host]
+    sources = [
+        torch.from_numpy(x.view(np.int16 if name == "bfloat16" else dtype)).cuda() for x in host
+    ]
     sources = [x.view(getattr(torch, name)) for x in sources]
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

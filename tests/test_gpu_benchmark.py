@@ -1,4 +1,6 @@
-"""asv_benchmarks/gpu.py, as far as it goes without a GPU: its checks on the CPU, its arithmetic, its table."""
+"""asv_benchmarks/gpu.py, as far as it goes without a GPU: its checks on the CPU, its arithmetic,
+its table.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
     with fake_cupy.install() as cupy:
         error = gpu._difference(300, np.float32, lsh, is_causal=is_causal)
         assert 0 < error < 1e-5
-        assert 0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3  # by tensor cores
+        assert (
+            0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3
+        )  # by tensor cores
         monkeypatch.setattr(
-            cupy, "asarray", lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x)
+            cupy,
+            "asarray",
+            lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x),
         )
         assert gpu._difference(300, np.float32, lsh, is_causal=is_causal) > 1e-4
 
@@ -45,20 +51,31 @@ def test_bytes_are_those_of_the_passes(gpu):
 
 
 def test_the_table_tells_where_softmax_is_overtaken(gpu):
-    rows = [gpu.Row("racecore S=8", True, 1 << p, 0.1, 0.3 * 2 ** (p - 12), 0.5, 0.75) for p in (12, 13, 14)]
+    rows = [
+        gpu.Row("racecore S=8", True, 1 << p, 0.1, 0.3 * 2 ** (p - 12), 0.5, 0.75)
+        for p in (12, 13, 14)
+    ]
     rows += [gpu.Row("SDPA, torch", True, 1 << p, 0.05, 0.1 * 4 ** (p - 12)) for p in (12, 13, 14)]
     printed = gpu.table(rows)
-    assert "racecore S=8, causal: faster than SDPA forward + backward from 16,384 tokens on" in printed
+    assert (
+        "racecore S=8, causal: faster than SDPA forward + backward from 16,384 tokens on" in printed
+    )
     assert "50%     75%" in printed
     assert "with tensor cores" not in printed
 
 
 def test_the_table_tells_what_tensor_cores_bring(gpu):
     assert [name for name, _ in gpu.methods()[:5]] == [
-        "racecore S=8", "racecore S=24", "racecore S=64", "racecore plain S=24", "racecore plain S=64",
-    ]  # fmt: skip
+        "racecore S=8",
+        "racecore S=24",
+        "racecore S=64",
+        "racecore plain S=24",
+        "racecore plain S=64",
+    ]
     rows = [gpu.Row("racecore S=64", True, 1 << p, 0.1 * p, 0.3, 0.5, 0.75) for p in (12, 13, 14)]
-    rows += [gpu.Row("racecore plain S=64", True, 1 << p, 0.2 * p, 0.9, 0.5, 0.75) for p in (12, 13)]
+    rows += [
+        gpu.Row("racecore plain S=64", True, 1 << p, 0.2 * p, 0.9, 0.5, 0.75) for p in (12, 13)
+    ]
     (line,) = gpu.gains(rows)
     assert line == (
         "racecore S=64, causal, 8,192 tokens, with tensor cores and without: "
@@ -83,7 +100,10 @@ def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):
     gpu.main()
     printed = capsys.readouterr().out
     assert "expected 3.35 TB/s" in printed
-    assert "expected of a decoded token 3.35 TB/s: dense 1.28 ms, head 0.66 ms, group 0.28 ms" in printed
+    assert (
+        "expected of a decoded token 3.35 TB/s: dense 1.28 ms, head 0.66 ms, group 0.28 ms"
+        in printed
+    )
 
 
 def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
@@ -103,11 +123,17 @@ def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
 
         steps = list(socket.steps(rows, seconds, float("inf"), contexts=(700,)))
         assert not list(socket.steps(rows, seconds, 0.0))  # no time left
-    assert [(step.way, step.context) for step in steps] == [("dense", 700), ("head", 700), ("group", 700)]
+    assert [(step.way, step.context) for step in steps] == [
+        ("dense", 700),
+        ("head", 700),
+        ("group", 700),
+    ]
     assert all(out.shape == (1, 1, 32, 128) for out in calls)
     assert [step.n_bytes for step in steps] == [
-        700 * 8 * 512, 700 * (8 * 62 + 24 * 32) + 291 * 32 * 528, 700 * (8 * 62 + 24 * 8) + 291 * 8 * 528,
-    ]  # fmt: skip
+        700 * 8 * 512,
+        700 * (8 * 62 + 24 * 32) + 291 * 32 * 528,
+        700 * (8 * 62 + 24 * 8) + 291 * 8 * 528,
+    ]
     printed = socket.table(steps, 1e12)
     assert "racecore, head                               700    0.500     2.00x" in printed
     assert capsys.readouterr().out.startswith("check float32  SOCKET")
@@ -116,7 +142,9 @@ def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
 def test_a_wrong_token_is_noticed(gpu, monkeypatch):
     with fake_cupy.install() as cupy:
         monkeypatch.setattr(
-            cupy, "asarray", lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x)
+            cupy,
+            "asarray",
+            lambda x, real=cupy.asarray: real(x * np.float32(1.01) if x.ndim == 4 else x),
         )
         with pytest.raises(SystemExit, match="WRONG"):
             gpu.gpu_socket.check()

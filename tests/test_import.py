@@ -17,7 +17,11 @@ print(json.dumps({"seconds": seconds, "heavy": heavy}))
 
 def test_import_is_quick_and_light():
     runs = [
-        json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout)
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for _ in range(3)
     ]
     assert runs[0]["heavy"] == []

@@ -1,4 +1,6 @@
-"""The JAX adapter against the oracle, against racecore on NumPy arrays, and under every transformation of JAX that it takes."""
+"""The JAX adapter against the oracle, against racecore on NumPy arrays, and under every
+transformation of JAX that it takes.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,19 @@ def x64():
 
 def problem(**changes: Any) -> Problem:
     kind: dict[str, Any] = dict(
-        seed=200, batch=2, n_queries=37, n_keys=37, n_heads=4, n_kv_heads=2, head_dim=5, value_dim=3, n_tables=3, n_planes=2,
-        beta=1.5, spread=1.0,
-    )  # fmt: skip
+        seed=200,
+        batch=2,
+        n_queries=37,
+        n_keys=37,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=5,
+        value_dim=3,
+        n_tables=3,
+        n_planes=2,
+        beta=1.5,
+        spread=1.0,
+    )
     return Problem(**(kind | changes))
 
 
@@ -49,14 +61,25 @@ KINDS = {
     "bidirectional": problem(n_queries=21),
     "causal": problem(is_causal=True),
     "masked": problem(is_causal=True, mask="whole", batch=3),
-    "packed": problem(batch=None, bounds=(0, 3, 3, 30, 37), is_causal=True, planes_per_head=True, beta_per_head=True),
+    "packed": problem(
+        batch=None,
+        bounds=(0, 3, 3, 30, 37),
+        is_causal=True,
+        planes_per_head=True,
+        beta_per_head=True,
+    ),
     "packed, bidirectional": problem(batch=1, bounds=(0, 11, 37)),
 }
 
 
 def inputs_of(kind: Problem, dtype: str) -> tuple[list[np.ndarray], dict[str, Any], np.ndarray]:
     x = kind.arrays(dtype)
-    options = {"is_causal": kind.is_causal, "readout": kind.readout, "key_mask": x.key_mask, "cu_seqlens": x.cu_seqlens}
+    options = {
+        "is_causal": kind.is_causal,
+        "readout": kind.readout,
+        "key_mask": x.key_mask,
+        "cu_seqlens": x.cu_seqlens,
+    }
     return [x.query, x.key, x.value, x.planes, np.asarray(x.beta)], options, x.d_out
 
 
@@ -65,11 +88,16 @@ def numpy_results(arrays: list[Any], options: dict[str, Any], d_out: Any) -> dic
     lsh = racecore.SoftLSH(arrays[3], arrays[4])
     out, saved = racecore.attention_forward(*arrays[:3], lsh, **options)
     grads = racecore.attention_backward(d_out, saved)
-    found = {name: np.asarray(getattr(grads, name)).astype(x.dtype) for name, x in zip(NAMES, arrays, strict=True)}
+    found = {
+        name: np.asarray(getattr(grads, name)).astype(x.dtype)
+        for name, x in zip(NAMES, arrays, strict=True)
+    }
     return {"out": out, **found}
 
 
-def jax_results(arrays: list[Any], options: dict[str, Any], d_out: Any, wrap: Any = jax.jit) -> dict[str, Any]:
+def jax_results(
+    arrays: list[Any], options: dict[str, Any], d_out: Any, wrap: Any = jax.jit
+) -> dict[str, Any]:
     def both(arguments: Any, g: Any) -> Any:
         out, pull = jax.vjp(lambda *a: race_attention(*a, **options), *arguments)
         return out, pull(g)
@@ -82,7 +110,9 @@ def assert_equal_bits(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), err_msg=name, strict=True)
+        np.testing.assert_array_equal(
+            np.asarray(found[name]), np.asarray(array), err_msg=name, strict=True
+        )
 
 
 @pytest.mark.usefixtures("x64")
@@ -92,7 +122,9 @@ def test_agrees_with_the_oracle_in_float64(kind: str, readout: str) -> None:
     arrays, options, d_out = inputs_of(KINDS[kind], "float64")
     options["readout"] = readout
     found = jax_results(arrays, options, d_out)
-    expected = oracle.gradients(*arrays, d_out, **options) | {"out": oracle.attention(*arrays, **options)[0]}
+    expected = oracle.gradients(*arrays, d_out, **options) | {
+        "out": oracle.attention(*arrays, **options)[0]
+    }
     for name, array in expected.items():
         assert found[name].dtype == np.float64
         assert relative_error(found[name], array) <= 1e-9, name
@@ -102,7 +134,14 @@ def test_agrees_with_the_oracle_in_float64(kind: str, readout: str) -> None:
 @pytest.mark.parametrize("kind", ["bidirectional", "masked", "packed"])
 def test_gradients_equal_differences(kind: str) -> None:
     arrays, options, _ = inputs_of(KINDS[kind], "float64")
-    check_grads(lambda *a: race_attention(*a, **options), arrays, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+    check_grads(
+        lambda *a: race_attention(*a, **options),
+        arrays,
+        order=1,
+        modes=["rev"],
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -111,12 +150,18 @@ def test_equal_bits_with_numpy_arrays(kind: str, dtype: str) -> None:
     arrays, options, d_out = inputs_of(KINDS[kind], dtype)
     arrays[3:] = [x.astype(np.float32) for x in arrays[3:]]
     for wrap in (jax.jit, lambda function: function):
-        assert_equal_bits(jax_results(arrays, options, d_out, wrap), numpy_results(arrays, options, d_out))
+        assert_equal_bits(
+            jax_results(arrays, options, d_out, wrap), numpy_results(arrays, options, d_out)
+        )
 
 
 @pytest.mark.parametrize("batch", [None, 1, 3])
-def test_long_sequences_give_the_bits_of_saved_states(batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several segments, and several chunks: backward starts from states summed again, forward's were kept."""
+def test_long_sequences_give_the_bits_of_saved_states(
+    batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several segments, and several chunks: backward starts from states summed again, forward's
+    were kept.
+    """
     from racecore import inputs
 
     kind = problem(batch=batch, n_queries=3 * 1024 + 7, n_keys=3 * 1024 + 7, is_causal=True)
@@ -132,10 +177,12 @@ def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.Monkey
 
     wanted = []
     monkeypatch.setattr(
-        task, "saved_without_forward",
-        lambda *a, wrt, original=task.saved_without_forward, **o: wanted.append(wrt) or original(
-            *a, wrt=wrt, **o)
-    )  # fmt: skip
+        task,
+        "saved_without_forward",
+        lambda *a, wrt, original=task.saved_without_forward, **o: (
+            wanted.append(wrt) or original(*a, wrt=wrt, **o)
+        ),
+    )
     arrays, options, _ = inputs_of(KINDS["causal"], "float32")
     arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
     for argnums in ((0, 2), (4,), (0, 1, 2, 3, 4)):
@@ -146,7 +193,9 @@ def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.Monkey
 
 
 def test_one_set_of_gradients_is_not_taken_for_another() -> None:
-    """JAX traces the forward rule once for every set and keeps what it traced: sets asked for in turns stay apart."""
+    """JAX traces the forward rule once for every set and keeps what it traced: sets asked for in
+    turns stay apart.
+    """
     arrays, options, _ = inputs_of(KINDS["causal"], "float32")
     arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
 
@@ -163,7 +212,13 @@ def test_one_set_of_gradients_is_not_taken_for_another() -> None:
 
 @pytest.mark.parametrize(
     "axes",
-    [(0, 0, 0, None, None), (0, None, None, None, None), (1, 0, 0, 0, None), (None, 2, 0, None, 0), (0, 0, 0, 0, 0)],
+    [
+        (0, 0, 0, None, None),
+        (0, None, None, None, None),
+        (1, 0, 0, 0, None),
+        (None, 2, 0, None, 0),
+        (0, 0, 0, 0, 0),
+    ],
 )
 @pytest.mark.parametrize("kind", ["bidirectional", "masked"])
 def test_vmap_equals_a_loop(kind: str, axes: tuple[int | None, ...]) -> None:
@@ -171,7 +226,9 @@ def test_vmap_equals_a_loop(kind: str, axes: tuple[int | None, ...]) -> None:
     arrays, options, _ = inputs_of(KINDS[kind], "float32")
     arrays = [np.asarray(x, np.float32) for x in arrays]
     stacked = [
-        x if axis is None else np.stack([x * factor for factor in rng.uniform(0.5, 1.5, 3).astype(np.float32)], axis)
+        x
+        if axis is None
+        else np.stack([x * factor for factor in rng.uniform(0.5, 1.5, 3).astype(np.float32)], axis)
         for x, axis in zip(arrays, axes, strict=True)
     ]
 
@@ -181,17 +238,26 @@ def test_vmap_equals_a_loop(kind: str, axes: tuple[int | None, ...]) -> None:
     def loss(*a: Any) -> Any:
         return (race_attention(*a, **options) ** 2).sum()
 
-    for each in (function, jax.grad(loss, argnums=(0, 1, 2)), jax.grad(loss, argnums=(0, 1, 2, 3, 4))):
+    for each in (
+        function,
+        jax.grad(loss, argnums=(0, 1, 2)),
+        jax.grad(loss, argnums=(0, 1, 2, 3, 4)),
+    ):
         found = jax.jit(jax.vmap(each, in_axes=axes))(*stacked)
         for i in range(3):
-            one = [x if axis is None else np.take(x, i, axis) for x, axis in zip(stacked, axes, strict=True)]
+            one = [
+                x if axis is None else np.take(x, i, axis)
+                for x, axis in zip(stacked, axes, strict=True)
+            ]
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(each(*one)), strict=True):
                 np.testing.assert_array_equal(a[i], b)
 
 
 def test_several_mapped_axes_masks_and_bounds() -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 3, 12, 2, 4), dtype=np.float32)) for _ in range(3))
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, 3, 12, 2, 4), dtype=np.float32)) for _ in range(3)
+    )
     planes = jnp.asarray(rng.standard_normal((2, 2, 4), dtype=np.float32))
     masks = jnp.asarray(rng.random((3, 12)) < 0.5)
     cuts = jnp.asarray([[0, 5, 12], [0, 0, 12], [0, 7, 12]])
@@ -203,14 +269,19 @@ def test_several_mapped_axes_masks_and_bounds() -> None:
         return race_attention(q, k, v, planes, 1.0, is_causal=True, cu_seqlens=cuts)
 
     for one, extra in ((masked, masks), (packed, cuts)):
-        each = jax.grad(lambda q, k, v, e, one=one: (one(q[None], k[None], v[None], e) ** 2).sum(), argnums=(0, 1, 2))
+        each = jax.grad(
+            lambda q, k, v, e, one=one: (one(q[None], k[None], v[None], e) ** 2).sum(),
+            argnums=(0, 1, 2),
+        )
         found = jax.vmap(jax.vmap(each), in_axes=(0, 0, None, None))(q, k, v[0], extra)
         for index in np.ndindex(2, 3):
-            for a, b in zip(found, each(q[index], k[index], v[0, index[1]], extra[index[1]]), strict=True):
+            for a, b in zip(
+                found, each(q[index], k[index], v[0, index[1]], extra[index[1]]), strict=True
+            ):
                 np.testing.assert_array_equal(a[index], b)
-    summed = jax.grad(lambda p: jax.vmap(lambda q, k, v: race_attention(q, k, v, p, 1.0))(q[0], k[0], v[0]).sum())(
-        planes
-    )
+    summed = jax.grad(
+        lambda p: jax.vmap(lambda q, k, v: race_attention(q, k, v, p, 1.0))(q[0], k[0], v[0]).sum()
+    )(planes)
     batch = jax.grad(lambda p: race_attention(q[0], k[0], v[0], p, 1.0).sum())(planes)
     assert relative_error(summed, batch) < 1e-5
 
@@ -235,11 +306,17 @@ def test_checkpoint_and_scan_change_no_bit(policy: str | None) -> None:
     expected = jax.jit(jax.grad(looped, argnums=(0, 1)))(q, scales)
     variants = [
         lambda q, scales: looped(q, scales, rebuilt),
-        lambda q, scales: jax.lax.scan(lambda x, scale: (layer(x, scale), None), q, scales)[0].sum(),
-        lambda q, scales: jax.lax.scan(lambda x, scale: (rebuilt(x, scale), None), q, scales)[0].sum(),
+        lambda q, scales: jax.lax.scan(lambda x, scale: (layer(x, scale), None), q, scales)[
+            0
+        ].sum(),
+        lambda q, scales: jax.lax.scan(lambda x, scale: (rebuilt(x, scale), None), q, scales)[
+            0
+        ].sum(),
     ]
     for variant in variants:
-        for a, b in zip(jax.jit(jax.grad(variant, argnums=(0, 1)))(q, scales), expected, strict=True):
+        for a, b in zip(
+            jax.jit(jax.grad(variant, argnums=(0, 1)))(q, scales), expected, strict=True
+        ):
             np.testing.assert_array_equal(a, b)
 
 
@@ -249,7 +326,9 @@ def test_masks_and_bounds_may_be_traced_and_have_no_gradient() -> None:
         arrays[3:] = [x.astype(np.float32) for x in arrays[3:]]
         extra = jnp.asarray(options.pop(name))
 
-        def loss(extra: Any, query: Any, options: Any = options, name: Any = name, arrays: Any = arrays) -> Any:
+        def loss(
+            extra: Any, query: Any, options: Any = options, name: Any = name, arrays: Any = arrays
+        ) -> Any:
             return race_attention(query, *arrays[1:], **options, **{name: extra}).sum()
 
         none, traced = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(extra, arrays[0])
@@ -265,20 +344,34 @@ def test_gradients_come_in_the_dtypes_of_their_inputs() -> None:
     out, pull = jax.vjp(lambda *a: race_attention(*a, **options), q, k, v, planes, beta)
     grads = pull(jnp.ones_like(out))
     assert [out.dtype, *(g.dtype for g in grads)] == [jnp.bfloat16] * 4 + list(hash_dtypes)
-    assert jax.grad(lambda b: race_attention(q, k, v, planes, b).astype(jnp.float32).sum())(1.0).dtype == jnp.float32
+    assert (
+        jax.grad(lambda b: race_attention(q, k, v, planes, b).astype(jnp.float32).sum())(1.0).dtype
+        == jnp.float32
+    )
 
 
 def test_nothing_is_narrowed_without_a_word() -> None:
     arrays, _, _ = inputs_of(KINDS["causal"], "float64")
     lsh = racecore.SoftLSH.random(5, rng=0)
     single = [x.astype(np.float32) for x in arrays[:3]]
-    assert race_attention(*single, lsh.planes, lsh.beta).dtype == jnp.float32  # float64 with values of float32
-    for bad in ([*arrays[:3], lsh.planes, 1.0], [*single, lsh.planes / 3, 1.0], [*single, lsh.planes, np.float64(0.1)]):
-        with pytest.raises(TypeError, match="is float64, and JAX would silently make it float32.*jax_enable_x64"):
+    assert (
+        race_attention(*single, lsh.planes, lsh.beta).dtype == jnp.float32
+    )  # float64 with values of float32
+    for bad in (
+        [*arrays[:3], lsh.planes, 1.0],
+        [*single, lsh.planes / 3, 1.0],
+        [*single, lsh.planes, np.float64(0.1)],
+    ):
+        with pytest.raises(
+            TypeError, match="is float64, and JAX would silently make it float32.*jax_enable_x64"
+        ):
             race_attention(*bad)
     with jax.enable_x64(True):
         assert (
-            race_attention(*(jnp.asarray(x) for x in arrays[:3]), lsh.planes / 3, np.float64(0.1)).dtype == jnp.float64
+            race_attention(
+                *(jnp.asarray(x) for x in arrays[:3]), lsh.planes / 3, np.float64(0.1)
+            ).dtype
+            == jnp.float64
         )
         assert race_attention(*single, lsh.planes / 3, 0.1).dtype == jnp.float32
         wide = [jnp.asarray(x) for x in arrays[:3]]
@@ -293,7 +386,9 @@ def test_numpy_arrays_of_any_layout(layout: str) -> None:
     lsh = racecore.SoftLSH.random(4, rng=0)
     expected = racecore.attention(*rows, lsh)
     np.testing.assert_array_equal(race_attention(*rows, lsh.planes[::-1][::-1], lsh.beta), expected)
-    np.testing.assert_array_equal(jax.jit(lambda p: race_attention(*rows, p, 1.0))(jnp.asarray(lsh.planes)), expected)
+    np.testing.assert_array_equal(
+        jax.jit(lambda p: race_attention(*rows, p, 1.0))(jnp.asarray(lsh.planes)), expected
+    )
 
 
 def test_mistakes_are_reported_while_tracing() -> None:
@@ -301,9 +396,16 @@ def test_mistakes_are_reported_while_tracing() -> None:
     planes = jnp.ones((3, 2, 8))
 
     def call(
-        query: Any = x, key: Any = x, value: Any = x, planes: Any = planes, beta: Any = 1.0, **options: Any
+        query: Any = x,
+        key: Any = x,
+        value: Any = x,
+        planes: Any = planes,
+        beta: Any = 1.0,
+        **options: Any,
     ) -> Any:
-        return jax.eval_shape(lambda q: race_attention(q, key, value, planes, beta, **options), query)
+        return jax.eval_shape(
+            lambda q: race_attention(q, key, value, planes, beta, **options), query
+        )
 
     assert call().shape == x.shape
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -316,17 +418,31 @@ def test_mistakes_are_reported_while_tracing() -> None:
         (dict(beta=jnp.ones(3)), ValueError, "for 3 query heads, the query has 4"),
         (dict(readout="mean"), ValueError, "readout must be one of"),
         (dict(is_causal=1), TypeError, "is_causal must be True or False"),
-        (dict(key_mask=jnp.ones((2, 5), bool)), ValueError, r"key_mask must have shape \[B, Tk\] = \(2, 6\)"),
+        (
+            dict(key_mask=jnp.ones((2, 5), bool)),
+            ValueError,
+            r"key_mask must have shape \[B, Tk\] = \(2, 6\)",
+        ),
         (dict(key_mask=jnp.ones((2, 6))), TypeError, "key_mask must be bool"),
         (dict(cu_seqlens=[0, 6]), ValueError, "B must be 1 or absent"),
-        (dict(query=x[0], key=x[0], value=x[0], cu_seqlens=[0, 4, 3, 6]), ValueError, "must not decrease, got 4, 3"),
-        (dict(query=x[0], key=x[0], value=x[0], cu_seqlens=np.array([0, 5])), ValueError, "end at T = 6"),
+        (
+            dict(query=x[0], key=x[0], value=x[0], cu_seqlens=[0, 4, 3, 6]),
+            ValueError,
+            "must not decrease, got 4, 3",
+        ),
+        (
+            dict(query=x[0], key=x[0], value=x[0], cu_seqlens=np.array([0, 5])),
+            ValueError,
+            "end at T = 6",
+        ),
         (dict(key=[1.0]), TypeError, "key must be a NumPy array"),
-    ]  # fmt: skip
+    ]
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
             call(**arguments)
-    traced = jax.jit(lambda bounds: race_attention(x[0], x[0], x[0], planes, 1.0, cu_seqlens=bounds))
+    traced = jax.jit(
+        lambda bounds: race_attention(x[0], x[0], x[0], planes, 1.0, cu_seqlens=bounds)
+    )
     assert traced(jnp.asarray([0, 2, 6])).shape == (6, 4, 8)
     with pytest.raises(TypeError, match="cu_seqlens must be integers"):
         traced(jnp.asarray([0.0, 6.0]))
@@ -340,7 +456,9 @@ def test_a_hash_that_is_not_finite_gives_nan() -> None:
     for broken in (3, 4):
         spoilt = [x.copy() for x in arrays]
         spoilt[broken].flat[0] = np.nan
-        assert all(np.isnan(np.asarray(x)).all() for x in jax_results(spoilt, options, d_out).values())
+        assert all(
+            np.isnan(np.asarray(x)).all() for x in jax_results(spoilt, options, d_out).values()
+        )
 
 
 def test_higher_and_forward_derivatives_are_refused() -> None:
@@ -350,7 +468,11 @@ def test_higher_and_forward_derivatives_are_refused() -> None:
     def slope(q: Any) -> Any:
         return jax.grad(lambda q: (race_attention(q, k, v, planes, beta) ** 2).sum())(q).sum()
 
-    for function in (jax.grad(slope), jax.jit(jax.grad(slope)), lambda q: jax.vmap(jax.grad(slope))(q[None])):
+    for function in (
+        jax.grad(slope),
+        jax.jit(jax.grad(slope)),
+        lambda q: jax.vmap(jax.grad(slope))(q[None]),
+    ):
         with pytest.raises(NotImplementedError, match="race_attention has first derivatives only"):
             function(q)
     with pytest.raises(TypeError, match="forward-mode.*custom_vjp"):
@@ -402,11 +524,19 @@ def test_empty_sequences_and_batches() -> None:
 def test_plain_attention_takes_and_gives_jax_arrays(dtype: str) -> None:
     arrays, options, d_out = inputs_of(KINDS["masked"], dtype)
     lsh = racecore.SoftLSH(arrays[3], arrays[4])
-    rows, options["key_mask"] = [jnp.asarray(x) for x in arrays[:3]], jnp.asarray(options["key_mask"])
+    rows, options["key_mask"] = (
+        [jnp.asarray(x) for x in arrays[:3]],
+        jnp.asarray(options["key_mask"]),
+    )
     out, saved = racecore.attention_forward(*rows, lsh, **options)
     grads = racecore.attention_backward(jnp.asarray(d_out), saved)
     expected = numpy_results([*arrays[:3], lsh.planes, np.asarray(lsh.beta)], options, d_out)
-    for name, array in {"out": out, "query": grads.query, "key": grads.key, "value": grads.value}.items():
+    for name, array in {
+        "out": out,
+        "query": grads.query,
+        "key": grads.key,
+        "value": grads.value,
+    }.items():
         assert isinstance(array, jax.Array)
         assert array.dtype == ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
         np.testing.assert_array_equal(np.asarray(array), expected[name])

@@ -34,7 +34,12 @@ def compute(folder):
     """Use one kernel in a fresh process that keeps its kernels in `folder`."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment, timeout=240
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        timeout=240,
     )
     return json.loads(result.stdout)
 
@@ -85,7 +90,11 @@ def test_damaged_files_are_compiled_again_and_replaced(filled, tmp_path, damage)
         content = bytearray(file.read_bytes())
         if damage == "flipped":
             content[len(content) // 2] ^= 1
-        replacement = {"empty": b"", "truncated": content[: len(content) // 2], "garbage": b"no kernel" * 100}
+        replacement = {
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "garbage": b"no kernel" * 100,
+        }
         file.write_bytes(replacement.get(damage, content))
     again = compute(tmp_path)
     assert again["out"] == first["out"]
@@ -119,7 +128,10 @@ def test_old_files_of_a_kernel_are_removed_when_a_new_one_is_saved(filled, tmp_p
     folder, _ = filled
     name = kernel_files(folder)[0].name.rpartition("-")[0]
     (tmp_path / "racecore").mkdir()
-    old, recent, other = (tmp_path / "racecore" / f for f in (f"{name}-0.kernel", f"{name}-1.kernel", "other-0.kernel"))
+    old, recent, other = (
+        tmp_path / "racecore" / f
+        for f in (f"{name}-0.kernel", f"{name}-1.kernel", "other-0.kernel")
+    )
     for file in (old, recent, other):
         file.write_bytes(b"")
     for file in (old, other):
@@ -131,7 +143,9 @@ def test_old_files_of_a_kernel_are_removed_when_a_new_one_is_saved(filled, tmp_p
 
 
 def test_an_edited_helper_makes_other_file_names(monkeypatch):
-    """The name depends on every source that kernels are made from, also those of helpers in other modules."""
+    """The name depends on every source that kernels are made from, also those of helpers in other
+    modules.
+    """
     before = kernel_cache._source_digest()
     kernel_cache._source_digest.cache_clear()
     original = pathlib.Path.read_bytes

@@ -1,4 +1,6 @@
-"""The shared rooms of the CPU kernels against their plain twins: exp, tanh, products, rows in and out, readouts."""
+"""The shared rooms of the CPU kernels against their plain twins: exp, tanh, products, rows in and
+out, readouts.
+"""
 
 import ml_dtypes
 import numba
@@ -68,9 +70,13 @@ def test_exp(dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 4e-7), (np.float64, 1e-15)])
 def test_tanh(dtype, tolerance):
-    x = np.concatenate([np.linspace(0, 12, 20001), np.logspace(-30, 1, 2001), [6e4, 3e38]]).astype(dtype)
+    x = np.concatenate([np.linspace(0, 12, 20001), np.logspace(-30, 1, 2001), [6e4, 3e38]]).astype(
+        dtype
+    )
     for sign in (1, -1):
-        np.testing.assert_allclose(_apply_tanh(sign * x), sign * np.tanh(x.astype(np.float64)), rtol=tolerance)
+        np.testing.assert_allclose(
+            _apply_tanh(sign * x), sign * np.tanh(x.astype(np.float64)), rtol=tolerance
+        )
     assert _apply_tanh(np.array([np.inf], dtype))[0] == 1
     assert np.isnan(_apply_tanh(np.array([np.nan], dtype))[0])
 
@@ -107,7 +113,10 @@ def test_totals(dtype):
 def test_running_masses(n_buckets, dtype, tolerance):
     rng = np.random.default_rng(0)
     wide = -(-n_buckets // 16) * 16
-    phi, phi_t, masses_t = aligned(n_buckets, 32, dtype=dtype, rng=rng), *aligned(2, 32, wide, dtype=dtype)
+    phi, phi_t, masses_t = (
+        aligned(n_buckets, 32, dtype=dtype, rng=rng),
+        *aligned(2, 32, wide, dtype=dtype),
+    )
     mass, masses = np.zeros(wide), aligned(n_buckets, 32, dtype=dtype)
     mass[:n_buckets] = before = rng.random(n_buckets) * 10
     compiled(states.running_mass)(phi, mass, phi_t, masses_t, masses)
@@ -125,7 +134,10 @@ def test_running_masses(n_buckets, dtype, tolerance):
 def test_running_masses_backward(n_buckets, dtype, tolerance):
     rng = np.random.default_rng(0)
     wide = -(-n_buckets // 16) * 16
-    d_masses, (mass_t, d_phi_t) = aligned(3, n_buckets, 32, dtype=dtype, rng=rng), aligned(2, 32, wide, dtype=dtype)
+    d_masses, (mass_t, d_phi_t) = (
+        aligned(3, n_buckets, 32, dtype=dtype, rng=rng),
+        aligned(2, 32, wide, dtype=dtype),
+    )
     d_mass, d_phi_t[:] = np.zeros(wide), 1
     d_mass[:n_buckets] = later = rng.random(n_buckets)
     for head, d_masses_of_head in enumerate(d_masses):
@@ -153,7 +165,10 @@ TOLERANCES = [(np.float64, 1e-12), (np.float32, 1e-4)]
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_products(n_rows, n, width, dtype, tolerance):
     rng = np.random.default_rng(0)
-    m, x, c = (aligned(*shape, dtype=dtype, rng=rng) for shape in ((n_rows, width), (32, width), (n_rows, 32)))
+    m, x, c = (
+        aligned(*shape, dtype=dtype, rng=rng)
+        for shape in ((n_rows, width), (32, width), (n_rows, 32))
+    )
     nothing, x_source = products.NOTHING, source_of(x)
     result = aligned(n_rows, 32, dtype=dtype)
     compiled(products.project)(m, x_source, n_rows, n, result, nothing)
@@ -166,8 +181,12 @@ def test_products(n_rows, n, width, dtype, tolerance):
     for mode, start in ((tiles.OVERWRITE, np.nan), (tiles.ADD, 2.0), (tiles.STREAM, np.nan)):
         result = aligned(32, width, dtype=dtype)
         result[:] = start
-        compiled(products.expand)(c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode, result.itemsize))
-        np.testing.assert_allclose(result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance)
+        compiled(products.expand)(
+            c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode, result.itemsize)
+        )
+        np.testing.assert_allclose(
+            result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance
+        )
         assert mode == tiles.ADD or np.isnan(result[n:]).all()
     result = m.copy()
     compiled(products.accumulate)(c, x_source, n_rows, n, result, nothing)
@@ -189,11 +208,17 @@ def test_products_that_read_bfloat16(width):
     rng = np.random.default_rng(0)
     narrow, x = _narrow_rows(rng, 32, width)
     for n_rows in (4, 8, 16):
-        m, result = aligned(n_rows, width, dtype=np.float32, rng=rng), aligned(n_rows, 32, dtype=np.float32)
+        m, result = (
+            aligned(n_rows, width, dtype=np.float32, rng=rng),
+            aligned(n_rows, 32, dtype=np.float32),
+        )
         compiled(products.project)(m, source_of(narrow), n_rows, 32, result, products.NOTHING)
         np.testing.assert_allclose(result, m @ x.T, atol=1e-4)
     for n_rows, n in ((8, 32), (16, 32), (8, 7)):
-        c, m = aligned(n_rows, 32, dtype=np.float32, rng=rng), aligned(n_rows, width, dtype=np.float32, rng=rng)
+        c, m = (
+            aligned(n_rows, 32, dtype=np.float32, rng=rng),
+            aligned(n_rows, width, dtype=np.float32, rng=rng),
+        )
         result = m.copy()
         compiled(products.accumulate)(c, source_of(narrow), n_rows, n, result, products.NOTHING)
         np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=1e-4)
@@ -202,14 +227,23 @@ def test_products_that_read_bfloat16(width):
 @pytest.mark.parametrize(("n_rows", "n"), [(4, 32), (8, 32), (3, 13), (9, 1)])
 def test_products_that_write_bfloat16(n_rows, n):
     rng = np.random.default_rng(0)
-    c, m = aligned(n_rows, 32, dtype=np.float32, rng=rng), aligned(n_rows, 64, dtype=np.float32, rng=rng)
+    c, m = (
+        aligned(n_rows, 32, dtype=np.float32, rng=rng),
+        aligned(n_rows, 64, dtype=np.float32, rng=rng),
+    )
     m[1, 7] = np.nan
     written, _ = _narrow_rows(rng, 32, 64)
     before, exact = written.copy(), aligned(32, 64, dtype=np.float32)
-    compiled(products.expand)(c, m, n_rows, n, products.Rows(exact.ctypes.data, 64, tiles.OVERWRITE, 4))
-    compiled(products.expand)(c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.NARROW, 2))
+    compiled(products.expand)(
+        c, m, n_rows, n, products.Rows(exact.ctypes.data, 64, tiles.OVERWRITE, 4)
+    )
+    compiled(products.expand)(
+        c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.NARROW, 2)
+    )
     rounded = exact[:n].astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(written[:n].astype(np.float32), rounded.astype(np.float32))  # NaN are equal there
+    np.testing.assert_array_equal(
+        written[:n].astype(np.float32), rounded.astype(np.float32)
+    )  # NaN are equal there
     np.testing.assert_array_equal(written[n:], before[n:])
 
 
@@ -224,9 +258,15 @@ def test_walks_from_bfloat16_to_bfloat16(n, backward):
         rows, after = aligned(32, 96, dtype=np.float32), aligned(8, 96, dtype=np.float32)
         written, _ = _narrow_rows(rng, 32, 96)
         to = products.Rows(
-            *((rows.ctypes.data, 96, mode, 4) if mode == tiles.OVERWRITE else (written.ctypes.data, 96, mode, 2))
+            *(
+                (rows.ctypes.data, 96, mode, 4)
+                if mode == tiles.OVERWRITE
+                else (written.ctypes.data, 96, mode, 2)
+            )
         )
-        compiled(scan_tiles.walk_rows)(before, after, a, source, b, rows, to, n, backward, products.NOTHING)
+        compiled(scan_tiles.walk_rows)(
+            before, after, a, source, b, rows, to, n, backward, products.NOTHING
+        )
         results.append((rows if mode == tiles.OVERWRITE else written, after))
     np.testing.assert_array_equal(results[1][0][:n], results[0][0][:n].astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(results[1][1], results[0][1])
@@ -259,7 +299,9 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     x, y, before = (aligned(rows, width, dtype=dtype, rng=rng) for rows in (32, 32, n_buckets))
     order = list(range(n))[:: -1 if backward else 1]
     expected_rows, expected_weights = np.zeros((n, width)), np.zeros((n, n_buckets))
-    for i, state in _walked(before.astype(np.float64), a.astype(np.float64), x.astype(np.float64), order):
+    for i, state in _walked(
+        before.astype(np.float64), a.astype(np.float64), x.astype(np.float64), order
+    ):
         expected_rows[i], expected_weights[i], expected = b[:, i] @ state, state @ y[i], state
 
     after, rows = aligned(n_buckets, width, dtype=dtype), aligned(32, width, dtype=dtype)
@@ -267,12 +309,16 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     streamed = aligned(32, width, dtype=dtype)
     for mode in (tiles.OVERWRITE, tiles.ADD):
         written = products.Rows(rows.ctypes.data, width, mode, rows.itemsize)
-        compiled(scan_tiles.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
+        compiled(scan_tiles.walk_rows)(
+            before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING
+        )
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
     written = products.Rows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
-    compiled(scan_tiles.walk_rows)(before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING)
+    compiled(scan_tiles.walk_rows)(
+        before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING
+    )
     np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
     assert np.isnan(streamed[n:]).all()
 
@@ -297,15 +343,20 @@ def test_walks_never_meet_what_is_to_come(backward):
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
     written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
-    compiled(scan_tiles.walk_rows)(state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING)
+    compiled(scan_tiles.walk_rows)(
+        state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING
+    )
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
     assert np.isnan(rows[poisoned, 5]).all()
-    a_t, state_t = aligned(32, 16, dtype=np.float32, rng=rng), aligned(16, 16, dtype=np.float32, rng=rng)
+    a_t, state_t = (
+        aligned(32, 16, dtype=np.float32, rng=rng),
+        aligned(16, 16, dtype=np.float32, rng=rng),
+    )
     weights = aligned(32, 16, dtype=np.float32)
     compiled(scan_tiles.walk_weights)(
         state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NOTHING
-    )  # fmt: skip
+    )
     assert np.isfinite(weights[clean, :8]).all()
     assert np.isnan(weights[poisoned, :8]).all()
 
@@ -351,7 +402,9 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 
 @numba.njit
 def _store_only(table, block):
-    row_io.store(table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False))
+    row_io.store(
+        table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -364,12 +417,14 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype):
     numbers = np.arange(1 << 15, dtype=np.uint16).view(dtype).astype(np.float32)
     numbers = np.sort(numbers[np.isfinite(numbers)])
     ties = numbers[:-1] / 2 + numbers[1:] / 2
-    values = np.concatenate([random, -random, ties, numbers, [65519.996, 65520, 6e4, np.inf, -np.inf]]).astype(
-        np.float32
-    )
+    values = np.concatenate(
+        [random, -random, ties, numbers, [65519.996, 65520, 6e4, np.inf, -np.inf]]
+    ).astype(np.float32)
     target = np.zeros((1, 1, 1, values.size), dtype)
     _store_only(row_io.describe(target), values[None])
-    np.testing.assert_array_equal(target[0, 0, 0].view(np.uint16), values.astype(dtype).view(np.uint16))
+    np.testing.assert_array_equal(
+        target[0, 0, 0].view(np.uint16), values.astype(dtype).view(np.uint16)
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -387,7 +442,9 @@ def test_scan(reverse):
 
 
 @pytest.mark.parametrize("kind", ["random", "rising", "few above"])
-@pytest.mark.parametrize(("n", "budget"), [(5000, 100), (4_000_000, 64), (4_000_000, 2048), (1_000_000, 50_000)])
+@pytest.mark.parametrize(
+    ("n", "budget"), [(5000, 100), (4_000_000, 64), (4_000_000, 2048), (1_000_000, 50_000)]
+)
 def test_a_sample_leaves_few_candidates_for_the_best(kind, n, budget):
     scores = np.random.default_rng(0).standard_normal(n, dtype=np.float32)
     if kind == "rising":

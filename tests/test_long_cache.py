@@ -33,12 +33,17 @@ print(json.dumps({"at_first": at_first, "pages": pages, "own": memory.peak - bas
 def test_a_cache_on_the_disk_is_read_where_rows_were_chosen_and_nowhere_else(tmp_path, n_tokens):
     done = subprocess.run(
         [sys.executable, "-c", LONG_CACHE, str(tmp_path), str(n_tokens)],
-        cwd=EXAMPLES, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     if found["at_first"]:
-        pytest.skip("this file system keeps its pages in memory, so which of them are read cannot be seen")
+        pytest.skip(
+            "this file system keeps its pages in memory, so which of them are read cannot be seen"
+        )
     assert found["pages"] == n_tokens * 2 * 2 * 64 * 2 // 4096
     for step in found["steps"]:
         assert step["read"] == step["wanted"] <= 2 * 8 * (2048 + 256)

@@ -45,7 +45,11 @@ print(json.dumps({"workspace": peak - base, "saved": saved.nbytes}))
 def measure(causal, log2_tokens, **options):
     arguments = json.dumps([causal, log2_tokens, options])
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", PROGRAM, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -85,7 +89,11 @@ def test_a_run_out_of_core_keeps_its_memory_limit_whatever_the_length(causal):
     for tokens in (1 << 15, 1 << 18):
         arguments = json.dumps([causal, 60_000_000, tokens])
         done = subprocess.run(
-            [sys.executable, "-c", OUT_OF_CORE, arguments], capture_output=True, text=True, check=False, timeout=200
+            [sys.executable, "-c", OUT_OF_CORE, arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         measured = json.loads(done.stdout)
@@ -109,12 +117,18 @@ print(json.dumps({"base": base, "peak": report.peak_anonymous_bytes}))
 
 
 def test_files_of_two_hundred_megabytes_in_sixty_four(tmp_path):
-    """400,000 tokens, 2 heads of 32, float16, causal, forward and backward, from files to files, with the journal."""
+    """400,000 tokens, 2 heads of 32, float16, causal, forward and backward, from files to files,
+    with the journal.
+    """
     for seed, name in enumerate(("q", "k", "v", "g")):
         np.save(tmp_path / f"{name}.npy", Synthetic((400_000, 2, 32), np.float16, seed=seed)[:])
     arguments = json.dumps([str(tmp_path), "64MB"])
     done = subprocess.run(
-        [sys.executable, "-c", FILES, arguments], capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", FILES, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)

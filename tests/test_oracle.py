@@ -1,4 +1,6 @@
-"""The oracle itself is judged here, by loops, by other formulas and by differences; the library takes no part."""
+"""The oracle itself is judged here, by loops, by other formulas and by differences; the library
+takes no part.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ BETA = np.array([0.7, 1.1, 2.0, 0.4])
 @pytest.fixture
 def rows() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {"query": (B, T, H, D), "key": (B, T, G, D), "value": (B, T, G, V), "planes": (H, L, P, D)}
+    shapes = {
+        "query": (B, T, H, D),
+        "key": (B, T, G, D),
+        "value": (B, T, G, V),
+        "planes": (H, L, P, D),
+    }
     return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
 
 
@@ -25,9 +32,16 @@ def hash_by_loops(x: np.ndarray, planes: np.ndarray, beta: float) -> np.ndarray:
     phi = np.zeros((L, 2**P))
     for table in range(L):
         weights = []
-        for corner in itertools.product([-1, 1], repeat=P):  # counts in binary, first plane most significant
+        for corner in itertools.product(
+            [-1, 1], repeat=P
+        ):  # counts in binary, first plane most significant
             weights.append(
-                math.exp(sum(beta * c * math.tanh(w @ x) for c, w in zip(corner, planes[table], strict=True)))
+                math.exp(
+                    sum(
+                        beta * c * math.tanh(w @ x)
+                        for c, w in zip(corner, planes[table], strict=True)
+                    )
+                )
             )
         phi[table] = np.array(weights) / sum(weights)
     return phi
@@ -35,7 +49,9 @@ def hash_by_loops(x: np.ndarray, planes: np.ndarray, beta: float) -> np.ndarray:
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_equals_loops_over_tokens(rows: dict[str, np.ndarray], readout: str, is_causal: bool) -> None:
+def test_equals_loops_over_tokens(
+    rows: dict[str, np.ndarray], readout: str, is_causal: bool
+) -> None:
     mask = np.array([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]], bool)
     rng = np.random.default_rng(1)
     mass, value_sum = rng.uniform(1, 2, (B, H, L, 2**P)), rng.standard_normal((B, H, L, 2**P, V))
@@ -68,7 +84,9 @@ def test_equals_loops_over_tokens(rows: dict[str, np.ndarray], readout: str, is_
 
 
 def test_ratio_is_attention_under_the_product_kernel(rows: dict[str, np.ndarray]) -> None:
-    """<phi_q, phi_k> of a table is prod_p (a b + (1 - a)(1 - b)), without any corner, a and b being sigmoids."""
+    """<phi_q, phi_k> of a table is prod_p (a b + (1 - a)(1 - b)), without any corner, a and b being
+    sigmoids.
+    """
     planes = rows["planes"][0]
 
     def bits(x: np.ndarray) -> np.ndarray:
@@ -77,38 +95,57 @@ def test_ratio_is_attention_under_the_product_kernel(rows: dict[str, np.ndarray]
     a = bits(rows["query"])[:, :, :, None]
     b = bits(rows["key"].repeat(2, axis=2))[:, :, None]
     kernel = np.prod(a * b + (1 - a) * (1 - b), axis=-1).sum(axis=-1)  # [B, H, Tq, Tk]
-    expected = np.einsum("bhij,bjhv->bihv", kernel / kernel.sum(-1, keepdims=True), rows["value"].repeat(2, axis=2))
+    expected = np.einsum(
+        "bhij,bjhv->bihv", kernel / kernel.sum(-1, keepdims=True), rows["value"].repeat(2, axis=2)
+    )
     out, _, _ = oracle.attention(rows["query"], rows["key"], rows["value"], planes, 0.9)
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_packed_sequences_are_separate_sequences(rows: dict[str, np.ndarray]) -> None:
     q, k, v = (rows[name][0] for name in ("query", "key", "value"))
-    out, mass, value_sum = oracle.attention(q, k, v, rows["planes"], BETA, is_causal=True, cu_seqlens=[0, 2, 2, 6])
+    out, mass, value_sum = oracle.attention(
+        q, k, v, rows["planes"], BETA, is_causal=True, cu_seqlens=[0, 2, 2, 6]
+    )
     assert mass.shape == (3, H, L, 2**P)
     assert not mass[1].any()
     for n, (begin, end) in enumerate([(0, 2), (2, 2), (2, 6)]):
-        piece = oracle.attention(q[begin:end], k[begin:end], v[begin:end], rows["planes"], BETA, is_causal=True)
-        for whole, part in zip((out[begin:end], mass[n : n + 1], value_sum[n : n + 1]), piece, strict=True):
+        piece = oracle.attention(
+            q[begin:end], k[begin:end], v[begin:end], rows["planes"], BETA, is_causal=True
+        )
+        for whole, part in zip(
+            (out[begin:end], mass[n : n + 1], value_sum[n : n + 1]), piece, strict=True
+        ):
             np.testing.assert_allclose(whole, part, rtol=1e-14)
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_equal_central_differences(rows: dict[str, np.ndarray], readout: str, is_causal: bool) -> None:
+def test_gradients_equal_central_differences(
+    rows: dict[str, np.ndarray], readout: str, is_causal: bool
+) -> None:
     rng = np.random.default_rng(2)
     inputs = {
-        **rows, "beta": BETA, "initial_mass": rng.uniform(1, 2, (B, H, L, 2**P)),
+        **rows,
+        "beta": BETA,
+        "initial_mass": rng.uniform(1, 2, (B, H, L, 2**P)),
         "initial_value_sum": rng.standard_normal((B, H, L, 2**P, V)),
-    }  # fmt: skip
+    }
     options = {"readout": readout, "is_causal": is_causal, "key_mask": rng.random((B, T)) < 0.6}
-    cotangents = [rng.standard_normal(result.shape) for result in oracle.attention(**inputs, **options)]
+    cotangents = [
+        rng.standard_normal(result.shape) for result in oracle.attention(**inputs, **options)
+    ]
     d_out, d_mass, d_value_sum = cotangents
-    grads = oracle.gradients(**inputs, d_out=d_out, d_mass=d_mass, d_value_sum=d_value_sum, **options)
+    grads = oracle.gradients(
+        **inputs, d_out=d_out, d_mass=d_mass, d_value_sum=d_value_sum, **options
+    )
 
     def loss(**changed: np.ndarray) -> float:
         return sum(
-            (a * b).sum() for a, b in zip(oracle.attention(**{**inputs, **changed}, **options), cotangents, strict=True)
+            (a * b).sum()
+            for a, b in zip(
+                oracle.attention(**{**inputs, **changed}, **options), cotangents, strict=True
+            )
         )
 
     for name, x in inputs.items():
@@ -122,7 +159,9 @@ def test_rows_without_keys_have_no_output_and_no_gradient(rows: dict[str, np.nda
     mask = np.zeros((B, T), bool)
     mask[1, 3:] = True  # the first three queries of the second sequence see nothing either
     out, _, _ = oracle.attention(**rows, beta=BETA, is_causal=True, key_mask=mask)
-    grads = oracle.gradients(**rows, beta=BETA, d_out=np.ones_like(out), is_causal=True, key_mask=mask)
+    grads = oracle.gradients(
+        **rows, beta=BETA, d_out=np.ones_like(out), is_causal=True, key_mask=mask
+    )
     assert not out[0].any()
     assert not out[1, :3].any()
     assert out[1, 3:].all()

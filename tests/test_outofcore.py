@@ -1,4 +1,6 @@
-"""racecore.outofcore: the bits of the same calls in memory, whatever is read, written, or how it is cut."""
+"""racecore.outofcore: the bits of the same calls in memory, whatever is read, written, or how it is
+cut.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,31 @@ NAMES = ("query", "key", "value", "d_out")
 def make(shape_q, shape_kv, dtype=np.float32, value_dim=24, seed=0):
     """Return query, key, value, d_out; heads and dims are fixed: 4 of 16 for queries, 2 for keys."""
     rng = np.random.default_rng(seed)
-    shapes = ((*shape_q, 4, 16), (*shape_kv, 2, 16), (*shape_kv, 2, value_dim), (*shape_q, 4, value_dim))
+    shapes = (
+        (*shape_q, 4, 16),
+        (*shape_kv, 2, 16),
+        (*shape_kv, 2, value_dim),
+        (*shape_q, 4, value_dim),
+    )
     return {
-        name: rng.standard_normal(shape).astype(dtype) for name, shape in zip(NAMES, shapes, strict=True)
-    }  # fmt: skip
+        name: rng.standard_normal(shape).astype(dtype)
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
 
 
 def in_memory(x, wrt=("query", "key", "value", "planes", "beta"), **options):
-    out, saved = racecore.attention_forward(x["query"], x["key"], x["value"], LSH, wrt=wrt, **options)
+    out, saved = racecore.attention_forward(
+        x["query"], x["key"], x["value"], LSH, wrt=wrt, **options
+    )
     return out, racecore.attention_backward(x["d_out"], saved)
 
 
 def smallest(x, **options):
     """Return the least memory limit, which makes chunks of one segment: the message names it."""
     with pytest.raises(ValueError, match="the smallest that works here is") as caught:
-        outofcore.run(x["query"], x["key"], x["value"], None, LSH, d_out=x["d_out"], memory_limit=1, **options)
+        outofcore.run(
+            x["query"], x["key"], x["value"], None, LSH, d_out=x["d_out"], memory_limit=1, **options
+        )
     return int(str(caught.value).split("works here is ")[1].split(" ")[0].replace(",", ""))
 
 
@@ -72,7 +84,9 @@ def stored(x, kind, folder):
         return {name: Sliceable(array) for name, array in x.items()}
     for name, array in x.items():
         kept = array.astype(array.dtype.newbyteorder(">")) if kind.startswith("big") else array
-        np.save(folder / f"{name}.npy", np.asfortranarray(kept) if kind.startswith("Fortran") else kept)
+        np.save(
+            folder / f"{name}.npy", np.asfortranarray(kept) if kind.startswith("Fortran") else kept
+        )
     return {name: folder / f"{name}.npy" for name in x}
 
 
@@ -97,10 +111,23 @@ def test_same_bits_as_in_memory_from_and_to_anything(kind, causal, readout, tmp_
     read, written = stored(x, kind, tmp_path), targets(x, kind, tmp_path)
     rest = {name: written[name] for name in ("d_query", "d_key", "d_value")}
     report = outofcore.run(
-        read["query"], read["key"], read["value"], written["out"], LSH, d_out=read["d_out"], d_lsh=True,
-        memory_limit=smallest(x, **options), **rest, **options,
-    )  # fmt: skip
-    for name, wanted in {"out": out, "d_query": grads.query, "d_key": grads.key, "d_value": grads.value}.items():
+        read["query"],
+        read["key"],
+        read["value"],
+        written["out"],
+        LSH,
+        d_out=read["d_out"],
+        d_lsh=True,
+        memory_limit=smallest(x, **options),
+        **rest,
+        **options,
+    )
+    for name, wanted in {
+        "out": out,
+        "d_query": grads.query,
+        "d_key": grads.key,
+        "d_value": grads.value,
+    }.items():
         assert_same_bits(result(written[name]), wanted)
         assert report.digests[name] == digest(wanted)
     assert_same_bits(report.d_planes, grads.planes)
@@ -127,7 +154,12 @@ CUTS = {
 }
 
 
-WAYS = [(cut, causal) for cut, (q, kv, _) in CUTS.items() for causal in (False, True) if q == kv or not causal]
+WAYS = [
+    (cut, causal)
+    for cut, (q, kv, _) in CUTS.items()
+    for causal in (False, True)
+    if q == kv or not causal
+]
 
 
 @pytest.mark.parametrize(("cut", "causal"), WAYS)
@@ -138,10 +170,24 @@ def test_same_bits_for_many_sequences(cut, causal, room, tmp_path):
     out, grads = in_memory(x, is_causal=causal, **options)
     written = targets(x, "arrays", tmp_path)
     limit = room * smallest(x, is_causal=causal, **options)
-    report = outofcore.run(*(x[name] for name in NAMES[:3]), written["out"], LSH, d_out=x["d_out"], is_causal=causal,
-                           memory_limit=limit, d_query=written["d_query"], d_key=written["d_key"],
-                           d_value=written["d_value"], **options)  # fmt: skip
-    for name, wanted in {"out": out, "d_query": grads.query, "d_key": grads.key, "d_value": grads.value}.items():
+    report = outofcore.run(
+        *(x[name] for name in NAMES[:3]),
+        written["out"],
+        LSH,
+        d_out=x["d_out"],
+        is_causal=causal,
+        memory_limit=limit,
+        d_query=written["d_query"],
+        d_key=written["d_key"],
+        d_value=written["d_value"],
+        **options,
+    )
+    for name, wanted in {
+        "out": out,
+        "d_query": grads.query,
+        "d_key": grads.key,
+        "d_value": grads.value,
+    }.items():
         assert_same_bits(written[name], wanted)
     assert report.d_beta == grads.beta
     assert report.d_planes is None
@@ -157,9 +203,17 @@ def test_masked_tokens_do_not_matter_not_even_nan(causal, as_file, tmp_path):
     x["value"][~mask] = np.inf
     np.save(tmp_path / "mask.npy", mask)
     written = targets(x, "arrays", tmp_path)
-    outofcore.run(*(x[name] for name in NAMES[:3]), written["out"], LSH, d_out=x["d_out"], is_causal=causal,
-                  key_mask=tmp_path / "mask.npy" if as_file else mask, d_query=written["d_query"],
-                  memory_limit=smallest(x, is_causal=causal), d_key=written["d_key"])  # fmt: skip
+    outofcore.run(
+        *(x[name] for name in NAMES[:3]),
+        written["out"],
+        LSH,
+        d_out=x["d_out"],
+        is_causal=causal,
+        key_mask=tmp_path / "mask.npy" if as_file else mask,
+        d_query=written["d_query"],
+        memory_limit=smallest(x, is_causal=causal),
+        d_key=written["d_key"],
+    )
     assert_same_bits(written["out"], out)
     assert_same_bits(written["d_query"], grads.query)
     assert_same_bits(written["d_key"], grads.key)
@@ -171,8 +225,15 @@ def test_every_dtype_from_file_to_file(dtype, tmp_path):
     out, grads = in_memory(x, is_causal=True)
     read, written = stored(x, "files", tmp_path), targets(x, "files", tmp_path)
     name = "bfloat16" if dtype == ml_dtypes.bfloat16 else None
-    outofcore.run(*(read[n] for n in NAMES[:3]), written["out"], LSH, d_out=read["d_out"], is_causal=True, dtype=name,
-                  d_value=written["d_value"])  # fmt: skip
+    outofcore.run(
+        *(read[n] for n in NAMES[:3]),
+        written["out"],
+        LSH,
+        d_out=read["d_out"],
+        is_causal=True,
+        dtype=name,
+        d_value=written["d_value"],
+    )
     assert_same_bits(np.load(written["out"]).view(dtype), out)
     assert_same_bits(np.load(written["d_value"]).view(dtype), grads.value)
 
@@ -183,7 +244,11 @@ def test_forward_alone_and_digests_do_not_depend_on_the_limit():
         outofcore.run(*(x[name] for name in NAMES[:3]), None, LSH, memory_limit=limit).digests
         for limit in (smallest(x), "100MB")
     ]
-    assert digests[0] == digests[1] == {"out": digest(racecore.attention(*(x[name] for name in NAMES[:3]), LSH))}
+    assert (
+        digests[0]
+        == digests[1]
+        == {"out": digest(racecore.attention(*(x[name] for name in NAMES[:3]), LSH))}
+    )
 
 
 def test_the_report_says_what_was_busy(tmp_path):
@@ -192,14 +257,24 @@ def test_the_report_says_what_was_busy(tmp_path):
     report = outofcore.run(*(paths[name] for name in NAMES[:3]), tmp_path / "o.npy", LSH)
     busy = report.busy
     assert all(0 < seconds <= report.seconds for seconds in busy.values())
-    assert max(busy["reading"], busy["writing"]) <= busy["reading or writing"] <= busy["reading"] + busy["writing"]
+    assert (
+        max(busy["reading"], busy["writing"])
+        <= busy["reading or writing"]
+        <= busy["reading"] + busy["writing"]
+    )
 
 
 def test_progress_tells_about_all_passes():
     x, told = make((4000,), (4000,)), []
     for causal, total in ((False, 16000), (True, 12000)):
-        outofcore.run(*(x[name] for name in NAMES[:3]), None, LSH, d_out=x["d_out"], is_causal=causal,
-                      progress=lambda done, of: told.append((done, of)))  # fmt: skip
+        outofcore.run(
+            *(x[name] for name in NAMES[:3]),
+            None,
+            LSH,
+            d_out=x["d_out"],
+            is_causal=causal,
+            progress=lambda done, of: told.append((done, of)),
+        )
         assert told[-1] == (total, total)
 
 
@@ -214,9 +289,17 @@ def test_non_finite_numbers_are_named_and_nothing_is_left(tmp_path):
         broken[name][place] = np.nan
         target = tmp_path / "out.npy"
         with pytest.raises(ValueError, match=said):
-            outofcore.run(*(broken[n] for n in NAMES[:3]), target, LSH, d_out=broken["d_out"], memory_limit=smallest(x))
+            outofcore.run(
+                *(broken[n] for n in NAMES[:3]),
+                target,
+                LSH,
+                d_out=broken["d_out"],
+                memory_limit=smallest(x),
+            )
         assert list(tmp_path.iterdir()) == []
-        outofcore.run(*(broken[n] for n in NAMES[:3]), None, LSH, d_out=broken["d_out"], check_finite=False)
+        outofcore.run(
+            *(broken[n] for n in NAMES[:3]), None, LSH, d_out=broken["d_out"], check_finite=False
+        )
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
@@ -232,12 +315,16 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="out is the same file as query"):
         outofcore.run(np.load(q, mmap_mode="r"), k, v, q, LSH)
     with pytest.raises(ValueError, match="d_key is the same file as out"):
-        outofcore.run(q, k, v, tmp_path / "o.npy", LSH, d_out=paths["d_out"], d_key=tmp_path / "." / "o.npy")
+        outofcore.run(
+            q, k, v, tmp_path / "o.npy", LSH, d_out=paths["d_out"], d_key=tmp_path / "." / "o.npy"
+        )
     with pytest.raises(ValueError, match="gradients need d_out"):
         outofcore.run(q, k, v, None, LSH, d_query=tmp_path / "dq.npy")
     with pytest.raises(FileNotFoundError, match="no folder"):
         outofcore.run(q, k, v, tmp_path / "nowhere" / "o.npy", LSH)
-    with pytest.raises(ValueError, match=r"d_out must have the shape and dtype of the output, \(2000, 4, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"d_out must have the shape and dtype of the output, \(2000, 4, 24\)"
+    ):
         outofcore.run(q, k, v, None, LSH, d_out=q)
     with pytest.raises(ValueError, match="same head dim D"):
         outofcore.run(q, v, v, None, LSH)
@@ -254,7 +341,9 @@ def test_files_of_another_size_than_their_header_says_are_refused(tmp_path):
     size = paths["key"].stat().st_size
     with open(paths["key"], "ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=f"has bytes to spare.*{size:,} bytes, the file has {size + 1:,}"):
+    with pytest.raises(
+        ValueError, match=f"has bytes to spare.*{size:,} bytes, the file has {size + 1:,}"
+    ):
         outofcore.run(*(paths[name] for name in NAMES[:3]), None, LSH)
     os.truncate(paths["key"], size - 4)
     with pytest.raises(ValueError, match="was cut short"):
@@ -270,9 +359,15 @@ def test_a_file_cut_short_on_the_way_is_an_error_and_leaves_nothing(tmp_path):
 
     with pytest.raises(OSError, match=r"query\.npy was cut short while it was being read"):
         outofcore.run(
-            *(paths[name] for name in NAMES[:3]), tmp_path / "out.npy", LSH, memory_limit=smallest(x), progress=cut
+            *(paths[name] for name in NAMES[:3]),
+            tmp_path / "out.npy",
+            LSH,
+            memory_limit=smallest(x),
+            progress=cut,
         )
-    assert not [path for path in tmp_path.iterdir() if "out.npy" in path.name and path.name != "d_out.npy"]
+    assert not [
+        path for path in tmp_path.iterdir() if "out.npy" in path.name and path.name != "d_out.npy"
+    ]
 
 
 class LastRows:
@@ -291,11 +386,15 @@ class LastRows:
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_beyond_32_bits_of_a_sparse_file(causal, tmp_path):
-    """The last 100 tokens of a file of 4 GB that is nearly all hole, more than 2^31 elements from its beginning."""
+    """The last 100 tokens of a file of 4 GB that is nearly all hole, more than 2^31 elements from
+    its beginning.
+    """
     shape, n, path = ((1 << 21) + 100, 4, 256), 100, tmp_path / "x.npy"
     near = np.random.default_rng(0).standard_normal((n, *shape[1:])).astype(np.float16)
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f2", "fortran_order": False, "shape": shape}
+        )
         file.truncate(file.tell() + 2 * int(np.prod(shape, dtype=np.int64)))
         file.seek(-near.nbytes, os.SEEK_END)
         near.tofile(file)
@@ -303,8 +402,19 @@ def test_rows_beyond_32_bits_of_a_sparse_file(causal, tmp_path):
     out, saved = racecore.attention_forward(near, near, near, lsh, is_causal=causal)
     grads = racecore.attention_backward(near, saved)
     sinks = [LastRows(shape, n) for _ in range(4)]
-    outofcore.run(path, path, path, sinks[0], lsh, d_out=path, d_query=sinks[1], d_key=sinks[2], d_value=sinks[3],
-                  is_causal=causal, cu_seqlens=[0, shape[0] - n, shape[0]])  # fmt: skip
+    outofcore.run(
+        path,
+        path,
+        path,
+        sinks[0],
+        lsh,
+        d_out=path,
+        d_query=sinks[1],
+        d_key=sinks[2],
+        d_value=sinks[3],
+        is_causal=causal,
+        cu_seqlens=[0, shape[0] - n, shape[0]],
+    )
     for sink, wanted in zip(sinks, (out, grads.query, grads.key, grads.value), strict=True):
         assert_same_bits(sink.rows, wanted)
 
@@ -314,18 +424,36 @@ def test_rows_beyond_32_bits_of_a_sparse_file(causal, tmp_path):
 
 @st.composite
 def packed(draw):
-    lengths = draw(st.lists(st.sampled_from([0, 1, 5, 1000, 1024, 1025, 2048, 5000]), min_size=1, max_size=12))
+    lengths = draw(
+        st.lists(st.sampled_from([0, 1, 5, 1000, 1024, 1025, 2048, 5000]), min_size=1, max_size=12)
+    )
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
 @given(
-    bounds=packed(), n_segments=st.integers(1, 3), sequences=st.integers(1, 4), causal=st.booleans(), back=st.booleans()
+    bounds=packed(),
+    n_segments=st.integers(1, 3),
+    sequences=st.integers(1, 4),
+    causal=st.booleans(),
+    back=st.booleans(),
 )
-def test_every_pass_sees_every_token_once_and_cuts_at_segments(bounds, n_segments, sequences, causal, back):
+def test_every_pass_sees_every_token_once_and_cuts_at_segments(
+    bounds, n_segments, sequences, causal, back
+):
     n = int(bounds[-1])
     q, kv = np.zeros((n, 1, 16), np.float32), np.zeros((n, 1, 16), np.float32)
-    problem, _, _ = inputs.check_attention(q, kv, kv, LSH, is_causal=causal, readout="ratio", key_mask=None,
-                                           cu_seqlens=bounds, chunk_size=None, memory_limit=None)  # fmt: skip
+    problem, _, _ = inputs.check_attention(
+        q,
+        kv,
+        kv,
+        LSH,
+        is_causal=causal,
+        readout="ratio",
+        key_mask=None,
+        cu_seqlens=bounds,
+        chunk_size=None,
+        memory_limit=None,
+    )
     limit = schedule.Limits(n_segments * 1024, 1 << 20, sequences, 0)
     seen = {stage: np.zeros(n, int) for stage in schedule.PASSES[causal, back]}
     order = []
@@ -347,14 +475,28 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(bounds, n_segment
 
 def test_limits_follow_the_formula_and_grow_with_the_memory():
     x = np.broadcast_to(np.float32(0), (1 << 20, 4, 128))
-    problem, _, _ = inputs.check_attention(x, x, x, None, is_causal=True, readout="ratio", key_mask=None,
-                                           cu_seqlens=None, chunk_size=None, memory_limit=None)  # fmt: skip
+    problem, _, _ = inputs.check_attention(
+        x,
+        x,
+        x,
+        None,
+        is_causal=True,
+        readout="ratio",
+        key_mask=None,
+        cu_seqlens=None,
+        chunk_size=None,
+        memory_limit=None,
+    )
     chunks = []
     for limit in (40e6, 100e6, 200e6, 1e9, 64e9):
         found = schedule.limits(problem, True, int(limit))
         state = 4 * 64 * 129 * 8
         buffers = 2 * found.chunk_tokens * 7 * 4 * 128 * 4
-        assert found.peak_bytes == buffers + found.workspace_bytes + 2 * found.unit_sequences * state <= limit
+        assert (
+            found.peak_bytes
+            == buffers + found.workspace_bytes + 2 * found.unit_sequences * state
+            <= limit
+        )
         chunks.append(found.chunk_tokens)
     assert chunks == sorted(chunks)
     assert chunks[0] == 1024
@@ -381,11 +523,15 @@ def test_synthetic_numbers_are_those_of_the_plain_twin():
 def test_synthetic_is_the_same_however_it_is_read():
     x = Synthetic((3000, 3, 5), seed=4)
     whole = x[:]
-    np.testing.assert_array_equal(whole, np.concatenate([x[begin : begin + 7] for begin in range(0, 3000, 7)]))
+    np.testing.assert_array_equal(
+        whole, np.concatenate([x[begin : begin + 7] for begin in range(0, 3000, 7)])
+    )
     batch = Synthetic((3, 1000, 3, 5), seed=4)
     np.testing.assert_array_equal(batch[1:3].reshape(-1, 3, 5), whole[1000:])
     for dtype in (np.float16, np.float64, ml_dtypes.bfloat16):
-        np.testing.assert_array_equal(Synthetic((3000, 3, 5), dtype, seed=4)[:].astype(np.float32), whole)
+        np.testing.assert_array_equal(
+            Synthetic((3000, 3, 5), dtype, seed=4)[:].astype(np.float32), whole
+        )
 
 
 def test_synthetic_numbers_look_normal_and_independent():
@@ -407,7 +553,9 @@ def test_synthetic_goes_on_beyond_32_bits():
     assert np.unique(across).size > 50
 
 
-@pytest.mark.parametrize("bad", [((10, 4), 0), ((10, -4, 4), 0), ((10, 4, 4), -1), ((10, 4, 4), 1.5)])
+@pytest.mark.parametrize(
+    "bad", [((10, 4), 0), ((10, -4, 4), 0), ((10, 4, 4), -1), ((10, 4, 4), 1.5)]
+)
 def test_synthetic_refuses_what_is_no_array(bad):
     with pytest.raises(ValueError, match="must be"):
         Synthetic(bad[0], np.float32, bad[1])
@@ -432,7 +580,9 @@ def test_runs_over_synthetic_arrays_equal_runs_over_what_they_contain():
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_checksums_are_those_of_the_plain_twin(size):
-    words = np.random.default_rng(1).integers(0, 2 ** (8 * size), 100, dtype=f"u{size}", endpoint=False)
+    words = np.random.default_rng(1).integers(
+        0, 2 ** (8 * size), 100, dtype=f"u{size}", endpoint=False
+    )
     total, first = 0, 1 << 40
     for place, word in enumerate(words.tolist(), first):
         weight = place * 0x9E3779B97F4A7C15 % 2**64

@@ -25,7 +25,9 @@ def paths(tmp_path):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize("more", [{}, {"key_mask": True}, {"cu_seqlens": [0, 100, 5000, 5000, 9000]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"key_mask": True}, {"cu_seqlens": [0, 100, 5000, 5000, 9000]}]
+)
 def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, monkeypatch):
     moved = {"read": 0, "written": 0}
 
@@ -41,7 +43,11 @@ def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, mon
     options = {"is_causal": causal, "memory_limit": 3_700_000, **more}
     options |= {"key_mask": paths["mask"]} if more.get("key_mask") else {}
     if back:
-        options |= {"d_out": paths["d_out"], "d_query": tmp_path / "dq.npy", "d_value": tmp_path / "dv.npy"}
+        options |= {
+            "d_out": paths["d_out"],
+            "d_query": tmp_path / "dq.npy",
+            "d_value": tmp_path / "dv.npy",
+        }
     arrays = (paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH)
     plan = outofcore.plan(*arrays, calibrate=False, **options)
     assert moved == {"read": 0, "written": 0}
@@ -49,7 +55,10 @@ def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, mon
     outofcore.run(*arrays, progress=lambda done, total: told.append(total), **options)
     assert (plan.read_bytes, plan.written_bytes) == (moved["read"], moved["written"])
     assert (
-        sum(p.tokens * (2 if p.name == "walk back" or (back and p.name == "read") else 1) for p in plan.passes)
+        sum(
+            p.tokens * (2 if p.name == "walk back" or (back and p.name == "read") else 1)
+            for p in plan.passes
+        )
         == told[0]
     )
     assert plan.chunk_tokens % 1024 == 0
@@ -77,7 +86,9 @@ def test_states_take_the_room_that_is_planned(paths, tmp_path):
 
 def test_the_time_is_measured_and_nothing_left(paths, tmp_path):
     before = sorted(os.listdir(tmp_path))
-    plan = outofcore.plan(paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, d_out=paths["d_out"])
+    plan = outofcore.plan(
+        paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, d_out=paths["d_out"]
+    )
     assert sorted(os.listdir(tmp_path)) == before
     assert plan.seconds == max(plan.arithmetic_seconds, plan.disk_seconds)
     assert 0 < plan.arithmetic_seconds < 60
@@ -91,8 +102,12 @@ def test_the_time_is_measured_and_nothing_left(paths, tmp_path):
 
 def test_what_a_run_would_refuse_is_refused(paths, tmp_path):
     with pytest.raises(ValueError, match="the smallest that works here is"):
-        outofcore.plan(paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, memory_limit=1000)
+        outofcore.plan(
+            paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, memory_limit=1000
+        )
     with pytest.raises(ValueError, match="out is the same file as value"):
         outofcore.plan(paths["query"], paths["key"], paths["value"], paths["value"], LSH)
     with pytest.raises(FileNotFoundError, match="no folder"):
-        outofcore.plan(paths["query"], paths["key"], paths["value"], tmp_path / "none" / "o.npy", LSH)
+        outofcore.plan(
+            paths["query"], paths["key"], paths["value"], tmp_path / "none" / "o.npy", LSH
+        )

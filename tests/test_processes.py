@@ -1,4 +1,6 @@
-"""Threads, forks, worker processes, Ctrl-C: every call ends right. Runs in fresh processes, with no variable set."""
+"""Threads, forks, worker processes, Ctrl-C: every call ends right. Runs in fresh processes, with no
+variable set.
+"""
 
 import os
 import signal
@@ -21,7 +23,11 @@ expected = work()
 
 def run(program, timeout=240):
     result = subprocess.run(
-        [sys.executable, "-c", HEADER + program], capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, "-c", HEADER + program],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -86,7 +92,9 @@ print("codes:", set(codes))
 
 
 def test_threads_and_forks_while_kernels_are_being_compiled(tmp_path):
-    """Nothing is compiled yet: two threads compute at once, and children are forked in the middle of it."""
+    """Nothing is compiled yet: two threads compute at once, and children are forked in the middle
+    of it.
+    """
     program = """
 import numpy as np, os, threading, time
 import racecore
@@ -108,7 +116,12 @@ print("same:", (outs[0] == outs[1]).all(), codes)
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True, env=environment
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+        env=environment,
     )
     assert result.stdout == "same: True [0, 0, 0]\n"
 
@@ -126,7 +139,9 @@ print("right:", all((out == racecore.attention(q, k, v)).all() for out in outs))
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_ctrl_c_ends_a_long_call_within_a_second(causal, threads):
-    """Thirty-two million tokens of one wide row, many seconds of work, interrupted early; then computing goes on."""
+    """Thirty-two million tokens of one wide row, many seconds of work, interrupted early; then
+    computing goes on.
+    """
     program = f"""
 x = np.broadcast_to(rng.standard_normal((1, 1, 512), dtype=np.float32), (1 << 25, 1, 512))
 value = np.broadcast_to(np.float32(1), (1 << 25, 1, 1))
@@ -140,7 +155,9 @@ try:
 except KeyboardInterrupt:
     print("interrupted; right afterwards:", work() == expected, flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", HEADER + program], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEADER + program], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "started\n"
     time.sleep(0.7)
     start = time.perf_counter()

@@ -1,4 +1,6 @@
-"""Runs that are killed, stopped or damaged and then called again: the same bytes as if nothing had happened."""
+"""Runs that are killed, stopped or damaged and then called again: the same bytes as if nothing had
+happened.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ CASES = {
     "packed": {"is_causal": True, "cu_seqlens": BOUNDS},
     "packed, both ways": {"cu_seqlens": BOUNDS},
 }
-# Python 3.12 and later warn of what racecore is made for: forking a process that has computed with threads.
+# Python 3.12 and later warn of what racecore is made for: forking a process that has computed with
+# threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 FORK = multiprocessing.get_context("fork")
 
@@ -41,28 +44,45 @@ class Run:
         heads = {"query": 4, "key": 2, "value": 2, "d_out": 4}
         for name in READ:
             dim = 16 if name in ("query", "key") else 24
-            np.save(folder / f"{name}.npy", rng.standard_normal((8000, heads[name], dim), dtype=np.float32))
+            np.save(
+                folder / f"{name}.npy",
+                rng.standard_normal((8000, heads[name], dim), dtype=np.float32),
+            )
         self.folder, self.options = folder, {"memory_limit": memory_limit, **options}
 
     def __call__(self, **options):
         paths = {name: self.folder / f"{name}.npy" for name in READ}
         written = {name: self.folder / f"{name}.result.npy" for name in WRITTEN}
-        options = {**paths, **written, "d_lsh": self.folder / "lsh.result.npz", **self.options, **options}
+        options = {
+            **paths,
+            **written,
+            "d_lsh": self.folder / "lsh.result.npz",
+            **self.options,
+            **options,
+        }
         return outofcore.run(
-            *(options.pop(n) for n in ("query", "key", "value", "out")), options.pop("lsh", LSH), **options
+            *(options.pop(n) for n in ("query", "key", "value", "out")),
+            options.pop("lsh", LSH),
+            **options,
         )
 
     def take_results(self):
         """Return the bytes of all outputs, and remove them; nothing else may have been left."""
         found = {path.name: path.read_bytes() for path in self.left() if "result" in path.name}
-        assert sorted(found) == sorted([*(f"{name}.result.npy" for name in WRITTEN), "lsh.result.npz"])
+        assert sorted(found) == sorted(
+            [*(f"{name}.result.npy" for name in WRITTEN), "lsh.result.npz"]
+        )
         for name in found:
             (self.folder / name).unlink()
         return found
 
     def left(self):
         """Return all files but the inputs."""
-        return sorted(path for path in self.folder.iterdir() if path.name not in {f"{name}.npy" for name in READ})
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.name not in {f"{name}.npy" for name in READ}
+        )
 
     def in_child(self, before=None):
         """Start it in a process of its own."""
@@ -138,10 +158,14 @@ def test_killed_at_every_point(case, point, which):
         assert run.take_results() == wanted
         return
     names = {path.name for path in run.left()}
-    before_the_names = crash_points.POINTS.index(point) < crash_points.POINTS.index("one output named")
+    before_the_names = crash_points.POINTS.index(point) < crash_points.POINTS.index(
+        "one output named"
+    )
     assert not before_the_names or not {f"{name}.result.npy" for name in WRITTEN} & names
     again = finish(run, wanted, report)
-    assert again.resumed_tokens > 0 or which < 9  # that is enough for all tasks of a unit to be done
+    assert (
+        again.resumed_tokens > 0 or which < 9
+    )  # that is enough for all tasks of a unit to be done
 
 
 @pytest.mark.slow
@@ -180,7 +204,9 @@ def flip(path, place):
         file.write(bytes([byte ^ 4]))
 
 
-@pytest.mark.parametrize("name", ["out.result.npy.partial", "d_query.result.npy.partial", "out.result.npy.states"])
+@pytest.mark.parametrize(
+    "name", ["out.result.npy.partial", "d_query.result.npy.partial", "out.result.npy.states"]
+)
 def test_flipped_bits_are_found_and_their_chunks_computed_again(case, name):
     run, wanted, report = case
     begun(run, 12)
@@ -233,20 +259,37 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
     for changes, said in (
         ({"is_causal": True}, "is_causal: False then, True now"),
         ({"readout": "bucket_mean"}, "readout: ratio then, bucket_mean now"),
-        ({"lsh": other}, r"hash: 3 tables of 2 planes, beta 1\.5.* then, 3 tables of 2 planes, beta 2\.5"),
+        (
+            {"lsh": other},
+            r"hash: 3 tables of 2 planes, beta 1\.5.* then, 3 tables of 2 planes, beta 2\.5",
+        ),
         ({"memory_limit": "100MB"}, "tokens per chunk, which follow from memory_limit"),
         ({"cu_seqlens": [0, 100, 8000]}, "sequences: 1"),
         ({"key_mask": mask}, "key_mask: None then, bool"),
         ({"d_lsh": None}, "d_planes: True then, False now"),
         ({"d_key": None}, r"d_key: d_key\.result\.npy then, digest only now"),
-        ({"query": tmp_path / "d_out.npy", "d_out": None, "d_query": None, "d_key": None, "d_value": None,
-          "d_lsh": None}, "query: float32"),
-    ):  # fmt: skip
-        with pytest.raises((ValueError, CorruptFileError), match=said if "query" not in changes else "head dim|query:"):
+        (
+            {
+                "query": tmp_path / "d_out.npy",
+                "d_out": None,
+                "d_query": None,
+                "d_key": None,
+                "d_value": None,
+                "d_lsh": None,
+            },
+            "query: float32",
+        ),
+    ):
+        with pytest.raises(
+            (ValueError, CorruptFileError),
+            match=said if "query" not in changes else "head dim|query:",
+        ):
             run(**changes)
         assert {path: path.read_bytes() for path in run.left()} == left
     flip(tmp_path / "value.npy", 5000)
-    with pytest.raises(ValueError, match=r"value: float32 .* bytes, changed .* then, float32 .* now\); to discard"):
+    with pytest.raises(
+        ValueError, match=r"value: float32 .* bytes, changed .* then, float32 .* now\); to discard"
+    ):
         run()
     run(resume=False)
     assert run.take_results() != wanted
@@ -308,7 +351,9 @@ def test_a_full_disk_stops_a_run_before_it_begins_or_between_chunks(tmp_path):
     assert run.left() == []
 
     def later():
-        crash_points.reached = lambda point: limit(1_500_000) if point == "outputs reserved" else None
+        crash_points.reached = lambda point: (
+            limit(1_500_000) if point == "outputs reserved" else None
+        )
 
     child = run.in_child(later)
     child.join()
@@ -332,7 +377,9 @@ def test_digests_alone_can_be_resumed_where_a_journal_is_named(tmp_path):
     x = outofcore.Synthetic((20_000, 2, 16))
 
     def run(**options):
-        return outofcore.run(x, x, x, None, LSH, d_out=x, journal=tmp_path / "j", memory_limit="5MB", **options)
+        return outofcore.run(
+            x, x, x, None, LSH, d_out=x, journal=tmp_path / "j", memory_limit="5MB", **options
+        )
 
     def stop(done, total):
         if done > total * 0.7:
@@ -356,7 +403,16 @@ def test_runs_to_arrays_have_no_journal(tmp_path):
     with pytest.raises(ValueError, match="a run that writes to arrays cannot be resumed"):
         outofcore.run(x, x, x, out, LSH, journal=tmp_path / "j")
     with pytest.raises(ZeroDivisionError):
-        outofcore.run(x, x, x, out, LSH, d_out=x, d_query=tmp_path / "dq.npy", progress=lambda done, total: 1 / 0)
+        outofcore.run(
+            x,
+            x,
+            x,
+            out,
+            LSH,
+            d_out=x,
+            d_query=tmp_path / "dq.npy",
+            progress=lambda done, total: 1 / 0,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,7 +423,9 @@ def test_maps_and_arrays_are_known_again_by_what_they_hold(tmp_path):
     mapped, held = np.load(path, mmap_mode="r"), np.load(path)
 
     def run(query, key, value, **options):
-        return outofcore.run(query, key, value, tmp_path / "o.npy", LSH, memory_limit="2MB", **options)
+        return outofcore.run(
+            query, key, value, tmp_path / "o.npy", LSH, memory_limit="2MB", **options
+        )
 
     def stop(done, total):
         if done > total // 2:

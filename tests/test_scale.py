@@ -19,8 +19,17 @@ SHAPE = ("scale", "--heads", "2", "--head-dim", "16", "--memory-limit", "20MB")
 SMALL = (*SHAPE, "--tokens", "5000")
 
 
-@pytest.mark.parametrize("words", [(), ("--causal",), ("--dtype", "bfloat16"), ("--dtype", "float16", "--causal"),
-                                   ("--dtype", "float64"), ("--forward-only", "--readout", "bucket_mean")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--causal",),
+        ("--dtype", "bfloat16"),
+        ("--dtype", "float16", "--causal"),
+        ("--dtype", "float64"),
+        ("--forward-only", "--readout", "bucket_mean"),
+    ],
+)
 def test_rows_are_right_and_the_report_says_what_was_done(words, capsys):
     assert main([*SMALL, *words, "--json", "--threads", "1"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -55,7 +64,10 @@ def test_wrong_rows_are_seen(monkeypatch, capsys):
     monkeypatch.setattr(scale.Rows, "__setitem__", spoiled)
     assert main([*SMALL, "--causal"]) == 1
     error = capsys.readouterr().err
-    assert "ROWS ARE WRONG, please report this: out at 5,000 tokens is off by 1.0e-03, right is up to 0.0001" in error
+    assert (
+        "ROWS ARE WRONG, please report this: out at 5,000 tokens is off by 1.0e-03, right is up "
+        "to 0.0001" in error
+    )
 
 
 def test_rows_that_were_never_written_are_wrong():
@@ -85,7 +97,9 @@ def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
     assert {0, 4999, cuts[0] - 1, cuts[0], cuts[-1] - 1, cuts[-1]} <= set(asked)
 
 
-@pytest.mark.parametrize(("tokens", "chunk"), [(1, 1024), (1024, 1024), (1025, 1024), (75_000_000, 16_384)])
+@pytest.mark.parametrize(
+    ("tokens", "chunk"), [(1, 1024), (1024, 1024), (1025, 1024), (75_000_000, 16_384)]
+)
 def test_places_are_rows(tokens, chunk):
     places = scale._places(tokens, chunk, 0)
     assert (places[0], places[-1]) == (0, tokens - 1)
@@ -97,7 +111,10 @@ def test_places_are_rows(tokens, chunk):
 def test_in_words(capsys):
     assert main(["scale", "--tokens", "3000", "--head-dim", "128", "--heads", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "3,000 tokens, bidirectional, forward + backward, 4 heads of 128, float32, (L, P) = (2, 2)" in printed
+    assert (
+        "3,000 tokens, bidirectional, forward + backward, 4 heads of 128, float32, (L, P) = (2, 2)"
+        in printed
+    )
     assert "largest relative error of a row: out" in printed
     assert "arXiv 2510.04008" in printed
 
@@ -126,7 +143,20 @@ def test_a_sweep_and_one_length_do_not_go_together(capsys):
 
 def test_a_sweep_without_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert main([*SHAPE, "--no-check", "--sweep", "1000", "--json", "--picture", str(tmp_path / "scale.png")]) == 0
+    assert (
+        main(
+            [
+                *SHAPE,
+                "--no-check",
+                "--sweep",
+                "1000",
+                "--json",
+                "--picture",
+                str(tmp_path / "scale.png"),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert json.loads(printed.out)[0]["tokens"] == 1000
     assert "no picture: Matplotlib is not installed (pip install matplotlib)" in printed.err

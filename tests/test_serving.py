@@ -1,4 +1,6 @@
-"""Decoding from a RaceState: one token and many, ragged batches, snapshots, float32 states; to the bit where the docs say so."""
+"""Decoding from a RaceState: one token and many, ragged batches, snapshots, float32 states; to the
+bit where the docs say so.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,15 @@ from racecore.ops.decoding import cpu as decoding
 from racecore.ops.soft_hash.cpu import soft_hash
 from racecore.runtime import files, progress
 
-# B, H, G, D, V, L, P: whole vectors and tails of both dtypes, groups of all sizes, one of more heads than a block has rows
+# B, H, G, D, V, L, P: whole vectors and tails of both dtypes, groups of all sizes, one of more
+# heads than a block has rows
 SIZES = [
-    (1, 4, 4, 16, 16, 2, 2), (2, 4, 2, 6, 5, 3, 2), (3, 8, 1, 16, 20, 4, 4), (2, 80, 2, 16, 32, 2, 3), (1, 66, 33, 8, 24, 1, 1),
-]  # fmt: skip
+    (1, 4, 4, 16, 16, 2, 2),
+    (2, 4, 2, 6, 5, 3, 2),
+    (3, 8, 1, 16, 20, 4, 4),
+    (2, 80, 2, 16, 32, 2, 3),
+    (1, 66, 33, 8, 24, 1, 1),
+]
 BATCH, H, G, D, V = 3, 4, 2, 6, 5
 
 
@@ -30,7 +37,10 @@ def rows(sizes, n_tokens, dtype=np.float32, seed=0):
     batch, n_heads, n_kv_heads, head_dim, value_dim, *_ = sizes
     rng = np.random.default_rng(seed)
     shapes = ((n_heads, head_dim), (n_kv_heads, head_dim), (n_kv_heads, value_dim))
-    return [rng.standard_normal((batch, n_tokens, *shape)).astype(np.float32).astype(dtype) for shape in shapes]
+    return [
+        rng.standard_normal((batch, n_tokens, *shape)).astype(np.float32).astype(dtype)
+        for shape in shapes
+    ]
 
 
 def make(sizes=(BATCH, H, G, D, V, 3, 2), n_tokens=20, per_head="", dtype=np.float64, seed=7):
@@ -38,7 +48,9 @@ def make(sizes=(BATCH, H, G, D, V, 3, 2), n_tokens=20, per_head="", dtype=np.flo
     batch, n_heads, n_kv_heads, head_dim, value_dim, n_tables, n_planes = sizes
     beta = np.linspace(0.5, 2, n_heads) if "beta" in per_head else 1.2
     own_planes = n_heads if "planes" in per_head else None
-    lsh = racecore.SoftLSH.random(head_dim, n_tables, n_planes, beta=beta, rng=0, n_heads=own_planes)
+    lsh = racecore.SoftLSH.random(
+        head_dim, n_tables, n_planes, beta=beta, rng=0, n_heads=own_planes
+    )
     state = racecore.RaceState.zeros(lsh, batch, n_kv_heads, value_dim, dtype=dtype)
     _, key, value = rows(sizes, n_tokens, seed=seed)
     state.append(key, value)
@@ -52,7 +64,8 @@ def assert_same(a, b):
     np.testing.assert_array_equal(a.lengths, b.lengths)
 
 
-# One token -----------------------------------------------------------------------------------------------------------
+# One token
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
@@ -91,7 +104,9 @@ def test_every_backend_agrees_with_the_oracle(per_head, readout, backend):
     history = rows(sizes, 4, np.float64)
     state = make(sizes, n_tokens=0, per_head=per_head)
     lsh = state.lsh
-    expected, mass, value_sum = oracle.attention(*history, lsh.planes, lsh.beta, is_causal=True, readout=readout)
+    expected, mass, value_sum = oracle.attention(
+        *history, lsh.planes, lsh.beta, is_causal=True, readout=readout
+    )
     for i in range(4):
         token = [put(x[:, i : i + 1].copy(), backend) for x in history]
         out = state.step(*token, readout=readout, backend=backend)
@@ -110,9 +125,13 @@ def test_backends_take_idle_members_masks_and_float32_states(dtype, backend):
     placed = [put(x, backend) for x in (query, key, value)]
     out = state.step(*placed, counts=[1, 0, 1], backend=backend)
     want = expected.step(query, key, value, counts=[1, 0, 1])
-    again = fetch(state.attend(placed[0], backend=backend))  # from what is stored: rounded, where that is float32
+    again = fetch(
+        state.attend(placed[0], backend=backend)
+    )  # from what is stored: rounded, where that is float32
     np.testing.assert_allclose(fetch(out)[[0, 2]], again[[0, 2]], rtol=1e-12)
-    tolerance = {"rtol": 1e-11, "atol": 1e-13} if dtype == np.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    tolerance = (
+        {"rtol": 1e-11, "atol": 1e-13} if dtype == np.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    )
     np.testing.assert_allclose(fetch(out), want, **tolerance)
     np.testing.assert_allclose(fetch(state.sketch.flat), expected.sketch.flat, **tolerance)
     assert fetch(state.sketch.flat)[1].tobytes() == before.sketch.flat[1].tobytes()
@@ -211,9 +230,11 @@ def test_what_was_checked_once_is_not_taken_for_granted():
     with pytest.raises(ValueError, match="use one"):
         state.step(query, key, value, key_mask=np.ones((BATCH, 1), bool), counts=[1, 1, 1])
     for counts, error, message in (
-        ([1, 2, 0], ValueError, "between 0 and T = 1, got 0 ... 2"), ([1, -1, 0], ValueError, "between 0 and T"),
-        ([1, 0], ValueError, r"shape \[B\] = \(3,\), got \(2,\)"), ([0.5, 1, 1], TypeError, "integers or bools"),
-    ):  # fmt: skip
+        ([1, 2, 0], ValueError, "between 0 and T = 1, got 0 ... 2"),
+        ([1, -1, 0], ValueError, "between 0 and T"),
+        ([1, 0], ValueError, r"shape \[B\] = \(3,\), got \(2,\)"),
+        ([0.5, 1, 1], TypeError, "integers or bools"),
+    ):
         with pytest.raises(error, match=message):
             state.step(query, key, value, counts=counts)
     with pytest.raises(ValueError, match="out overlaps"):
@@ -228,7 +249,9 @@ def test_what_kernels_keep_of_a_hash_goes_with_it():
     n_before = len(call._padded)
     outs = []
     for beta in (0.5, 3.0):  # the second hash may lie where the first one lay
-        state = racecore.RaceState.zeros(racecore.SoftLSH.random(D, 3, 2, beta=beta, rng=int(beta)), BATCH, G, V)
+        state = racecore.RaceState.zeros(
+            racecore.SoftLSH.random(D, 3, 2, beta=beta, rng=int(beta)), BATCH, G, V
+        )
         _, key, value = rows((BATCH, H, G, D, V), 9)
         state.append(key, value)
         tokens = rows((BATCH, H, G, D, V), 1, seed=3)
@@ -241,7 +264,8 @@ def test_what_kernels_keep_of_a_hash_goes_with_it():
         np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-6)
 
 
-# Several tokens ------------------------------------------------------------------------------------------------------
+# Several tokens
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,9 +274,16 @@ def test_several_tokens_are_causal_attention_to_the_bit(readout, backend):
     state = make()
     tokens = [put(x, backend) for x in rows((BATCH, H, G, D, V), 30)]
     expected, final = racecore.attention(
-        *tokens, initial_state=state, return_state=True, is_causal=True, readout=readout, backend=backend
+        *tokens,
+        initial_state=state,
+        return_state=True,
+        is_causal=True,
+        readout=readout,
+        backend=backend,
     )
-    np.testing.assert_array_equal(fetch(state.step(*tokens, readout=readout, backend=backend)), fetch(expected))
+    np.testing.assert_array_equal(
+        fetch(state.step(*tokens, readout=readout, backend=backend)), fetch(expected)
+    )
     assert_same(state, final)
 
 
@@ -319,12 +350,15 @@ def test_padding_on_the_left_is_masked():
     mask = np.ones((BATCH, 5), bool)
     mask[1, :3] = False
     out = state.step(*tokens, key_mask=mask)
-    np.testing.assert_allclose(out[1:2, 3:], alone.step(*(x[1:2, 3:] for x in tokens)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out[1:2, 3:], alone.step(*(x[1:2, 3:] for x in tokens)), rtol=1e-5, atol=1e-6
+    )
     assert not out[1, :3].any()  # nothing has been seen yet
     np.testing.assert_array_equal(state.lengths, [5, 2, 5])
 
 
-# Snapshots -----------------------------------------------------------------------------------------------------------
+# Snapshots
+# -----------------------------------------------------------------------------------------------------------
 
 WRITES = {
     "step": lambda state: state.step(*rows((BATCH, H, G, D, V), 1)),
@@ -410,7 +444,8 @@ def test_a_snapshot_goes_back_to_its_own_state_only():
         state.restore(other)
 
 
-# float32 states ------------------------------------------------------------------------------------------------------
+# float32 states
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_dtype_of_a_state_stays(tmp_path):
@@ -477,7 +512,17 @@ def test_attention_goes_on_from_a_float32_state(is_causal):
         )
         assert final.dtype == np.float64
         grads = racecore.attention_backward(np.ones_like(out), saved, d_state=state)
-        results.append((out, final.mass, final.value_sum, grads.query, grads.key, grads.planes, grads.state.value_sum))
+        results.append(
+            (
+                out,
+                final.mass,
+                final.value_sum,
+                grads.query,
+                grads.key,
+                grads.planes,
+                grads.state.value_sum,
+            )
+        )
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -485,13 +530,20 @@ def test_attention_goes_on_from_a_float32_state(is_causal):
 def test_files_of_the_first_version_still_load(tmp_path):
     state = make()
     files.save(
-        tmp_path / "old.npz", "racecore.RaceState", 1, planes=state.lsh.planes, beta=np.asarray(state.lsh.beta),
-        flat=state.sketch.flat, lengths=state.lengths, sizes=np.array([G, V]),
-    )  # fmt: skip
+        tmp_path / "old.npz",
+        "racecore.RaceState",
+        1,
+        planes=state.lsh.planes,
+        beta=np.asarray(state.lsh.beta),
+        flat=state.sketch.flat,
+        lengths=state.lengths,
+        sizes=np.array([G, V]),
+    )
     assert_same(racecore.RaceState.load(tmp_path / "old.npz"), state)
 
 
-# The benchmark -------------------------------------------------------------------------------------------------------
+# The benchmark
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_loop_behind_the_table_of_errors_adds_as_a_step_does(monkeypatch):
@@ -505,7 +557,9 @@ def test_the_loop_behind_the_table_of_errors_adds_as_a_step_does(monkeypatch):
     for i in range(50):
         state.step(*(x[:, i : i + 1] for x in (query, key, value)))
     phi = soft_hash(key[0], *lsh.per_head(1))[:, 0]
-    benchmark._add_one_by_one(phi, value[0, :, 0], looped.mass.reshape(-1), looped.value_sum.reshape(8, 16))
+    benchmark._add_one_by_one(
+        phi, value[0, :, 0], looped.mass.reshape(-1), looped.value_sum.reshape(8, 16)
+    )
     np.testing.assert_array_equal(looped.sketch.flat, state.sketch.flat)
     monkeypatch.setattr(benchmark, "CHUNK", 64)
     lines = list(benchmark.errors(1.0, (64, 256), head_dim=8))

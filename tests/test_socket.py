@@ -1,4 +1,6 @@
-"""SOCKET: scores, selected sets, exact attention over them, and the index that keeps the bits; against oracle_socket.py."""
+"""SOCKET: scores, selected sets, exact attention over them, and the index that keeps the bits;
+against oracle_socket.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ B, T, G, H, D, V = 2, 150, 2, 4, 20, 12
 BF16 = ml_dtypes.bfloat16
 
 
-def make(seed: int = 0, t: int = T, dtype: Any = np.float32, h: int = H, d: int = D, v: int = V) -> list[np.ndarray]:
+def make(
+    seed: int = 0, t: int = T, dtype: Any = np.float32, h: int = H, d: int = D, v: int = V
+) -> list[np.ndarray]:
     """Return a query, keys and values whose norms differ much."""
     rng = np.random.default_rng(seed)
     value = rng.standard_normal((B, t, G, v)) * rng.gamma(1, 1, (B, t, G, 1))
@@ -40,28 +44,38 @@ def make_lsh(n_tables: int = 5, n_planes: int = 8, d: int = D) -> racecore.SoftL
 OF_THE_PAPER: dict[str, Any] = dict(scorer="soft", weight_by_value_norm=True)
 
 
-def make_index(key: np.ndarray, value: np.ndarray, lsh: Any = None, **options: Any) -> racecore.SocketIndex:
+def make_index(
+    key: np.ndarray, value: np.ndarray, lsh: Any = None, **options: Any
+) -> racecore.SocketIndex:
     backend, lengths = options.pop("backend", None), options.pop("lengths", None)
     index = racecore.SocketIndex(make_lsh() if lsh is None else lsh, **OF_THE_PAPER | options)
     index.append(put(key, backend), put(value, backend), lengths=lengths, backend=backend)
     return index
 
 
-def scores_of(index: racecore.SocketIndex, query: np.ndarray, backend: str | None = None) -> np.ndarray:
+def scores_of(
+    index: racecore.SocketIndex, query: np.ndarray, backend: str | None = None
+) -> np.ndarray:
     return fetch(index.scores(put(query, backend), backend=backend))
 
 
-def select(index: racecore.SocketIndex, query: np.ndarray, *, backend: str | None = None, **options: Any) -> np.ndarray:
+def select(
+    index: racecore.SocketIndex, query: np.ndarray, *, backend: str | None = None, **options: Any
+) -> np.ndarray:
     return fetch(index.select(put(query, backend), backend=backend, **options))
 
 
-def attend(query: Any, key: Any, value: Any, index: Any, *, backend: str | None = None, **options: Any) -> np.ndarray:
+def attend(
+    query: Any, key: Any, value: Any, index: Any, *, backend: str | None = None, **options: Any
+) -> np.ndarray:
     arrays = (put(x, backend) for x in (query, key, value))
     return fetch(racecore.sparse_attention(*arrays, index, backend=backend, **options))
 
 
 def rounded_norms(key: np.ndarray, value: np.ndarray, scorer: str, weighted: bool) -> np.ndarray:
-    """Return [B, G, T], what scores are multiplied with, as far as 16 bits hold it, divided by what it should be."""
+    """Return [B, G, T], what scores are multiplied with, as far as 16 bits hold it, divided by what
+    it should be.
+    """
     norm = np.ones(key.shape[:3])
     if weighted:
         norm = norm * np.linalg.norm(value.astype(np.float64), axis=-1)
@@ -75,14 +89,26 @@ def rounded_norms(key: np.ndarray, value: np.ndarray, scorer: str, weighted: boo
 @pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
 @pytest.mark.parametrize(
     ("n_planes", "dtype", "weighted"),
-    [(1, np.float32, True), (4, np.float16, True), (6, np.float32, False), (8, np.float32, True), (8, BF16, False),
-     (9, np.float32, True), (10, BF16, True), (10, np.float64, True), (12, np.float32, True), (13, np.float32, False),
-     (16, np.float32, True)],
-)  # fmt: skip
+    [
+        (1, np.float32, True),
+        (4, np.float16, True),
+        (6, np.float32, False),
+        (8, np.float32, True),
+        (8, BF16, False),
+        (9, np.float32, True),
+        (10, BF16, True),
+        (10, np.float64, True),
+        (12, np.float32, True),
+        (13, np.float32, False),
+        (16, np.float32, True),
+    ],
+)
 def test_scores_equal_the_definition(scorer, n_planes, dtype, weighted, backend):
     query, key, value = make(n_planes, 70, dtype, h=10)  # groups of 5: four heads at once, and one
     lsh = make_lsh(3 if n_planes == 16 else 5, n_planes)
-    index = make_index(key, value, lsh, scorer=scorer, tau=0.3, weight_by_value_norm=weighted, backend=backend)
+    index = make_index(
+        key, value, lsh, scorer=scorer, tau=0.3, weight_by_value_norm=weighted, backend=backend
+    )
     found = scores_of(index, query, backend)
     expected = oracle.scores(
         query, key, value, lsh.planes, scorer=scorer, tau=0.3, weight_by_value_norm=weighted
@@ -93,24 +119,33 @@ def test_scores_equal_the_definition(scorer, n_planes, dtype, weighted, backend)
 
 
 def test_norms_of_sixteen_bits():
-    """Six bits of exponent, ten of fraction: right to 2^-11 where float16 over- or underflows, and never NaN."""
+    """Six bits of exponent, ten of fraction: right to 2^-11 where float16 over- or underflows, and
+    never NaN.
+    """
     norms = np.exp2(np.random.default_rng(0).uniform(-31.9, 31.9, 5000))
     back = layout.from_norm16(layout.to_norm16(norms))
     assert np.abs(back / norms - 1).max() <= 2.0**-11
-    special = layout.from_norm16(layout.to_norm16(np.array([0.0, 1e-30, 1.0, 1e30, np.inf, np.nan])))
+    special = layout.from_norm16(
+        layout.to_norm16(np.array([0.0, 1e-30, 1.0, 1e30, np.inf, np.nan]))
+    )
     largest = 2.0**31 * (2 - 2.0**-10)
     np.testing.assert_array_equal(special, np.float32([0, 0, 1, largest, largest, largest]))
-    np.testing.assert_array_equal(layout.to_norm16(np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11])) & 1023, [0, 2])
+    np.testing.assert_array_equal(
+        layout.to_norm16(np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11])) & 1023, [0, 2]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scorer", ["soft", "hamming"])  # hamming, unweighted: ties everywhere
 @pytest.mark.parametrize(
-    ("budget", "sink", "window"), [(20, 4, 7), (0.1, 0, 0), (0, 0, 0), (0, 3, 0), (1, 200, 0), (149, 0, 1)]
+    ("budget", "sink", "window"),
+    [(20, 4, 7), (0.1, 0, 0), (0, 0, 0), (0, 3, 0), (1, 200, 0), (149, 0, 1)],
 )
 def test_selected_sets(budget, sink, window, scorer, backend):
     query, key, value = make()
-    index = make_index(key, value, scorer=scorer, weight_by_value_norm=scorer == "soft", backend=backend)
+    index = make_index(
+        key, value, scorer=scorer, weight_by_value_norm=scorer == "soft", backend=backend
+    )
     found = select(index, query, budget=budget, sink=sink, window=window, backend=backend)
     scores = scores_of(index, query, backend)
     assert found.dtype == np.int64
@@ -135,7 +170,9 @@ def test_heads_of_a_group_select_together(backend):
     summed = summed[:, :, 0] + summed[:, :, 1]
     for b in range(B):
         for g in range(G):
-            assert found[b, g][found[b, g] >= 0].tolist() == oracle.selected_set(summed[b, g], 20, 2, 3)
+            assert found[b, g][found[b, g] >= 0].tolist() == oracle.selected_set(
+                summed[b, g], 20, 2, 3
+            )
     out = attend(query, key, value, index, **options)
     expected = oracle.attention(
         query, key, value, [[row[row >= 0] for row in found[b].repeat(H // G, 0)] for b in range(B)]
@@ -144,18 +181,31 @@ def test_heads_of_a_group_select_together(backend):
 
 
 def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> np.ndarray:
-    """Return what a backend selects by scores [rows, tokens] of sequences of one head, sink 2, window 3."""
+    """Return what a backend selects by scores [rows, tokens] of sequences of one head, sink 2,
+    window 3.
+    """
     budgets, shape = np.full(len(scores), budget), (len(scores), min(scores.shape[1], budget + 5))
     if backend == "cuda":
         from racecore.ops.socket import cuda as operations
 
         selected = operations.empty(shape, np.int64)
-        operations._pick(*(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected)
+        operations._pick(
+            *(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected
+        )
         return fetch(selected)
     from racecore.ops.socket.select import top_k
 
     selected, counts = np.full(shape, -7), np.zeros(len(scores), np.int64)
-    top_k.pick(scores.view(f"i{scores.itemsize}"), lengths, budgets, (2, 3), selected, counts, 0, len(scores))
+    top_k.pick(
+        scores.view(f"i{scores.itemsize}"),
+        lengths,
+        budgets,
+        (2, 3),
+        selected,
+        counts,
+        0,
+        len(scores),
+    )
     assert (counts == (selected >= 0).sum(axis=1)).all()
     return selected
 
@@ -164,14 +214,19 @@ def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> 
 @pytest.mark.parametrize("kind", ["random", "equal", "few values", "wide", "negative", "special"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
-    """On the CPU long rows go by a sample; rows that a sample says little of must come out right as well."""
+    """On the CPU long rows go by a sample; rows that a sample says little of must come out right as
+    well.
+    """
     rng = np.random.default_rng(3)
     n, rows = 20_032, 3
     scores = {
-        "random": rng.standard_normal((rows, n)), "equal": np.ones((rows, n)), "negative": -rng.gamma(1, 1, (rows, n)),
-        "few values": rng.integers(0, 4, (rows, n)).astype(float), "wide": rng.standard_normal((rows, n)) ** 31,
+        "random": rng.standard_normal((rows, n)),
+        "equal": np.ones((rows, n)),
+        "negative": -rng.gamma(1, 1, (rows, n)),
+        "few values": rng.integers(0, 4, (rows, n)).astype(float),
+        "wide": rng.standard_normal((rows, n)) ** 31,
         "special": rng.choice([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 1.0], (rows, n)),
-    }[kind]  # fmt: skip
+    }[kind]
     if kind == "random":
         scores[1, ::9] = 1e3  # what a sample of every ninth token sees is not what there is
         scores[2, :500] = 1e3
@@ -182,17 +237,27 @@ def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
         for row in range(rows):
             usable = np.where(np.isnan(scores[row]), np.inf, scores[row])[: lengths[row]]
             best = np.argsort(-usable, kind="stable")[:budget]
-            expected = np.unique([*best, 0, 1, *range(lengths[row] - 3, lengths[row])]).astype(np.int64)
+            expected = np.unique([*best, 0, 1, *range(lengths[row] - 3, lengths[row])]).astype(
+                np.int64
+            )
             np.testing.assert_array_equal(selected[row, : len(expected)], expected)
             assert (selected[row, len(expected) :] == -1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BF16, np.float16])
-@pytest.mark.parametrize(("t", "n_queries", "d", "v", "h"), [
-    (1, 1, 20, 12, 4), (33, 33, 16, 32, 2), (150, 1, 64, 64, 8), (150, 7, 20, 5, 4), (97, 40, 32, 48, 10), (1100, 1, 32, 64, 8),
-    (2300, 2, 16, 16, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("t", "n_queries", "d", "v", "h"),
+    [
+        (1, 1, 20, 12, 4),
+        (33, 33, 16, 32, 2),
+        (150, 1, 64, 64, 8),
+        (150, 7, 20, 5, 4),
+        (97, 40, 32, 48, 10),
+        (1100, 1, 32, 64, 8),
+        (2300, 2, 16, 16, 2),
+    ],
+)
 def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend):
     if backend == "reference" and t > 200:
         t = 200
@@ -201,9 +266,14 @@ def test_dense_attention_equals_the_oracle(t, n_queries, d, v, h, dtype, backend
     found = attend(query, key, value, None, budget=t, backend=backend)
     expected = oracle.attention(query, key, value)
     assert found.dtype == dtype
-    rounding = {2: 2.0**-8 if dtype is BF16 else 2.0**-11, 4: 2e-6, 8: 1e-13}[np.dtype(dtype).itemsize]
+    rounding = {2: 2.0**-8 if dtype is BF16 else 2.0**-11, 4: 2e-6, 8: 1e-13}[
+        np.dtype(dtype).itemsize
+    ]
     np.testing.assert_allclose(
-        found.astype(np.float64), expected, rtol=1.1 * rounding, atol=1.1 * rounding * np.abs(expected).max()
+        found.astype(np.float64),
+        expected,
+        rtol=1.1 * rounding,
+        atol=1.1 * rounding * np.abs(expected).max(),
     )
 
 
@@ -218,9 +288,13 @@ def test_sparse_attention_is_exact_over_the_selected(d, v, h, selection, dtype, 
     selected = select(index, query, **options)
     selected = selected.repeat(h // selected.shape[1], axis=1)
     found = attend(query, key, value, index, **options)
-    expected = oracle.attention(query, key, value, [[row[row >= 0] for row in heads] for heads in selected])
+    expected = oracle.attention(
+        query, key, value, [[row[row >= 0] for row in heads] for heads in selected]
+    )
     limit = 1e-5 if dtype is np.float32 else 2.0**-8
-    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -232,9 +306,13 @@ def test_long_lists_are_attended_to_block_by_block(budget, dtype, backend):
     options = dict(budget=budget, sink=0, window=4, backend=backend)
     selected = select(index, query, **options)
     found = attend(query, key, value, index, **options)
-    expected = oracle.attention(query, key, value, [[row[row >= 0] for row in heads] for heads in selected])
+    expected = oracle.attention(
+        query, key, value, [[row[row >= 0] for row in heads] for heads in selected]
+    )
     limit = 1e-5 if dtype is np.float32 else 2.0**-8
-    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,7 +324,10 @@ def test_a_budget_of_all_tokens_is_dense_attention(backend):
         found = attend(query, key, value, index, budget=budget, backend=backend)
         np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-6)
     # and so is attention over a list of all of them
-    every, out = np.broadcast_to(np.arange(T), (B, H, T)), put(np.empty((B, 1, H, V), np.float32), backend)
+    every, out = (
+        np.broadcast_to(np.arange(T), (B, H, T)),
+        put(np.empty((B, 1, H, V), np.float32), backend),
+    )
     operations = racecore.backends.choose(backend).socket
     operations.attend_selected(*(put(x, backend) for x in (query, key, value, every)), out)
     np.testing.assert_allclose(fetch(out), dense, rtol=1e-5, atol=1e-6)
@@ -281,13 +362,17 @@ def test_appended_in_pieces_equals_rebuilt_to_the_bit(n_planes, backend):
     pieces = racecore.SocketIndex(lsh, **OF_THE_PAPER)
     sizes = []
     for start, stop in pairwise([0, 0, 1, 2, 66, 67, 67, *range(129, 200), 400]):
-        pieces.append(put(key[:, start:stop], backend), put(value[:, start:stop], backend), backend=backend)
+        pieces.append(
+            put(key[:, start:stop], backend), put(value[:, start:stop], backend), backend=backend
+        )
         sizes.append(pieces.nbytes)
     mine, its = pieces.hashed, whole.hashed
     np.testing.assert_array_equal(fetch(mine.codes[:, :, :6]), fetch(its.codes[:, :, :6]))
     np.testing.assert_array_equal(fetch(mine.norms[..., :400]), fetch(its.norms[..., :400]))
     np.testing.assert_array_equal(*(scores_of(index, query, backend) for index in (pieces, whole)))
-    np.testing.assert_array_equal(*(select(index, query, budget=50, backend=backend) for index in (pieces, whole)))
+    np.testing.assert_array_equal(
+        *(select(index, query, budget=50, backend=backend) for index in (pieces, whole))
+    )
     assert pieces.n_tokens == whole.n_tokens == 400
     assert len(set(sizes)) < 12  # it grows by a factor, not for every token
 
@@ -309,8 +394,12 @@ def test_ragged_batches_equal_one_by_one_to_the_bit(budget, backend):
     for b, n in enumerate(lengths):
         rows = key[b : b + 1, :n], value[b : b + 1, :n]
         alone = make_index(*rows, lsh, backend=backend)
-        np.testing.assert_array_equal(attend(query[b : b + 1], *rows, alone, **options), together[b : b + 1])
-        np.testing.assert_array_equal(scores_of(alone, query[b : b + 1], backend)[0], scores[b, :, :n])
+        np.testing.assert_array_equal(
+            attend(query[b : b + 1], *rows, alone, **options), together[b : b + 1]
+        )
+        np.testing.assert_array_equal(
+            scores_of(alone, query[b : b + 1], backend)[0], scores[b, :, :n]
+        )
         assert (scores[b, :, n:] == -np.inf).all()
         mine = select(alone, query[b : b + 1], **options)[0]
         np.testing.assert_array_equal(mine, selected[b, :, : mine.shape[1]])
@@ -327,12 +416,17 @@ def test_threads_do_not_change_a_bit():
             index = make_index(key, value, lsh)
             results.append(
                 [
-                    index.hashed.codes, index.hashed.norms, index.scores(query), index.select(query, budget=0.1),
+                    index.hashed.codes,
+                    index.hashed.norms,
+                    index.scores(query),
+                    index.select(query, budget=0.1),
                     racecore.sparse_attention(query, key, value, index, budget=0.1),
                     racecore.sparse_attention(query, key, value, index, budget=1.0),
-                    racecore.sparse_attention(key[:, -50:], key[:, -99:], value[:, -99:], None, budget=0),
+                    racecore.sparse_attention(
+                        key[:, -50:], key[:, -99:], value[:, -99:], None, budget=0
+                    ),
                 ]
-            )  # fmt: skip
+            )
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -341,7 +435,9 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_causality_is_strict_in_a_prefill(backend):
     """A token changed, to NaN even, changes no bit before it."""
-    query, key, value = (np.random.default_rng(i).standard_normal((1, 90, 2, 16), dtype=np.float32) for i in range(3))
+    query, key, value = (
+        np.random.default_rng(i).standard_normal((1, 90, 2, 16), dtype=np.float32) for i in range(3)
+    )
     before = attend(query, key, value, None, budget=0, backend=backend)
     for t in (89, 50, 33):
         for array in (key, value):
@@ -354,14 +450,22 @@ def test_causality_is_strict_in_a_prefill(backend):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_any_layout_gives_what_a_contiguous_copy_gives(name, backend):
-    query, key, value = (arrange(x, name) for x in make(8, d=32, v=48, dtype=np.float32 if "swapped" in name else BF16))
+    query, key, value = (
+        arrange(x, name)
+        for x in make(8, d=32, v=48, dtype=np.float32 if "swapped" in name else BF16)
+    )
     q, k, v = (np.array(x, x.dtype.newbyteorder("="), order="C") for x in (query, key, value))
     lsh = make_lsh(d=32)
-    plain, index = make_index(k, v, lsh, backend=backend), make_index(key, value, lsh, backend=backend)
+    plain, index = (
+        make_index(k, v, lsh, backend=backend),
+        make_index(key, value, lsh, backend=backend),
+    )
     np.testing.assert_array_equal(fetch(index.hashed.codes), fetch(plain.hashed.codes))
     for budget in (30, 1.0):
         options = dict(budget=budget, sink=3, window=4, backend=backend)
-        np.testing.assert_array_equal(attend(query, key, value, index, **options), attend(q, k, v, plain, **options))
+        np.testing.assert_array_equal(
+            attend(query, key, value, index, **options), attend(q, k, v, plain, **options)
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -390,7 +494,9 @@ def test_arrays_of_torch():
     assert isinstance(out, torch.Tensor)
     assert out.dtype == torch.bfloat16
     assert isinstance(index.select(q, budget=3), torch.Tensor)
-    expected = racecore.sparse_attention(*(x.astype(BF16) for x in (query, key, value)), index, budget=30)
+    expected = racecore.sparse_attention(
+        *(x.astype(BF16) for x in (query, key, value)), index, budget=30
+    )
     np.testing.assert_array_equal(out.view(torch.int16).numpy().view(BF16), expected)
 
 
@@ -402,7 +508,9 @@ def test_extreme_numbers_do_no_harm(backend):
         index = make_index(key, value, backend=backend)
         assert np.isfinite(scores_of(index, query, backend)).all()
         with np.errstate(over="ignore", invalid="ignore"):
-            out = attend(query.clip(-1e3, 1e3), key.clip(-1e3, 1e3), value, index, budget=30, backend=backend)
+            out = attend(
+                query.clip(-1e3, 1e3), key.clip(-1e3, 1e3), value, index, budget=30, backend=backend
+            )
         assert np.isfinite(out).all()
 
 
@@ -418,7 +526,8 @@ def test_planes_for_every_key_value_head(backend):
         found = scores_of(one, query[:, :, heads], backend)
         np.testing.assert_array_equal(found, scores_of(index, query, backend)[:, heads])
     with pytest.raises(
-        ValueError, match="hashed once per key/value head, of which there are 2, and lsh has planes for 4"
+        ValueError,
+        match="hashed once per key/value head, of which there are 2, and lsh has planes for 4",
     ):
         make_index(key, value, racecore.SoftLSH.random(D, n_heads=4, rng=0))
 
@@ -435,7 +544,9 @@ def test_copy_truncate_and_select_batch(backend):
     copy.truncate([150, 100])
     np.testing.assert_array_equal(copy.lengths, [150, 100])
     np.testing.assert_array_equal(scores_of(copy, query, backend)[0], before[0])
-    copy.append(put(key[:, 100:], backend), put(value[:, 100:], backend), lengths=[0, 50])  # over what was forgotten
+    copy.append(
+        put(key[:, 100:], backend), put(value[:, 100:], backend), lengths=[0, 50]
+    )  # over what was forgotten
     np.testing.assert_array_equal(scores_of(copy, query, backend), before)
     swapped = index.select_batch([1, 0, 1])
     np.testing.assert_array_equal(scores_of(swapped, query[[1, 0, 1]], backend), before[[1, 0, 1]])
@@ -454,19 +565,28 @@ def test_copy_truncate_and_select_batch(backend):
 def test_save_and_load(tmp_path, backend):
     query, key, value = make()
     path = tmp_path / "index.npz"
-    index = make_index(key, value, scorer="signed_jl", tau=0.35, weight_by_value_norm=False, backend=backend)
+    index = make_index(
+        key, value, scorer="signed_jl", tau=0.35, weight_by_value_norm=False, backend=backend
+    )
     index.save(path)
     loaded = racecore.SocketIndex.load(path, index.lsh, backend=backend)
     assert (loaded.scorer, loaded.tau, loaded.weight_by_value_norm) == ("signed_jl", 0.35, False)
     assert loaded.lsh == index.lsh
-    np.testing.assert_array_equal(scores_of(loaded, query, backend), scores_of(index, query, backend))
+    np.testing.assert_array_equal(
+        scores_of(loaded, query, backend), scores_of(index, query, backend)
+    )
     for each in (loaded, index):  # a loaded index goes on
         each.append(put(key, backend), put(value, backend))
-    np.testing.assert_array_equal(scores_of(loaded, query, backend), scores_of(index, query, backend))
+    np.testing.assert_array_equal(
+        scores_of(loaded, query, backend), scores_of(index, query, backend)
+    )
     with pytest.raises(ValueError, match="made with another hash: its fingerprint"):
         racecore.SocketIndex.load(path, make_lsh(6))
     racecore.RaceState.zeros(make_lsh(), 1, 1, 1).save(tmp_path / "state.npz")
-    with pytest.raises(CorruptFileError, match=r"not a racecore.SocketIndex file: it says it is 'racecore.RaceState'"):
+    with pytest.raises(
+        CorruptFileError,
+        match=r"not a racecore.SocketIndex file: it says it is 'racecore.RaceState'",
+    ):
         racecore.SocketIndex.load(tmp_path / "state.npz")
     empty = racecore.SocketIndex(make_lsh())
     empty.save(path)
@@ -502,7 +622,13 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     index, host = make_index(key, value, backend=backend), make_index(key, value)
     assert (index.on_device, host.on_device) == (True, False)
     out = racecore.sparse_attention(q, k, v, index, budget=20)
-    for array in (index.hashed.codes, index.hashed.norms, index.scores(q), index.select(q, budget=20), out):
+    for array in (
+        index.hashed.codes,
+        index.hashed.norms,
+        index.scores(q),
+        index.select(q, budget=20),
+        out,
+    ):
         assert cuda.is_array(array)
     assert type(index.lengths) is np.ndarray
     assert isinstance(index.copy().nbytes, int)
@@ -511,11 +637,16 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     from_host.append(key, value, backend="cuda")
     assert from_host.on_device
     there = racecore.sparse_attention(query, key, value, from_host, budget=20, backend="cuda")
-    for found, expected in ((from_host.scores(query, backend="cuda"), index.scores(q)), (there, out)):
+    for found, expected in (
+        (from_host.scores(query, backend="cuda"), index.scores(q)),
+        (there, out),
+    ):
         assert type(found) is np.ndarray
         np.testing.assert_array_equal(found, fetch(expected))
     lengths = put(np.full(B, T), backend)
-    np.testing.assert_array_equal(fetch(racecore.sparse_attention(q, k, v, index, budget=20, lengths=lengths)), fetch(out))
+    np.testing.assert_array_equal(
+        fetch(racecore.sparse_attention(q, k, v, index, budget=20, lengths=lengths)), fetch(out)
+    )
     # a file belongs to no place
     index.save(tmp_path / "index.npz")
     np.testing.assert_allclose(
@@ -523,17 +654,29 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     )
     # anything else is a mistake
     for call, message in (
-        (lambda: index.append(key, value), "index is in a GPU's memory and key in the host's memory: an index stays"),
+        (
+            lambda: index.append(key, value),
+            "index is in a GPU's memory and key in the host's memory: an index stays",
+        ),
         (lambda: host.append(k, v), "index is in the host's memory and key in a GPU's memory"),
-        (lambda: host.append(k, value), "must be in one place, got key on a GPU, value in host memory"),
+        (
+            lambda: host.append(k, value),
+            "must be in one place, got key on a GPU, value in host memory",
+        ),
         (lambda: index.scores(query), "index is in a GPU's memory and query in the host's"),
         (lambda: host.select(q, budget=3), "index is in the host's memory and query in a GPU's"),
         (
             lambda: racecore.sparse_attention(q, k, v, host, budget=3),
             "index is in the host's memory and key in a GPU's",
         ),
-        (lambda: index.scores(q, backend="cpu"), "works in host memory, and these arrays are on a GPU"),
-        (lambda: host.scores(query, backend="cuda"), "index is in the host's memory and query in a GPU's"),
+        (
+            lambda: index.scores(q, backend="cpu"),
+            "works in host memory, and these arrays are on a GPU",
+        ),
+        (
+            lambda: host.scores(query, backend="cuda"),
+            "index is in the host's memory and query in a GPU's",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -541,7 +684,9 @@ def test_results_are_where_the_index_is(backend, tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
-    """Whatever is done at once: few blocks, some sequences, some rows, scratch in global memory, tables that are not copied."""
+    """Whatever is done at once: few blocks, some sequences, some rows, scratch in global memory,
+    tables that are not copied.
+    """
     from racecore.ops.socket import cuda as operations
 
     lengths = np.array([1100, 300])
@@ -550,19 +695,29 @@ def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
 
     def everything():
         index = make_index(key, value, make_lsh(3, 10, 40), lengths=lengths, backend=backend)
-        results = [fetch(index.hashed.codes), fetch(index.hashed.norms), scores_of(index, query, backend)]
+        results = [
+            fetch(index.hashed.codes),
+            fetch(index.hashed.norms),
+            scores_of(index, query, backend),
+        ]
         for selection in ("head", "group"):
             options = dict(budget=50, sink=3, window=4, group_selection=selection, backend=backend)
             results.append(select(index, query, **options))
             results.append(attend(query, key, value, index, lengths=lengths, **options))
         results.append(attend(query, key, value, None, budget=0, lengths=lengths, backend=backend))
-        return [*results, attend(prompt, key, value, None, budget=0, lengths=lengths, backend=backend)]
+        return [
+            *results,
+            attend(prompt, key, value, None, budget=0, lengths=lengths, backend=backend),
+        ]
 
     expected = everything()
     for changes in (
-        {"_MAX_BLOCKS": 3, "_ENOUGH_BLOCKS": 1}, {"_PARTIAL_BYTES": 1 << 15}, {"_PARTIAL_BYTES": 1, "_SCORE_BYTES": 1},
-        {"_SHARED_BYTES": 0}, {"_SHARED_BYTES": 2000},
-    ):  # fmt: skip
+        {"_MAX_BLOCKS": 3, "_ENOUGH_BLOCKS": 1},
+        {"_PARTIAL_BYTES": 1 << 15},
+        {"_PARTIAL_BYTES": 1, "_SCORE_BYTES": 1},
+        {"_SHARED_BYTES": 0},
+        {"_SHARED_BYTES": 2000},
+    ):
         with monkeypatch.context() as patch:
             for name, number in changes.items():
                 patch.setattr(operations, name, number)
@@ -612,8 +767,11 @@ def test_a_memory_mapped_cache_takes_no_memory(tmp_path):
     tokens = 1 << 19  # 134 MB each of keys and values
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_MAP, json.dumps([str(tmp_path), tokens])],
-        capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["finite"]
@@ -662,7 +820,9 @@ print("done")
 
 def test_only_selected_rows_are_read():
     """Everything else is forbidden memory."""
-    done = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout == "done\n"
 
@@ -674,15 +834,31 @@ BAD_CALLS = [
     (dict(query=query[0]), ValueError, r"must all be \[B, T, heads, dim\]"),
     (dict(query=query[:, :, :3]), ValueError, "3 query heads must be a multiple of the 2"),
     (dict(query=query.astype(np.float64)), TypeError, "must have one dtype"),
-    (dict(key=key[:, :100], value=value[:, :100]), ValueError, "have 100 tokens and the index 150: append every token"),
+    (
+        dict(key=key[:, :100], value=value[:, :100]),
+        ValueError,
+        "have 100 tokens and the index 150: append every token",
+    ),
     (dict(lengths=[150, 149]), ValueError, r"lengths\[1\] is 149, and the index has 150"),
     (dict(lengths=[150]), ValueError, r"lengths must have shape \[B\] = \(2,\), got \(1,\)"),
     (dict(lengths=[150, 151]), ValueError, "lengths must be from 0 to 150.*got 151 at index 1"),
     (dict(lengths=[1.5, 2]), TypeError, "lengths must be integers, got float64"),
-    (dict(index=3), TypeError, "index must be a racecore.SocketIndex, or None for dense attention, got int"),
+    (
+        dict(index=3),
+        TypeError,
+        "index must be a racecore.SocketIndex, or None for dense attention, got int",
+    ),
     (dict(index=racecore.SocketIndex(make_lsh())), ValueError, "the index is empty"),
-    (dict(index=racecore.SocketIndex(make_lsh(d=7))), ValueError, "hashes rows of 7 values, query and key have 20"),
-    (dict(index=INDEX.select_batch([0])), ValueError, r"\(batch, key/value heads\) = \(1, 2\), key and value \(2, 2\)"),
+    (
+        dict(index=racecore.SocketIndex(make_lsh(d=7))),
+        ValueError,
+        "hashes rows of 7 values, query and key have 20",
+    ),
+    (
+        dict(index=INDEX.select_batch([0])),
+        ValueError,
+        r"\(batch, key/value heads\) = \(1, 2\), key and value \(2, 2\)",
+    ),
     (dict(budget=-1), ValueError, "budget must not be negative, got -1"),
     (dict(budget=1.5), ValueError, "a float budget is a share of the tokens, from 0 to 1, got 1.5"),
     (dict(budget=float("nan")), ValueError, "a share of the tokens"),
@@ -690,12 +866,24 @@ BAD_CALLS = [
     (dict(budget="all"), TypeError, "budget must be a number of tokens"),
     (dict(sink=-1), ValueError, "sink must not be negative"),
     (dict(window=1.0), TypeError, "window must be an integer number of tokens"),
-    (dict(group_selection="layer"), ValueError, "group_selection must be 'head'.*or 'group'.*got 'layer'"),
+    (
+        dict(group_selection="layer"),
+        ValueError,
+        "group_selection must be 'head'.*or 'group'.*got 'layer'",
+    ),
     (dict(backend="gpu"), ValueError, "backend must be None or one of"),
-    (dict(out=np.empty((2, 1, 4, 5), np.float32)), ValueError, r"out must have shape \(2, 1, 4, 12\)"),
+    (
+        dict(out=np.empty((2, 1, 4, 5), np.float32)),
+        ValueError,
+        r"out must have shape \(2, 1, 4, 12\)",
+    ),
     (dict(out=value[:, :1].repeat(2, axis=2).astype(np.float64)), ValueError, "dtype float32"),
-    (dict(query=key[:, :, [0, 0, 1, 1]][:, :60], lengths=[150, 40], index=None), ValueError, "sequence 1 has only 40"),
-]  # fmt: skip
+    (
+        dict(query=key[:, :, [0, 0, 1, 1]][:, :60], lengths=[150, 40], index=None),
+        ValueError,
+        "sequence 1 has only 40",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), BAD_CALLS)
@@ -708,7 +896,12 @@ def test_bad_appends_change_nothing():
     index = make_index(key, value)
     before = index.scores(query)
     bad = [
-        ((key[..., :7], value), {}, ValueError, r"must have shapes \[2, T, 2, 20\] and \[2, T, 2, V\] for this index"),
+        (
+            (key[..., :7], value),
+            {},
+            ValueError,
+            r"must have shapes \[2, T, 2, 20\] and \[2, T, 2, V\] for this index",
+        ),
         ((key[:1], value[:1]), {}, ValueError, "must have shapes"),
         ((key[:, :, :1], value[:, :, :1]), {}, ValueError, "must have shapes"),
         ((key, value[:, :9]), {}, ValueError, "must have shapes"),
@@ -740,7 +933,11 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
 
 def test_an_index_says_what_is_wrong():
     for options, error, message in (
-        (dict(scorer="cosine"), ValueError, "scorer must be one of 'soft', 'hamming', 'signed_jl', got 'cosine'"),
+        (
+            dict(scorer="cosine"),
+            ValueError,
+            "scorer must be one of 'soft', 'hamming', 'signed_jl', got 'cosine'",
+        ),
         (dict(tau=0), ValueError, "tau must be a positive number"),
         (dict(tau=float("nan")), ValueError, "tau must be a positive number"),
         (dict(tau="warm"), TypeError, "tau must be a number"),

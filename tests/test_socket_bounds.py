@@ -13,12 +13,15 @@ from racecore.ops.socket.select import bounds, top_k_by_bounds
 from racecore.runtime import processor
 
 pytestmark = pytest.mark.skipif(
-    not processor.has("avx512vbmi"), reason="the processor has no AVX-512 VBMI: all scores are exact here"
+    not processor.has("avx512vbmi"),
+    reason="the processor has no AVX-512 VBMI: all scores are exact here",
 )
 B, T, G, H, D = 2, 5000, 2, 6, 16  # 79 blocks of 64: not a multiple of four
 
 
-def make(scorer: str, n_tables: int = 6, n_planes: int = 8, scale: float = 1.0, kind: str = "random") -> Any:
+def make(
+    scorer: str, n_tables: int = 6, n_planes: int = 8, scale: float = 1.0, kind: str = "random"
+) -> Any:
     """Return the tables of queries and hashed keys, of lengths 5,000 and 4,333."""
     rng = np.random.default_rng(0)
     query, key = (
@@ -65,7 +68,9 @@ def test_bounds_hold(scorer, n_planes, kind):
     assert (high >= exact)[seen].all()
     assert (low <= exact)[seen].all()
     width = ((high - low)[seen] / norm[seen].clip(1e-30)).max()
-    assert width < 0.02 * (exact[seen] / norm[seen].clip(1e-30)).std()  # else they would decide little
+    assert (
+        width < 0.02 * (exact[seen] / norm[seen].clip(1e-30)).std()
+    )  # else they would decide little
 
 
 @pytest.mark.parametrize("scorer", ["soft", "hamming", "signed_jl"])
@@ -81,18 +86,27 @@ def test_bounds_select_what_exact_scores_select(scorer, kind, way, monkeypatch):
             chosen = []
             for by_bounds in (True, False):
                 monkeypatch.setattr(cpu, "can_bound", lambda *_, answer=by_bounds: answer)
-                chosen.append(cpu.select(tables, keys, multiplies, np.array([budget, min(budget, 90)]), ends, True))
+                chosen.append(
+                    cpu.select(
+                        tables, keys, multiplies, np.array([budget, min(budget, 90)]), ends, True
+                    )
+                )
             np.testing.assert_array_equal(*chosen)
 
 
 @pytest.mark.parametrize("widened", [0.0, 0.1, 2.0, 50.0])
 def test_wide_bounds_decide_less_but_never_wrongly(widened):
-    """Scores of either sign, whose upper bounds go by the norm if they are wide: then tokens below the bar matter."""
+    """Scores of either sign, whose upper bounds go by the norm if they are wide: then tokens below
+    the bar matter.
+    """
     tables, keys, multiplies = make("signed_jl", kind="sinks")
     call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
     bounds.fill_coarse(call, 0, len(call.planes))
     exact = group_scores(tables, keys, multiplies)[0]
-    by = np.float32(widened * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact != 0))
+    by = np.float32(
+        widened
+        * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact != 0)
+    )
     call.numbers[:, 1] += by
     call.numbers[:, 2] += 2 * by
     n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
@@ -100,7 +114,9 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
     bounds.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
     selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
     limits = (np.full(G, T), np.full(G, budget))
-    top_k_by_bounds.SETTLE[multiplies](call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G)
+    top_k_by_bounds.SETTLE[multiplies](
+        call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G
+    )
     for g in range(G):
         best = np.sort(np.argsort(-exact[g], kind="stable")[:budget])
         np.testing.assert_array_equal(selected[g], best)
@@ -109,7 +125,9 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
 def test_bounds_are_used_where_they_help_and_only_there():
     tables = make("soft")[0]
     assert bounds.can_bound(tables, layout.high_bits(8), T)
-    assert not bounds.can_bound(tables, layout.high_bits(8), 4095)  # too few tokens to pay for the tables
+    assert not bounds.can_bound(
+        tables, layout.high_bits(8), 4095
+    )  # too few tokens to pay for the tables
     assert not bounds.can_bound(tables, layout.high_bits(9), T)  # codes of more than a byte
     assert not bounds.can_bound(tables[:, :, :5], layout.high_bits(8), T)  # tables come in pairs
     assert not bounds.can_bound(tables.astype(np.float64), layout.high_bits(8), T)
@@ -123,11 +141,17 @@ def test_what_is_not_finite_is_left_to_exact_scores(number, digit, whole_heads, 
     tables[1, H - 1, 3, digit, 7] = number
     answers, decide = [], cpu._select_by_bounds
     monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
-    monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
+    monkeypatch.setattr(
+        cpu,
+        "_select_by_bounds",
+        lambda *arguments: answers.append(decide(*arguments)) or answers[-1],
+    )
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [False]
     monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: False)
-    np.testing.assert_array_equal(selected, cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True))
+    np.testing.assert_array_equal(
+        selected, cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
+    )
 
 
 @pytest.mark.parametrize("whole_heads", [True, False], ids=["whole heads", "pieces"])
@@ -137,7 +161,11 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     tables *= np.float32(factor)
     answers, decide = [], cpu._select_by_bounds
     monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
-    monkeypatch.setattr(cpu, "_select_by_bounds", lambda *arguments: answers.append(decide(*arguments)) or answers[-1])
+    monkeypatch.setattr(
+        cpu,
+        "_select_by_bounds",
+        lambda *arguments: answers.append(decide(*arguments)) or answers[-1],
+    )
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [fits]
     call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)

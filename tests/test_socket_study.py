@@ -42,18 +42,32 @@ def test_the_study_chooses_and_attends_as_the_library_does(methods, budget, sink
     selected = index.select(cache.query, budget=budget, **ends)
     for b in range(2):
         for h in range(6):
-            assert np.flatnonzero(takes[b, h]).tolist() == selected[b, h][selected[b, h] >= 0].tolist()
+            assert (
+                np.flatnonzero(takes[b, h]).tolist() == selected[b, h][selected[b, h] >= 0].tolist()
+            )
     found = methods.quality(cache, methods.true_weights(cache), takes)
-    sparse, dense = (racecore.sparse_attention(*cache, i, budget=budget, **ends)[:, 0] for i in (index, None))
+    sparse, dense = (
+        racecore.sparse_attention(*cache, i, budget=budget, **ends)[:, 0] for i in (index, None)
+    )
     error = np.linalg.norm(sparse - dense, axis=2) / np.linalg.norm(dense, axis=2)
     np.testing.assert_allclose(found.error, error, rtol=1e-4, atol=1e-6)
 
 
 def test_of_equal_scores_the_earlier_are_chosen(methods):
     scores = np.array([[[1, 2, 1, 2, 1, 0]]], np.float32)
-    assert np.flatnonzero(methods.chosen(scores, 4, 0, 0)).tolist() == [0, 1, 2, 3, 5]  # and the last one
+    assert np.flatnonzero(methods.chosen(scores, 4, 0, 0)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        5,
+    ]  # and the last one
     assert np.flatnonzero(methods.chosen(scores, 3, 1, 0)).tolist() == [0, 1, 3]
-    assert np.flatnonzero(methods.chosen(scores, 3, 1, 0, page=2)).tolist() == [0, 1, 3]  # 3 tokens are one page of 2
+    assert np.flatnonzero(methods.chosen(scores, 3, 1, 0, page=2)).tolist() == [
+        0,
+        1,
+        3,
+    ]  # 3 tokens are one page of 2
 
 
 def test_bounds_of_pages_are_bounds(methods):
@@ -87,9 +101,21 @@ def test_a_needle_has_the_likeness_that_is_asked_for(methods):
 
 
 def test_the_study_in_small(tmp_path):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "socket_study.py"), "--quick", "--out", "found"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(EXAMPLES / "socket_study.py"),
+        "--quick",
+        "--out",
+        "found",
+    ]
     done = subprocess.run(
-        [*command, "--only", "clusters", "haystack"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [*command, "--only", "clusters", "haystack"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found" / "study.json").read_text())

@@ -14,7 +14,13 @@ def test_random_is_reproducible_and_shaped():
     first = racecore.SoftLSH.random(head_dim=20, n_tables=3, n_planes=2, beta=1.5, rng=7)
     again = racecore.SoftLSH.random(20, 3, 2, 1.5, np.random.default_rng(7))
     assert first.planes.shape == (3, 2, 20)
-    assert (first.n_tables, first.n_planes, first.n_buckets, first.head_dim, first.beta) == (3, 2, 4, 20, 1.5)
+    assert (first.n_tables, first.n_planes, first.n_buckets, first.head_dim, first.beta) == (
+        3,
+        2,
+        4,
+        20,
+        1.5,
+    )
     assert first == again
     assert first.fingerprint == again.fingerprint
     assert first != racecore.SoftLSH.random(20, 3, 2, 1.5, rng=8)
@@ -44,7 +50,9 @@ def test_orthogonal_planes_are_orthogonal_in_blocks(dim):
     for start in range(0, 24, dim):
         gram = rows[start : start + dim] @ rows[start : start + dim].T
         np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-5)
-    lengths = np.linalg.norm(racecore.SoftLSH.random(dim, 500, 4, rng=1, orthogonal=True).planes, axis=-1)
+    lengths = np.linalg.norm(
+        racecore.SoftLSH.random(dim, 500, 4, rng=1, orthogonal=True).planes, axis=-1
+    )
     assert abs((lengths**2).mean() / dim - 1) < 0.1
 
 
@@ -85,7 +93,12 @@ def test_instances_are_immutable_copies():
         (np.full((1, 1, 2), np.nan), 1.0, ValueError, r"finite, got nan at index \(0, 0, 0\)"),
         (np.ones((1, 1, 2)), np.inf, ValueError, "beta must be finite"),
         (np.ones((1, 1, 2)), 1e300, ValueError, "beta must be finite and at most"),
-        (np.ones((1, 1, 2)), np.ones((2, 2)), ValueError, r"beta must be a number or have shape \[H\]"),
+        (
+            np.ones((1, 1, 2)),
+            np.ones((2, 2)),
+            ValueError,
+            r"beta must be a number or have shape \[H\]",
+        ),
         (np.ones((3, 1, 1, 2)), np.ones(2), ValueError, "beta has 2 heads and planes have 3"),
         (np.ones((1, 1, 2)), "sharp", TypeError, "beta must be a real number"),
         (np.ones((1, 1, 2), complex), 1.0, TypeError, "planes must be real numbers"),
@@ -105,7 +118,9 @@ def test_random_refuses_sizes_that_are_not_positive_integers(name, value):
 
 @pytest.mark.parametrize("n_heads", [None, 2])
 def test_save_load_and_pickle_keep_everything(tmp_path, n_heads):
-    lsh = racecore.SoftLSH.random(6, 2, 3, beta=0.7 if n_heads is None else [0.7, 2.0], rng=3, n_heads=n_heads)
+    lsh = racecore.SoftLSH.random(
+        6, 2, 3, beta=0.7 if n_heads is None else [0.7, 2.0], rng=3, n_heads=n_heads
+    )
     lsh.save(tmp_path / "lsh.npz")
     for copy in (racecore.SoftLSH.load(tmp_path / "lsh.npz"), pickle.loads(pickle.dumps(lsh))):
         assert copy == lsh
@@ -165,7 +180,9 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
 def test_files_of_a_newer_version_are_refused(tmp_path):
     from racecore.runtime import files
 
-    files.save(tmp_path / "new.npz", "racecore.SoftLSH", 99, planes=np.ones((1, 1, 1)), beta=np.ones(()))
+    files.save(
+        tmp_path / "new.npz", "racecore.SoftLSH", 99, planes=np.ones((1, 1, 1)), beta=np.ones(())
+    )
     with pytest.raises(CorruptFileError, match="version 99.*upgrade"):
         racecore.SoftLSH.load(tmp_path / "new.npz")
 

@@ -28,7 +28,9 @@ def test_shapes_and_sums(n_heads):
     # probabilities of a token sum to 1 in every table
     np.testing.assert_allclose(state.mass.sum(axis=-1), T)
     summed = value.sum(axis=1).repeat(heads // G, axis=1)[:, :, None]
-    np.testing.assert_allclose(state.value_sum.sum(axis=3), np.broadcast_to(summed, (B, heads, 3, V)))
+    np.testing.assert_allclose(
+        state.value_sum.sum(axis=3), np.broadcast_to(summed, (B, heads, 3, V))
+    )
     assert state.n_tokens == T
     np.testing.assert_array_equal(state.lengths, [T, T])
     assert state.lsh is lsh
@@ -59,7 +61,9 @@ def test_one_sequence_may_leave_out_the_batch():
     state = racecore.RaceState.zeros(lsh, batch=1, n_kv_heads=G, value_dim=V)
     state.append(key[0], value[0])
     query = np.random.default_rng(5).standard_normal((7, 4, D))
-    np.testing.assert_array_equal(state.attend(query), racecore.attention(query, key[0], value[0], lsh))
+    np.testing.assert_array_equal(
+        state.attend(query), racecore.attention(query, key[0], value[0], lsh)
+    )
 
 
 def test_an_empty_state_attends_to_zeros():
@@ -75,7 +79,9 @@ def test_masked_keys_do_not_count():
     mask = np.random.default_rng(1).random((B, T)) < 0.5
     state.append(key, value, key_mask=mask)
     np.testing.assert_array_equal(state.lengths, mask.sum(axis=1))
-    np.testing.assert_allclose(state.mass.sum(axis=-1)[..., 0], np.repeat(mask.sum(axis=1)[:, None], G, axis=1))
+    np.testing.assert_allclose(
+        state.mass.sum(axis=-1)[..., 0], np.repeat(mask.sum(axis=1)[:, None], G, axis=1)
+    )
 
 
 def test_merge_adds_in_any_order():
@@ -265,8 +271,10 @@ def test_one_query_gets_the_same_bits_as_among_many(n_heads, value_dim, dtype):
     k, v, q = (rng.standard_normal((1, *shape), dtype=dtype) for shape in shapes)
     state = racecore.RaceState.zeros(
         racecore.SoftLSH.random(head_dim=16, n_tables=3, n_planes=3, beta=1.0, rng=0),
-        batch=1, n_kv_heads=2, value_dim=value_dim,
-    )  # fmt: skip
+        batch=1,
+        n_kv_heads=2,
+        value_dim=value_dim,
+    )
     state.append(k, v)
     together = state.attend(q)
     for n in (1, 2):

@@ -1,4 +1,6 @@
-"""Products by tensor cores: bfloat16 arrays and 16 buckets or more go through them, on the CPU through their portable twin."""
+"""Products by tensor cores: bfloat16 arrays and 16 buckets or more go through them, on the CPU
+through their portable twin.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def launched(monkeypatch):
     return names
 
 
-# The instruction ------------------------------------------------------------------------------------------------------
+# The instruction
+# ------------------------------------------------------------------------------------------------------
 
 ONE_PRODUCT = """#include "cuda/warp.cuh"
 extern "C" __global__ void one_product(const unsigned* a, const unsigned* b, float* d) {
@@ -51,12 +54,15 @@ extern "C" __global__ void one_product(const unsigned* a, const unsigned* b, flo
 
 
 def places(n, row, column):
-    """Return the row and column of the i-th of n numbers of each lane, from the formulas of the PTX ISA."""
+    """Return the row and column of the i-th of n numbers of each lane, from the formulas of the PTX
+    ISA.
+    """
     lane, i = np.divmod(np.arange(32 * n), n)
     return row(lane // 4, lane % 4, i), column(lane // 4, lane % 4, i)
 
 
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": groupID, threadID_in_group, i
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": groupID, threadID_in_group,
+# i
 OF_A = places(
     8,
     lambda g, t, i: np.where((i < 2) | ((i >= 4) & (i < 6)), g, g + 8),
@@ -68,11 +74,17 @@ OF_D = places(4, lambda g, t, i: np.where(i < 2, g, g + 8), lambda g, t, i: t * 
 
 def test_fragments_are_those_of_the_ptx_isa(backend):
     rng = np.random.default_rng(0)
-    a, b, c = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    a, b, c = (
+        rng.integers(-9, 10, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8))
+    )
     library = cuda.cupy()
     code = cuda._INCLUDE.sub(lambda match: cuda.source(match[1]), ONE_PRODUCT)
-    kernel = library.RawModule(code=code, options=cuda.options(BFLOAT16, 4, True)).get_function("one_product")
-    words = [library.asarray(x[of].astype(BFLOAT16).view(np.uint32)) for x, of in ((a, OF_A), (b, OF_B))]
+    kernel = library.RawModule(code=code, options=cuda.options(BFLOAT16, 4, True)).get_function(
+        "one_product"
+    )
+    words = [
+        library.asarray(x[of].astype(BFLOAT16).view(np.uint32)) for x, of in ((a, OF_A), (b, OF_B))
+    ]
     d = library.asarray(c[OF_D])
     kernel((1,), (32,), (*words, d))
     np.testing.assert_array_equal(fetch(d), (a @ b + c)[OF_D])
@@ -84,7 +96,12 @@ def test_every_instance_compiles_to_the_instruction(architecture):
     codes = [cuda.source(file) for file in FILES]
     with ThreadPoolExecutor(2) as pool:
         results = list(
-            pool.map(lambda code: nvrtc.compiled(code, cuda.options(BFLOAT16, 4, True), architecture, "PTX"), codes)
+            pool.map(
+                lambda code: nvrtc.compiled(
+                    code, cuda.options(BFLOAT16, 4, True), architecture, "PTX"
+                ),
+                codes,
+            )
         )
     for file, code, (ptx, log) in zip(FILES, codes, results, strict=True):
         frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
@@ -97,38 +114,108 @@ def test_every_instance_compiles_to_the_instruction(architecture):
 
 
 def test_other_instances_do_without_it():
-    ptx, _ = nvrtc.compiled(cuda.source("soft_hash/kernels.cu"), cuda.options(BFLOAT16, 4), "sm_75", "PTX")
+    ptx, _ = nvrtc.compiled(
+        cuda.source("soft_hash/kernels.cu"), cuda.options(BFLOAT16, 4), "sm_75", "PTX"
+    )
     assert b"mma" not in ptx
 
 
-# Results --------------------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------------------
 
 STRIDED = ("transposed", "reversed", "contiguous", "strided")
 BASE = {"beta": 1.2, "spread": 1.0}
 CASES = {
     "S=64": Problem(0, 1, 100, 100, 2, 1, 64, 48, 4, 4, **BASE),
     "S=64 causal": Problem(1, 2, 70, 70, 2, 2, 16, 130, 4, 4, is_causal=True, **BASE),
-    "S=24 mask": Problem(2, 2, 37, 50, 4, 2, 33, 7, 3, 3, mask="random", readout="bucket_mean", has_initial_state=True,
-                         has_d_state=True, **BASE),
-    "S=24 mask causal": Problem(3, 2, 50, 50, 4, 1, 5, 33, 3, 3, mask="whole", is_causal=True, has_initial_state=True,
-                                has_d_state=True, beta=20.0, spread=0.6),
-    "S=20 packed": Problem(4, None, 90, 90, 2, 2, 20, 40, 5, 2, bounds=(0, 3, 3, 20, 52, 53, 90), beta_per_head=True, **BASE),
-    "S=32 packed causal": Problem(5, None, 90, 90, 2, 2, 64, 8, 1, 5, bounds=(0, 3, 3, 20, 52, 53, 90), is_causal=True,
-                                  planes_per_head=True, readout="bucket_mean", **BASE),
-    "S=24 over segments": Problem(6, None, 1100, 1100, 1, 1, 4, 5, 3, 3, is_causal=True, layouts=STRIDED, **BASE),
+    "S=24 mask": Problem(
+        2,
+        2,
+        37,
+        50,
+        4,
+        2,
+        33,
+        7,
+        3,
+        3,
+        mask="random",
+        readout="bucket_mean",
+        has_initial_state=True,
+        has_d_state=True,
+        **BASE,
+    ),
+    "S=24 mask causal": Problem(
+        3,
+        2,
+        50,
+        50,
+        4,
+        1,
+        5,
+        33,
+        3,
+        3,
+        mask="whole",
+        is_causal=True,
+        has_initial_state=True,
+        has_d_state=True,
+        beta=20.0,
+        spread=0.6,
+    ),
+    "S=20 packed": Problem(
+        4,
+        None,
+        90,
+        90,
+        2,
+        2,
+        20,
+        40,
+        5,
+        2,
+        bounds=(0, 3, 3, 20, 52, 53, 90),
+        beta_per_head=True,
+        **BASE,
+    ),
+    "S=32 packed causal": Problem(
+        5,
+        None,
+        90,
+        90,
+        2,
+        2,
+        64,
+        8,
+        1,
+        5,
+        bounds=(0, 3, 3, 20, 52, 53, 90),
+        is_causal=True,
+        planes_per_head=True,
+        readout="bucket_mean",
+        **BASE,
+    ),
+    "S=24 over segments": Problem(
+        6, None, 1100, 1100, 1, 1, 4, 5, 3, 3, is_causal=True, layouts=STRIDED, **BASE
+    ),
     "S=16": Problem(7, 1, 17, 16, 1, 1, 1, 1, 2, 3, has_d_state=True, layouts=STRIDED, **BASE),
-}  # fmt: skip
+}
 
 
 def errors(problem, found):
     floor = 0.01 * float(np.linalg.norm(problem.arrays("bfloat16").d_out.astype(np.float64)))
     expected = run_oracle(problem, "bfloat16")
-    return {name: relative_error(found[name], x, floor if name[:2] == "d_" else 0.0) for name, x in expected.items()}
+    return {
+        name: relative_error(found[name], x, floor if name[:2] == "d_" else 0.0)
+        for name, x in expected.items()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_near_to_the_oracle_as_float32(backend, name, launched):
-    """What is rounded to bfloat16 in the end by its rounding alone; float64 results by less than 16 bits would show."""
+    """What is rounded to bfloat16 in the end by its rounding alone; float64 results by less than 16
+    bits would show.
+    """
     found = run_library(CASES[name], "bfloat16", backend)
     assert all(launched[kernel] for kernel in launched if kernel != "scan")
     assert len(launched) == 5 if CASES[name].is_causal else 4
@@ -151,16 +238,33 @@ def test_the_same_without_them(backend, is_causal, monkeypatch, launched):
     assert not any(launched.values())
     for name, array in expected.items():
         if name != "backend":
-            assert relative_error(found[name], array, 1e-2) < (1e-3 if array.dtype == BFLOAT16 else 4e-6), name
+            assert relative_error(found[name], array, 1e-2) < (
+                1e-3 if array.dtype == BFLOAT16 else 4e-6
+            ), name
 
 
-# Bits -----------------------------------------------------------------------------------------------------------------
+# Bits
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_same_bits_for_any_grid_and_any_scratch(backend, is_causal, monkeypatch):
     problem = Problem(
-        0, 2, 1100, 1100, 1, 1, 5, 40, 3, 3, 1.2, 1.0, mask="random", has_d_state=True, is_causal=is_causal
+        0,
+        2,
+        1100,
+        1100,
+        1,
+        1,
+        5,
+        40,
+        3,
+        3,
+        1.2,
+        1.0,
+        mask="random",
+        has_d_state=True,
+        is_causal=is_causal,
     )
     expected = run_library(problem, "bfloat16", backend)
     monkeypatch.setattr(call, "_MAX_BLOCKS", 3)
@@ -190,7 +294,8 @@ def test_a_bad_token_changes_no_bit_of_what_never_meets_it(backend):
         assert watched.past_that_changed(problem, backend) == ""
 
 
-# When -----------------------------------------------------------------------------------------------------------------
+# When
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def launches(launched, dtype=BFLOAT16, n_planes=3, n_heads=None, heads=2, kv_heads=2):
@@ -210,7 +315,9 @@ def test_when_they_are_used(launched, monkeypatch):
     assert not launches(launched, dtype=np.float32)
     assert launches(launched, kv_heads=1)
     assert launches(launched, n_heads=2)
-    assert not launches(launched, n_heads=2, kv_heads=1)  # gradients of shared keys are added up in float32
+    assert not launches(
+        launched, n_heads=2, kv_heads=1
+    )  # gradients of shared keys are added up in float32
     monkeypatch.setattr(cuda, "has_bfloat16_products", lambda: False)
     assert not launches(launched)
 

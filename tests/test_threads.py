@@ -14,7 +14,9 @@ from racecore.runtime.threads import default_count, run
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 8])
-@pytest.mark.parametrize(("n_tasks", "step"), [(0, 1), (1, 1), (7, 3), (100, 1), (100, 100), (5, 1000)])
+@pytest.mark.parametrize(
+    ("n_tasks", "step"), [(0, 1), (1, 1), (7, 3), (100, 1), (100, 100), (5, 1000)]
+)
 def test_every_task_runs_once(n_threads, n_tasks, step):
     seen = []
     with racecore.threads(n_threads):
@@ -106,8 +108,12 @@ def test_default_count(monkeypatch):
 
 
 def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatch):
-    """A starved helper holds the jobs it never got round to; their arrays would count as the next call's memory."""
-    threads = importlib.import_module("racecore.runtime.threads")  # the package's attribute of that name is a function
+    """A starved helper holds the jobs it never got round to; their arrays would count as the next
+    call's memory.
+    """
+    threads = importlib.import_module(
+        "racecore.runtime.threads"
+    )  # the package's attribute of that name is a function
     monkeypatch.setattr(threads, "_ensure_helpers", lambda n: None)
     jobs = threads.queue.SimpleQueue()
     monkeypatch.setattr(threads, "_jobs", jobs)

@@ -1,4 +1,6 @@
-"""The PyTorch adapter: the bits of racecore on NumPy arrays, gradients that autograd can trust, and what training loops do."""
+"""The PyTorch adapter: the bits of racecore on NumPy arrays, gradients that autograd can trust, and
+what training loops do.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ torch = pytest.importorskip("torch", reason="torch is not installed; only its ad
 from racecore.adapters.torch import RaceAttention, RaceCache, race_attention, race_sdpa
 from racecore.adapters.torch.operator import attend, attend_backward
 
-# Inductor and DistributedDataParallel warn of things in PyTorch itself; forked workers of what racecore is made for.
+# Inductor and DistributedDataParallel warn of things in PyTorch itself; forked workers of what
+# racecore is made for.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 MODES = list(itertools.product((False, True), ("ratio", "bucket_mean")))
 IDS = [f"{'causal' if is_causal else 'bidirectional'}-{readout}" for is_causal, readout in MODES]
 
@@ -37,9 +45,16 @@ def made(shape, dtype=torch.float32, seed=0, scale=1.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def inputs(dtype=torch.float64, n=7, batch=2, heads=4, kv_heads=2, dim=6, value_dim=5, requires_grad=True):
+def inputs(
+    dtype=torch.float64, n=7, batch=2, heads=4, kv_heads=2, dim=6, value_dim=5, requires_grad=True
+):
     """Return query, key, value, planes and beta."""
-    shapes = ((batch, n, heads, dim), (batch, n, kv_heads, dim), (batch, n, kv_heads, value_dim), (3, 2, dim))
+    shapes = (
+        (batch, n, heads, dim),
+        (batch, n, kv_heads, dim),
+        (batch, n, kv_heads, value_dim),
+        (3, 2, dim),
+    )
     tensors = [made(shape, dtype, seed) for seed, shape in enumerate(shapes)]
     tensors.append(torch.tensor(1.3, dtype=dtype))
     return [x.requires_grad_(requires_grad) for x in tensors]
@@ -68,7 +83,10 @@ def test_same_bits_as_numpy(problem, dtype):
         x.query, x.key, x.value, lsh, key_mask=x.key_mask, cu_seqlens=x.cu_seqlens, **options
     )
     grads = racecore.attention_backward(x.d_out, saved)
-    tensors = [tensor_of(array).requires_grad_() for array in (x.query, x.key, x.value, x.planes, np.array(x.beta))]
+    tensors = [
+        tensor_of(array).requires_grad_()
+        for array in (x.query, x.key, x.value, x.planes, np.array(x.beta))
+    ]
     key_mask = None if x.key_mask is None else torch.from_numpy(x.key_mask)
     cu_seqlens = None if x.cu_seqlens is None else torch.from_numpy(x.cu_seqlens)
     found = race_attention(*tensors, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
@@ -96,7 +114,9 @@ def test_gradcheck_with_masks_and_packed(is_causal):
     )
     bounds = torch.tensor([0, 2, 2, 7])
     assert torch.autograd.gradcheck(
-        lambda *x: race_attention(*x, is_causal=is_causal, cu_seqlens=bounds), inputs(batch=1), nondet_tol=0.0
+        lambda *x: race_attention(*x, is_causal=is_causal, cu_seqlens=bounds),
+        inputs(batch=1),
+        nondet_tol=0.0,
     )
 
 
@@ -110,7 +130,9 @@ def test_gradients_of_a_few():
         race_attention(*everything, is_causal=True).sum().backward()
         for i, tensor in enumerate(tensors):
             assert (tensor.grad is not None) == (i == wanted)
-        torch.testing.assert_close(tensors[wanted].grad, everything[wanted].grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            tensors[wanted].grad, everything[wanted].grad, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_without_gradients():
@@ -136,15 +158,20 @@ def test_without_gradients():
 def test_beta(beta):
     query, key, value, planes, _ = inputs(torch.float32)
     expected = racecore.attention(
-        *(x.detach().numpy() for x in (query, key, value)), racecore.SoftLSH(planes.detach().numpy(), np.asarray(beta))
+        *(x.detach().numpy() for x in (query, key, value)),
+        racecore.SoftLSH(planes.detach().numpy(), np.asarray(beta)),
     )
     np.testing.assert_array_equal(bits(race_attention(query, key, value, planes, beta)), expected)
 
 
 def test_compiler_takes_other_kinds_of_beta():
     query, key, value, planes, _ = inputs(torch.float32)
-    compiled = torch.compile(lambda q: race_attention(q, key, value, planes, 1.3), backend="aot_eager", fullgraph=True)
-    np.testing.assert_array_equal(bits(compiled(query)), bits(race_attention(query, key, value, planes, 1.3)))
+    compiled = torch.compile(
+        lambda q: race_attention(q, key, value, planes, 1.3), backend="aot_eager", fullgraph=True
+    )
+    np.testing.assert_array_equal(
+        bits(compiled(query)), bits(race_attention(query, key, value, planes, 1.3))
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -154,9 +181,12 @@ def test_opcheck(is_causal):
     d_out = made((2, 7, 4, 5))
     arguments = [x.detach() for x in tensors]
     torch.library.opcheck(
-        attend_backward, (d_out, *arguments, None, None, is_causal, "ratio", "query key value planes beta")
+        attend_backward,
+        (d_out, *arguments, None, None, is_causal, "ratio", "query key value planes beta"),
     )
-    torch.library.opcheck(attend_backward, (d_out, *arguments, None, None, is_causal, "ratio", "key beta"))
+    torch.library.opcheck(
+        attend_backward, (d_out, *arguments, None, None, is_causal, "ratio", "key beta")
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -209,7 +239,11 @@ def test_checkpoint_gives_the_same_bits(use_reentrant):
         layer.zero_grad()
         x = made((1, 3000, 32)).requires_grad_()
         y = x * 1.0
-        out = torch.utils.checkpoint.checkpoint(layer, y, use_reentrant=use_reentrant) if checkpointed else layer(y)
+        out = (
+            torch.utils.checkpoint.checkpoint(layer, y, use_reentrant=use_reentrant)
+            if checkpointed
+            else layer(y)
+        )
         out.square().sum().backward()
         grads.append([bits(x.grad), *(bits(p.grad) for p in layer.parameters())])
     for plain, again in zip(*grads, strict=True):
@@ -217,10 +251,14 @@ def test_checkpoint_gives_the_same_bits(use_reentrant):
 
 
 def test_checkpoint_drops_what_forward_kept():
-    """Everything of size T goes through autograd's own saving, where checkpointing and offloading can reach it."""
+    """Everything of size T goes through autograd's own saving, where checkpointing and offloading
+    can reach it.
+    """
     kept = []
     tensors = inputs(torch.float32, n=4000, batch=1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]
+    ):
         out = race_attention(*tensors, is_causal=True)
     assert len(kept) > len(tensors)  # states, too
     out.sum().backward()
@@ -269,7 +307,9 @@ def test_transforms_of_functions_are_refused(transform):
 def test_second_derivative_of_beta_alone_is_refused():
     query, key, value, planes, beta = inputs(requires_grad=False)
     (grad,) = torch.autograd.grad(
-        race_attention(query, key, value, planes, beta.requires_grad_()).sum(), beta, create_graph=True
+        race_attention(query, key, value, planes, beta.requires_grad_()).sum(),
+        beta,
+        create_graph=True,
     )
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         grad.square().backward()
@@ -319,7 +359,8 @@ def test_autocast():
         assert race_attention(*inputs(torch.float64)).dtype == torch.float64
 
 
-# Layouts and traps ---------------------------------------------------------------------------------------------------
+# Layouts and traps
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_any_strides_are_taken_where_they_lie():
@@ -332,7 +373,8 @@ def test_any_strides_are_taken_where_they_lie():
         np.testing.assert_array_equal(bits(race_attention(*views, *tensors[3:])), bits(expected))
     one = tensors[0][:, :1].detach().expand(-1, 7, -1, -1)
     np.testing.assert_array_equal(
-        bits(race_attention(one, *tensors[1:])), bits(race_attention(one.contiguous(), *tensors[1:]))
+        bits(race_attention(one, *tensors[1:])),
+        bits(race_attention(one.contiguous(), *tensors[1:])),
     )
 
 
@@ -341,12 +383,15 @@ def test_lazy_minus_sign():
     negative = torch.complex(query.detach(), query.detach()).conj().imag
     assert negative.is_neg()
     np.testing.assert_array_equal(
-        bits(race_attention(negative, key, value, planes, beta)), bits(race_attention(-query, key, value, planes, beta))
+        bits(race_attention(negative, key, value, planes, beta)),
+        bits(race_attention(-query, key, value, planes, beta)),
     )
 
 
 def test_numpy_arrays_that_torch_must_not_get():
-    """A reversed or read-only array goes into racecore as NumPy's; what comes back as a tensor has memory of its own."""
+    """A reversed or read-only array goes into racecore as NumPy's; what comes back as a tensor has
+    memory of its own.
+    """
     array = np.ones((5, 2, 8), np.float32)
     array.flags.writeable = False
     tensor = torch.ones(5, 2, 8)
@@ -373,13 +418,19 @@ def test_outputs_share_no_memory_with_inputs():
         ({"key": lambda x: x[:, :-1]}, ValueError, "agree in tokens"),
         ({"planes": lambda x: x[..., :-1]}, ValueError, "lsh hashes rows of 5 values"),
         ({"planes": lambda x: x * float("nan")}, ValueError, "planes must be finite"),
-        ({"beta": lambda x: x.reshape(1, 1)}, ValueError, r"beta must be a number or have shape \[H\]"),
+        (
+            {"beta": lambda x: x.reshape(1, 1)},
+            ValueError,
+            r"beta must be a number or have shape \[H\]",
+        ),
         ({"query": lambda x: x.detach().numpy()}, TypeError, "query must be a torch.Tensor"),
         ({"key": lambda x: x.to("meta")}, ValueError, "must be on one device"),
     ],
 )
 def test_bad_input(change, error, message):
-    tensors = dict(zip(("query", "key", "value", "planes", "beta"), inputs(torch.float32), strict=True))
+    tensors = dict(
+        zip(("query", "key", "value", "planes", "beta"), inputs(torch.float32), strict=True)
+    )
     tensors |= {name: function(tensors[name]) for name, function in change.items()}
     with pytest.raises(error, match=message):
         race_attention(**tensors)
@@ -394,7 +445,8 @@ def test_tensors_without_memory():
     assert out.device.type == "meta"
 
 
-# race_sdpa -----------------------------------------------------------------------------------------------------------
+# race_sdpa
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_sdpa_has_heads_first():
@@ -402,10 +454,13 @@ def test_sdpa_has_heads_first():
     query, key, value, *_ = inputs(torch.float32)
     first = [x.detach().transpose(1, 2) for x in (query, key, value)]
     out = race_sdpa(*first, is_causal=True, enable_gqa=True, lsh=lsh)
-    expected = racecore.attention(*(x.detach().numpy() for x in (query, key, value)), lsh, is_causal=True)
+    expected = racecore.attention(
+        *(x.detach().numpy() for x in (query, key, value)), lsh, is_causal=True
+    )
     np.testing.assert_array_equal(bits(out.transpose(1, 2)), expected)
     np.testing.assert_array_equal(
-        bits(race_sdpa(*(x[0] for x in first), is_causal=True, enable_gqa=True, lsh=lsh)), bits(out[0])
+        bits(race_sdpa(*(x[0] for x in first), is_causal=True, enable_gqa=True, lsh=lsh)),
+        bits(out[0]),
     )
 
 
@@ -418,12 +473,16 @@ def test_compiled_sdpa():
     for given, fullgraph in ((module, True), (lsh, False)):
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda *x, given=given: race_sdpa(*x, enable_gqa=True, lsh=given), backend="aot_eager", fullgraph=fullgraph
+            lambda *x, given=given: race_sdpa(*x, enable_gqa=True, lsh=given),
+            backend="aot_eager",
+            fullgraph=fullgraph,
         )
         np.testing.assert_array_equal(bits(compiled(*tensors)), expected)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="module with planes and beta"):
-        torch.compile(lambda *x: race_sdpa(*x, enable_gqa=True, lsh=lsh), backend="aot_eager", fullgraph=True)(*tensors)
+        torch.compile(
+            lambda *x: race_sdpa(*x, enable_gqa=True, lsh=lsh), backend="aot_eager", fullgraph=True
+        )(*tensors)
 
 
 @pytest.mark.parametrize(
@@ -439,18 +498,28 @@ def test_compiled_sdpa():
 def test_sdpa_refuses_what_a_sketch_cannot_do(options, message):
     tensors = [x.transpose(1, 2) for x in inputs(torch.float32)[:3]]
     with pytest.raises((ValueError, TypeError), match=message):
-        race_sdpa(*tensors, **({"enable_gqa": True, "lsh": racecore.SoftLSH.random(6, rng=0)} | options))
+        race_sdpa(
+            *tensors, **({"enable_gqa": True, "lsh": racecore.SoftLSH.random(6, rng=0)} | options)
+        )
 
 
-# RaceAttention -------------------------------------------------------------------------------------------------------
+# RaceAttention
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_layer_is_projections_around_attention():
-    layer = RaceAttention(24, 4, num_kv_heads=2, n_tables=3, n_planes=2, beta=[1.0, 2.0, 0.5, 1.5], bias=True, rng=5)
+    layer = RaceAttention(
+        24, 4, num_kv_heads=2, n_tables=3, n_planes=2, beta=[1.0, 2.0, 0.5, 1.5], bias=True, rng=5
+    )
     x = made((2, 30, 24))
-    q, k, v = (p(x).detach().numpy().reshape(2, 30, -1, 6) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (
+        p(x).detach().numpy().reshape(2, 30, -1, 6)
+        for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
     lsh = racecore.SoftLSH(racecore.SoftLSH.random(6, 3, 2, rng=5).planes, [1.0, 2.0, 0.5, 1.5])
-    expected = layer.o_proj(torch.from_numpy(racecore.attention(q, k, v, lsh, is_causal=True).reshape(2, 30, 24)))
+    expected = layer.o_proj(
+        torch.from_numpy(racecore.attention(q, k, v, lsh, is_causal=True).reshape(2, 30, 24))
+    )
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     assert layer.beta.requires_grad
     assert not layer.planes.requires_grad
@@ -468,7 +537,9 @@ def test_state_dict_brings_planes_and_beta():
     assert {"planes", "beta"} < set(one.state_dict())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: torch.load(_saved(layer), weights_only=False)])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda layer: torch.load(_saved(layer), weights_only=False)]
+)
 def test_copies_of_a_layer(duplicate):
     layer, x = RaceAttention(32, 4, rope_base=10_000.0), made((1, 50, 32))
     again = duplicate(layer)
@@ -487,11 +558,19 @@ def _saved(layer):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_in_every_dtype(dtype):
-    layer = RaceAttention(32, 4, num_kv_heads=2, rope_base=10_000.0, learn_planes=True).to(DTYPES[dtype])
+    layer = RaceAttention(32, 4, num_kv_heads=2, rope_base=10_000.0, learn_planes=True).to(
+        DTYPES[dtype]
+    )
     x = made((1, 50, 32), DTYPES[dtype]).requires_grad_()
     out = layer(x)
     out.square().sum().backward()
-    assert out.dtype == x.grad.dtype == layer.planes.grad.dtype == layer.beta.grad.dtype == DTYPES[dtype]
+    assert (
+        out.dtype
+        == x.grad.dtype
+        == layer.planes.grad.dtype
+        == layer.beta.grad.dtype
+        == DTYPES[dtype]
+    )
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
@@ -514,7 +593,10 @@ def test_rotation_sees_only_distances():
 
     products = []
     for shift in (0, 7):
-        (a,), (b,) = _rotated((q,), torch.tensor([3 + shift]), 100.0), _rotated((k,), torch.tensor([9 + shift]), 100.0)
+        (a,), (b,) = (
+            _rotated((q,), torch.tensor([3 + shift]), 100.0),
+            _rotated((k,), torch.tensor([9 + shift]), 100.0),
+        )
         products.append((a * b).sum())
         torch.testing.assert_close(a.norm(), q.norm())
     torch.testing.assert_close(*products)
@@ -528,7 +610,9 @@ def test_rotation_far_out():
     x = made((1, 1, 1, 64)).expand(1, 2, 1, 64)
     (near,) = _rotated((x,), torch.arange(2), 1e4)
     (far,) = _rotated((x,), torch.arange(2) + (1 << 24), 1e4)
-    torch.testing.assert_close((far[0, 0] * far[0, 1]).sum(), (near[0, 0] * near[0, 1]).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        (far[0, 0] * far[0, 1]).sum(), (near[0, 0] * near[0, 1]).sum(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
@@ -571,12 +655,16 @@ def test_bad_layers(options, message):
         RaceAttention(**({"embed_dim": 32, "num_heads": 4} | options))
 
 
-# RaceCache -----------------------------------------------------------------------------------------------------------
+# RaceCache
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
 def test_decoding_equals_the_whole_sequence(readout):
-    layers = [RaceAttention(32, 4, num_kv_heads=2, rope_base=100.0, readout=readout, rng=i) for i in range(3)]
+    layers = [
+        RaceAttention(32, 4, num_kv_heads=2, rope_base=100.0, readout=readout, rng=i)
+        for i in range(3)
+    ]
     x = made((2, 40, 32))
 
     def stack(tokens, cache=None):
@@ -653,7 +741,9 @@ def test_cache_under_autocast_and_beside_a_compiler():
 def test_cache_refuses():
     layer, x = RaceAttention(32, 4), made((1, 5, 32))
     with pytest.raises(RuntimeError, match="no gradients"):
-        RaceCache().attend(0, x[:, :, None], x[:, :, None], x[:, :, None], made((2, 2, 32)), layer.beta)
+        RaceCache().attend(
+            0, x[:, :, None], x[:, :, None], x[:, :, None], made((2, 2, 32)), layer.beta
+        )
     with pytest.raises(RuntimeError, match="no gradients"):
         layer(x, cache=RaceCache())
     with torch.no_grad():
@@ -670,7 +760,8 @@ def test_cache_refuses():
         assert cache.states[0].n_tokens == 5
 
 
-# Processes, threads and memory ---------------------------------------------------------------------------------------
+# Processes, threads and memory
+# ---------------------------------------------------------------------------------------
 
 
 class Attended(torch.utils.data.Dataset):
@@ -688,7 +779,9 @@ class Attended(torch.utils.data.Dataset):
 def test_data_loader_workers_after_the_parent_has_computed():
     expected = torch.stack([Attended()[i] for i in range(8)])
     context = multiprocessing.get_context("fork")
-    loader = torch.utils.data.DataLoader(Attended(), batch_size=4, num_workers=2, multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(
+        Attended(), batch_size=4, num_workers=2, multiprocessing_context=context
+    )
     np.testing.assert_array_equal(bits(torch.cat(list(loader))), bits(expected))
 
 
@@ -698,7 +791,8 @@ def test_threads_are_those_of_torch_unless_racecore_is_asked(monkeypatch):
     seen = []
     real = racecore.adapters.torch.function.attention
     monkeypatch.setattr(
-        "racecore.adapters.torch.function.attention", lambda *a, **o: seen.append(count()) or real(*a, **o)
+        "racecore.adapters.torch.function.attention",
+        lambda *a, **o: seen.append(count()) or real(*a, **o),
     )
     tensors, before = inputs(requires_grad=False), torch.get_num_threads()
     try:
@@ -713,7 +807,9 @@ def test_threads_are_those_of_torch_unless_racecore_is_asked(monkeypatch):
 
 def _train_in_a_process(rank, file, results):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     torch.manual_seed(0)
     layer = RaceAttention(16, 2)
     model = torch.nn.parallel.DistributedDataParallel(layer)
@@ -727,7 +823,10 @@ def _train_in_a_process(rank, file, results):
 def test_data_parallel_training(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_train_in_a_process, args=(r, tmp_path / "file", results)) for r in range(2)]
+    processes = [
+        context.Process(target=_train_in_a_process, args=(r, tmp_path / "file", results))
+        for r in range(2)
+    ]
     for process in processes:
         process.start()
     found = dict(results.get(timeout=200) for _ in processes)
@@ -737,7 +836,9 @@ def test_data_parallel_training(tmp_path):
     torch.manual_seed(0)
     layer = RaceAttention(16, 2)
     layer(made((4, 30, 16))).square().mean().backward()
-    for name, one, two, p in zip(dict(layer.named_parameters()), found[0], found[1], layer.parameters(), strict=True):
+    for name, one, two, p in zip(
+        dict(layer.named_parameters()), found[0], found[1], layer.parameters(), strict=True
+    ):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_allclose(one, p.grad.numpy(), rtol=1e-4, atol=1e-7, err_msg=name)
 
@@ -761,15 +862,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_peak_memory_of_training():
     """Linear in T, and little more than what there must be: see docs/torch.md for the list."""
     for n in (1 << 16, 1 << 17):
-        run = subprocess.run([sys.executable, "-c", PEAK, str(n)], capture_output=True, text=True, check=True)
-        # When attention goes backward: x, query, key, value; out, d_out; the gradients of attention's output, query, key, value.
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, str(n)], capture_output=True, text=True, check=True
+        )
+        # When attention goes backward: x, query, key, value; out, d_out; the gradients of
+        # attention's output, query, key, value.
         arrays = 4 + 2 + 4
         assert int(run.stdout) <= 1.3 * arrays * n * 256 * 4
 
 
 def test_importing_racecore_loads_no_framework():
-    code = (
-        "import sys, racecore; print([m for m in ('torch', 'jax', 'transformers', 'dask', 'cupy') if m in sys.modules])"
-    )
+    code = "import sys, racecore; print([m for m in ('torch', 'jax', 'transformers', 'dask', 'cupy') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,4 +1,6 @@
-"""RACE attention in models of Hugging Face transformers, built from configurations: training, generation, conversion."""
+"""RACE attention in models of Hugging Face transformers, built from configurations: training,
+generation, conversion.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; only its adapter needs it")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed; only its adapter needs it"
+)
 
 import racecore.adapters.transformers as race
 from racecore.adapters.torch import race_attention
@@ -18,9 +22,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 race.register()
 
 
@@ -70,8 +82,12 @@ def test_a_model_from_a_configuration_trains():
 
 
 @pytest.mark.parametrize("convert", [None, [1]], ids=["all layers", "one layer"])
-@pytest.mark.parametrize("mask", [torch.ones(2, 20, dtype=torch.long), padded()], ids=["full", "padded"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 20, dtype=torch.long), padded()], ids=["full", "padded"]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"]
+)
 def test_step_by_step_gives_the_tokens_of_full_recomputation(convert, mask, options):
     model = model_with("race" if convert is None else "sdpa")
     if convert is not None:
@@ -80,7 +96,9 @@ def test_step_by_step_gives_the_tokens_of_full_recomputation(convert, mask, opti
     assert len(set(recomputed[0, 20:].tolist())) > 2
     cache = race.new_cache(model)
     np.testing.assert_array_equal(generated(model, mask, cache=cache, **options), recomputed)
-    np.testing.assert_array_equal(generated(model, mask, **options), recomputed)  # transformers' own cache of all keys
+    np.testing.assert_array_equal(
+        generated(model, mask, **options), recomputed
+    )  # transformers' own cache of all keys
     assert cache.get_seq_length() == 31
 
 
@@ -108,29 +126,48 @@ def test_a_copied_cache_goes_back():
         cache.reset()
         assert cache.get_seq_length() == 0
         np.testing.assert_array_equal(
-            model(input_ids=tokens(2, 10), cache=cache).logits, model(input_ids=tokens(2, 10)).logits
+            model(input_ids=tokens(2, 10), cache=cache).logits,
+            model(input_ids=tokens(2, 10)).logits,
         )
 
 
 def test_a_layer_attends_as_race_attention_does():
     model = model_with("sdpa")
-    assert race.convert(model, readout="bucket_mean", n_tables=3, n_planes=2, beta=2.0, rng=7) == [0, 1, 2]
+    assert race.convert(model, readout="bucket_mean", n_tables=3, n_planes=2, beta=2.0, rng=7) == [
+        0,
+        1,
+        2,
+    ]
     seen = {}
     attention = model.model.layers[1].self_attn
-    attention.register_forward_hook(lambda module, given, options, out: seen.update(x=options["hidden_states"], out=out[0]),
-                                    with_kwargs=True)  # fmt: skip
+    attention.register_forward_hook(
+        lambda module, given, options, out: seen.update(x=options["hidden_states"], out=out[0]),
+        with_kwargs=True,
+    )
     embeddings = {}
-    model.model.rotary_emb.register_forward_hook(lambda module, given, out: embeddings.update(cos=out[0], sin=out[1]))
+    model.model.rotary_emb.register_forward_hook(
+        lambda module, given, out: embeddings.update(cos=out[0], sin=out[1])
+    )
     with torch.no_grad():
         model(input_ids=tokens())
         x = seen["x"]
-        q, k, v = (p(x).view(2, 20, -1, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(x).view(2, 20, -1, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         apply = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
         q, k = apply(q, k, embeddings["cos"], embeddings["sin"], unsqueeze_dim=2)
         expected = race_attention(
-            q, k, v, attention.race.planes, attention.race.beta, is_causal=True, readout="bucket_mean"
+            q,
+            k,
+            v,
+            attention.race.planes,
+            attention.race.beta,
+            is_causal=True,
+            readout="bucket_mean",
         )
-        torch.testing.assert_close(seen["out"], attention.o_proj(expected.reshape(2, 20, 32)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            seen["out"], attention.o_proj(expected.reshape(2, 20, 32)), rtol=1e-5, atol=1e-6
+        )
     planes = [layer.self_attn.race.planes for layer in model.model.layers]
     assert not torch.equal(planes[0], planes[1])
 
@@ -140,17 +177,29 @@ def test_converted_layers_learn_and_are_in_the_state_dict():
     race.convert(model, [0, 2], learn_planes=True)
     ids = tokens()
     model(input_ids=ids, labels=ids).loss.backward()
-    names = [name for name, p in model.named_parameters() if ".race." in name and p.grad.abs().sum() > 0]
-    assert names == [f"model.layers.{i}.self_attn.race.{name}" for i in (0, 2) for name in ("planes", "beta")]
+    names = [
+        name for name, p in model.named_parameters() if ".race." in name and p.grad.abs().sum() > 0
+    ]
+    assert names == [
+        f"model.layers.{i}.self_attn.race.{name}" for i in (0, 2) for name in ("planes", "beta")
+    ]
     other = model_with("sdpa", seed=1)
     race.convert(other, [0, 2], rng=5)
     other.load_state_dict(model.state_dict())
-    np.testing.assert_array_equal(*(m(input_ids=ids).logits.detach().numpy() for m in (model, other)))
-    assert model_with("sdpa").config._attn_implementation == model.config._attn_implementation == "sdpa"
+    np.testing.assert_array_equal(
+        *(m(input_ids=ids).logits.detach().numpy() for m in (model, other))
+    )
+    assert (
+        model_with("sdpa").config._attn_implementation
+        == model.config._attn_implementation
+        == "sdpa"
+    )
 
 
 def test_masks_of_other_layers_are_understood(monkeypatch):
-    """In a model of which some layers are converted, masks come as sdpa and eager attention want them."""
+    """In a model of which some layers are converted, masks come as sdpa and eager attention want
+    them.
+    """
     results = []
     for implementation in ("sdpa", "eager"):
         model = model_with(implementation)
@@ -161,15 +210,23 @@ def test_masks_of_other_layers_are_understood(monkeypatch):
     whole = model_with("race")
     race.convert(whole)
     with torch.no_grad():
-        torch.testing.assert_close(whole(input_ids=tokens(), attention_mask=padded()).logits[:, -1], results[0])
+        torch.testing.assert_close(
+            whole(input_ids=tokens(), attention_mask=padded()).logits[:, -1], results[0]
+        )
 
 
 def test_bidirectional_models():
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        attn_implementation="race", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        attn_implementation="race",
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )
     model = transformers.BertModel(config).eval()
     ids, mask = tokens(), padded()
     with torch.no_grad():
@@ -213,8 +270,12 @@ def test_packed_sequences():
     bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
-        torch.testing.assert_close(packed[:, 8:], model(input_ids=ids[:, 8:]).logits, rtol=1e-4, atol=1e-5)
+        packed = model(
+            input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds
+        ).logits
+        torch.testing.assert_close(
+            packed[:, 8:], model(input_ids=ids[:, 8:]).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_autocast_while_generating():
@@ -230,13 +291,22 @@ def mistral():
 
 def bart():
     config = transformers.BartConfig(
-        vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=50,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        attn_implementation="sdpa",
+    )
     return transformers.BartForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("make", [lambda: model_with("race"), lambda: model_with("sdpa")], ids=["race", "converted"])
+@pytest.mark.parametrize(
+    "make", [lambda: model_with("race"), lambda: model_with("sdpa")], ids=["race", "converted"]
+)
 def test_static_caches_are_refused(make):
     model = make()
     if model.config._attn_implementation == "sdpa":

@@ -10,7 +10,9 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
 class Reference:
-    """The process with its inputs and nothing computed: subtract it from the peak memory of the others."""
+    """The process with its inputs and nothing computed: subtract it from the peak memory of the
+    others.
+    """
 
     params = (["float32", "float64"],)
     param_names = ("dtype",)
@@ -43,7 +45,9 @@ class Backward:
 
     def setup(self, causal, readout, dtype):
         *arrays, self.d_out = inputs(TOKENS, HEADS, HEAD_DIM, dtype=dtype, n=4)
-        _, self.saved = racecore.attention_forward(*arrays, hash_of(), is_causal=causal, readout=readout)
+        _, self.saved = racecore.attention_forward(
+            *arrays, hash_of(), is_causal=causal, readout=readout
+        )
         racecore.attention_backward(self.d_out, self.saved)
 
     def time_backward(self, causal, readout, dtype):

@@ -16,7 +16,9 @@ TOKENS = 2**15
 
 def hash_of(n_planes: int = 3, n_tables: int = 3, head_dim: int = HEAD_DIM) -> racecore.SoftLSH:
     """Return one of the published hashes: (P, L) = (2, 2), (3, 3) or (4, 4)."""
-    return racecore.SoftLSH.random(head_dim=head_dim, n_tables=n_tables, n_planes=n_planes, beta=1.0, rng=0)
+    return racecore.SoftLSH.random(
+        head_dim=head_dim, n_tables=n_tables, n_planes=n_planes, beta=1.0, rng=0
+    )
 
 
 def hash_named(planes_tables: str, head_dim: int = HEAD_DIM) -> racecore.SoftLSH:
@@ -54,6 +56,11 @@ def seconds_in_fresh_process(code: str, cache_folder: str | None = None) -> floa
     if cache_folder is not None:
         environment["NUMBA_CACHE_DIR"] = cache_folder
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
     )
     return float(done.stdout.splitlines()[-1])

@@ -1,4 +1,6 @@
-"""One decoded token over a key/value cache: dense attention, and SOCKET over a twentieth of the tokens."""
+"""One decoded token over a key/value cache: dense attention, and SOCKET over a twentieth of the
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ class Step:
 
     def setup(self, selection, context):
         *self.arrays, self.index = cache_and_index(context, selection != "dense")
-        self.options = {"budget": 1.0} if selection == "dense" else {"budget": SHARE, "group_selection": selection}
+        self.options = (
+            {"budget": 1.0}
+            if selection == "dense"
+            else {"budget": SHARE, "group_selection": selection}
+        )
         if selection == "dense":
             self.index = None
         self.time_step(selection, context)

@@ -1,4 +1,6 @@
-"""What each option costs: time of forward + backward with it, as a multiple of the plain call, measured in turns."""
+"""What each option costs: time of forward + backward with it, as a multiple of the plain call,
+measured in turns.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,14 @@ from .common import HEAD_DIM, HEADS, TOKENS, hash_of, inputs
 
 ROUNDS = 5
 OPTIONS = [
-    "planes gradient", "bucket_mean", "key_mask", "cu_seqlens", "initial_state", "grouped queries", "strided input",
-]  # fmt: skip
+    "planes gradient",
+    "bucket_mean",
+    "key_mask",
+    "cu_seqlens",
+    "initial_state",
+    "grouped queries",
+    "strided input",
+]
 
 
 def arguments(option: str) -> tuple[list[np.ndarray], dict[str, object]]:
@@ -60,7 +68,9 @@ class Options:
         return time.perf_counter() - started
 
     def track_times_plain(self, causal, option):
-        plain, changed = np.array([[self.seconds(*call) for call in self.calls] for _ in range(ROUNDS)]).min(0)
+        plain, changed = np.array(
+            [[self.seconds(*call) for call in self.calls] for _ in range(ROUNDS)]
+        ).min(0)
         return float(changed / plain)
 
     track_times_plain.unit = "x"

@@ -1,4 +1,6 @@
-"""Time against length, size of the hash, head dim, heads and threads; mostly one head, which leaves no other to work on."""
+"""Time against length, size of the hash, head dim, heads and threads; mostly one head, which leaves
+no other to work on.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Threads:
 
 
 class FewHeads:
-    """Causal backward over 2^18 rows as one long head, or as four heads of a quarter: equal times mean no loss."""
+    """Causal backward over 2^18 rows as one long head, or as four heads of a quarter: equal times
+    mean no loss.
+    """
 
     params = ([1, 4],)
     param_names = ("heads",)

@@ -35,7 +35,9 @@ class ShortSequences:
 
 
 class ManySequences:
-    """A batch of 1,024 sequences of 64 tokens with 4 heads: 4,096 states, each of which sees few tokens."""
+    """A batch of 1,024 sequences of 64 tokens with 4 heads: 4,096 states, each of which sees few
+    tokens.
+    """
 
     params = ([False, True], ["(2, 2)", "(4, 4)"])
     param_names = ("causal", "planes_tables")

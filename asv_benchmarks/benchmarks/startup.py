@@ -1,4 +1,6 @@
-"""What a user waits for before anything is computed: import, and the first call with an empty or a filled kernel cache."""
+"""What a user waits for before anything is computed: import, and the first call with an empty or a
+filled kernel cache.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import tempfile
 
 from .common import seconds_in_fresh_process
 
-IMPORT = "import time, numpy; t = time.perf_counter(); import racecore; print(time.perf_counter() - t)"
+IMPORT = (
+    "import time, numpy; t = time.perf_counter(); import racecore; print(time.perf_counter() - t)"
+)
 FIRST_CALL = """
 import time, numpy as np, racecore
 x = np.ones((100, 1, 16), np.float32)
@@ -17,7 +21,8 @@ print(time.perf_counter() - t)
 """
 CALLS = {
     "forward": "racecore.attention(x, x, x)",
-    "causal forward and backward": "racecore.attention_backward(*racecore.attention_forward(x, x, x, is_causal=True))",
+    "causal forward and backward": "racecore.attention_backward(*racecore.attention_forward(x, x, "
+    "x, is_causal=True))",
 }
 
 

@@ -10,7 +10,9 @@ KV_HEADS = 8
 
 
 class OneToken:
-    """A model with grouped queries: 8 key/value heads of 64 and four times as many query heads, S = 24."""
+    """A model with grouped queries: 8 key/value heads of 64 and four times as many query heads, S =
+    24.
+    """
 
     params = ([1, 64],)
     param_names = ("batch",)
@@ -41,7 +43,9 @@ class OneToken:
 
 
 class OneTokenOfManyHeads(OneToken):
-    """32 heads of 128 without groups and S = 64: a state of 2 MB per sequence to read for every token."""
+    """32 heads of 128 without groups and S = 64: a state of 2 MB per sequence to read for every
+    token.
+    """
 
     n_kv_heads, group, head_dim = 32, 1, 128
     hash_size = (4, 4)

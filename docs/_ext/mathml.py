@@ -1,4 +1,6 @@
-"""Math as MathML, which browsers draw themselves: the pages load no script, so they read the same without a network."""
+"""Math as MathML, which browsers draw themselves: the pages load no script, so they read the same
+without a network.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def _inline(self, node: nodes.math) -> None:
 
 
 def _display(self, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math" style="margin: 1em 0">{_mathml(node.astext(), "block")}</div>\n')
+    self.body.append(
+        f'<div class="math" style="margin: 1em 0">{_mathml(node.astext(), "block")}</div>\n'
+    )
     raise nodes.SkipNode
 
 

@@ -1,15 +1,19 @@
-"""RACE attention for JAX: `race_attention`, with gradients, under jit, vmap, scan, checkpoint and shard_map.
+"""RACE attention for JAX: `race_attention`, with gradients, under jit, vmap, scan, checkpoint and
+shard_map.
 
-How it works. The kernels run on the host, on NumPy views of XLA's own buffers: nothing is copied (`adapters.xla_call`). Where
-XLA computes elsewhere, or no longer takes such calls, `jax.pure_callback` does the same with copies. `jax.custom_vjp` joins
-forward and backward. While a function is traced, shapes and dtypes are checked with stand-ins that take no memory, so that
+How it works. The kernels run on the host, on NumPy views of XLA's own buffers: nothing is copied
+(`adapters.xla_call`). Where XLA computes elsewhere, or no longer takes such calls,
+`jax.pure_callback` does the same with copies. `jax.custom_vjp` joins forward and backward. While a
+function is traced, shapes and dtypes are checked with stand-ins that take no memory, so that
 mistakes are reported by the call that makes them.
 
-What is kept between forward and backward: the inputs, nothing else. racecore's own `Saved` also holds states at chunk
-boundaries; how many there are depends on how the call is cut into chunks, they are float64, which JAX without x64 does not
-have, and under vmap the cut is known only when the batch is. Backward sums the keys again instead.
+What is kept between forward and backward: the inputs, nothing else. racecore's own `Saved` also
+holds states at chunk boundaries; how many there are depends on how the call is cut into chunks,
+they are float64, which JAX without x64 does not have, and under vmap the cut is known only when the
+batch is. Backward sums the keys again instead.
 
-No function of JAX is called inside a call from XLA: on a machine with few cores it could wait for a thread that waits for it.
+No function of JAX is called inside a call from XLA: on a machine with few cores it could wait for a
+thread that waits for it.
 """
 
 from __future__ import annotations
@@ -55,10 +59,11 @@ def race_attention(
     query : array, shape [B, T, H, D]
     key : array, shape [B, Tk, G, D]
     value : array, shape [B, Tk, G, V]
-        As for `racecore.attention`: tokens before heads, 3-D without a batch axis, H a multiple of G; all of one dtype:
-        float16, bfloat16, float32, or float64 where x64 is on.
+        As for `racecore.attention`: tokens before heads, 3-D without a batch axis, H a multiple of
+        G; all of one dtype: float16, bfloat16, float32, or float64 where x64 is on.
     planes : array, shape [L, P, D] or [H, L, P, D]
-        Hyperplanes, such as ``SoftLSH.random(...).planes``. Of any supported dtype, which need not be that of the query.
+        Hyperplanes, such as ``SoftLSH.random(...).planes``. Of any supported dtype, which need not
+        be that of the query.
     beta : float or array, shape [] or [H]
         Sharpness. A Python number counts as float32 unless x64 is on, as everywhere in JAX.
     is_causal : bool
@@ -78,8 +83,8 @@ def race_attention(
     Raises
     ------
     ValueError, TypeError
-        What was expected, what came and what to do, while tracing. Also for a float64 array where x64 is off: JAX would
-        narrow it without a word.
+        What was expected, what came and what to do, while tracing. Also for a float64 array where
+        x64 is off: JAX would narrow it without a word.
     NotImplementedError
         A second derivative was asked for.
 
@@ -87,16 +92,18 @@ def race_attention(
     -----
     Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2. The bits are those of `racecore.attention` on NumPy arrays.
 
-    Under `jax.vmap` mapped axes become one batch. Where planes, beta or cu_seqlens are mapped, or a mapped function's gradient
-    of planes or beta is wanted, the examples are computed one after the other, as JAX asks for the gradient of each: a batch
-    axis of the arrays themselves is then faster.
+    Under `jax.vmap` mapped axes become one batch. Where planes, beta or cu_seqlens are mapped, or a
+    mapped function's gradient of planes or beta is wanted, the examples are computed one after the
+    other, as JAX asks for the gradient of each: a batch axis of the arrays themselves is then
+    faster.
 
-    Values that only become known when the compiled program runs cannot raise while tracing: planes or beta that are not finite
-    make the result NaN, and so all gradients; a traced cu_seqlens that decreases or does not end at T stops the program with
-    racecore's message inside JAX's error.
+    Values that only become known when the compiled program runs cannot raise while tracing: planes
+    or beta that are not finite make the result NaN, and so all gradients; a traced cu_seqlens that
+    decreases or does not end at T stops the program with racecore's message inside JAX's error.
 
-    Computation is in host memory, whatever device the arrays are on. An array sharded over devices is gathered for the call,
-    unless it is made inside `jax.shard_map`: then every shard is computed where it is.
+    Computation is in host memory, whatever device the arrays are on. An array sharded over devices
+    is gathered for the call, unless it is made inside `jax.shard_map`: then every shard is computed
+    where it is.
 
     Examples
     --------
@@ -111,7 +118,9 @@ def race_attention(
     given |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
     _check(given, is_causal, readout)
     traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
-    task = Task(bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items()))
+    task = Task(
+        bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items())
+    )
     return _compiled(task, _varying_alike(traced))
 
 
@@ -119,20 +128,27 @@ def race_attention(
 def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
     """Call racecore's forward on arrays that have been checked."""
     query, value = given["query"], given["value"]
-    (out,) = _call(task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given)
+    (out,) = _call(
+        task, [jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)], given
+    )
     return _placed_like(out, query)
 
 
-def _forward(task: Task, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+def _forward(
+    task: Task, given: dict[str, Any]
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Keep the inputs, and which gradients will be wanted."""
     values = {name: argument.value for name, argument in given.items()}
     code = sum(1 << bit for bit, name in enumerate(_DIFFERENTIABLE) if given[name].perturbed)
-    # As a length: known while tracing, and part of the array. The structure of what is kept is not safe, since JAX traces this
-    # function once for every set of wanted gradients and may then take one's structure for another's.
+    # As a length: known while tracing, and part of the array. The structure of what is kept is not
+    # safe, since JAX traces this function once for every set of wanted gradients and may then take
+    # one's structure for another's.
     return _attention(task, values), (values, jnp.zeros((code, 0), bool))
 
 
-def _backward(task: Task, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any) -> tuple[dict[str, Any]]:
+def _backward(
+    task: Task, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any
+) -> tuple[dict[str, Any]]:
     values, wanted = kept
     wrt = tuple(name for bit, name in enumerate(_DIFFERENTIABLE) if wanted.shape[0] >> bit & 1)
     gradients: dict[str, Any] = dict.fromkeys(values)
@@ -159,12 +175,15 @@ def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dic
 @_gradients.defjvp
 def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "race_attention has first derivatives only: the gradient of a gradient (as in jax.hessian, or grad of grad) is not "
+        "race_attention has first derivatives only: the gradient of a gradient (as in "
+        "jax.hessian, or grad of grad) is not "
         "implemented; wrap the inner gradient in jax.lax.stop_gradient if it is meant as a constant"
     )
 
 
-def _call(task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]) -> list[jax.Array]:
+def _call(
+    task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]
+) -> list[jax.Array]:
     """Have a task done on the host. Inside shard_map every shard has a call of its own."""
     text = task.text
 
@@ -174,25 +193,35 @@ def _call(task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.A
 
     def with_copies(*arguments: jax.Array) -> list[jax.Array]:
         """Python calls it, on copies: on other devices, or where XLA cannot."""
-        results = jax.pure_callback(_WithCopies(text, tuple(shapes)), shapes, *arguments, vmap_method="expand_dims")
-        # Else the result of a call for all shards, if a jit returns nothing else, has a sharding that no operation takes.
+        results = jax.pure_callback(
+            _WithCopies(text, tuple(shapes)), shapes, *arguments, vmap_method="expand_dims"
+        )
+        # Else the result of a call for all shards, if a jit returns nothing else, has a sharding
+        # that no operation takes.
         return jax.lax.optimization_barrier(results)
 
     cpu = in_place if _is_registered() else with_copies
     arguments = [given[name] for name, _ in task.ndims]
     results = jax.lax.platform_dependent(*arguments, cpu=cpu, default=with_copies)
     axes = _varying_axes(given["query"])
-    return [jax.lax.pcast(result, tuple(axes - _varying_axes(result)), to="varying") for result in results]
+    return [
+        jax.lax.pcast(result, tuple(axes - _varying_axes(result)), to="varying")
+        for result in results
+    ]
 
 
 @cache
 def _is_registered() -> bool:
     """Register `racecore.adapters.task.run` with XLA; tell whether it has taken it."""
     try:
-        jax.local_devices(backend="cpu")  # a backend that begins later would fail with the registration
+        jax.local_devices(
+            backend="cpu"
+        )  # a backend that begins later would fail with the registration
         xla_call.register(_TARGET, host.run)
     except Exception as error:
-        warnings.warn(f"arrays are copied between JAX and racecore, which takes time: {error}", stacklevel=2)
+        warnings.warn(
+            f"arrays are copied between JAX and racecore, which takes time: {error}", stacklevel=2
+        )
         return False
     return True
 
@@ -213,20 +242,30 @@ class _WithCopies:
 
 
 def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside shard_map, let all arguments differ from shard to shard where one does: a gradient of what they share is a sum."""
+    """Inside shard_map, let all arguments differ from shard to shard where one does: a gradient of
+    what they share is a sum.
+    """
     varying = {name: _varying_axes(array) for name, array in given.items()}
     axes = frozenset().union(*varying.values())
-    return {name: jax.lax.pcast(array, tuple(axes - varying[name]), to="varying") for name, array in given.items()}
+    return {
+        name: jax.lax.pcast(array, tuple(axes - varying[name]), to="varying")
+        for name, array in given.items()
+    }
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
-    """Return the mesh axes along which an array differs from shard to shard; none outside shard_map(check_vma=True)."""
+    """Return the mesh axes along which an array differs from shard to shard; none outside
+    shard_map(check_vma=True).
+    """
     kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # the name before JAX 0.10, and the one since
+    return (
+        kind.vma if hasattr(kind, "vma") else kind.mat.varying
+    )  # the name before JAX 0.10, and the one since
 
 
 def _placed_like(result: jax.Array, like: jax.Array) -> jax.Array:
-    """Under a mesh with explicit axes, where the sharding is part of the type, give a result that of an argument.
+    """Under a mesh with explicit axes, where the sharding is part of the type, give a result that
+    of an argument.
 
     The last axis is never sharded in an output, whose last axis may be another one.
     """
@@ -234,7 +273,9 @@ def _placed_like(result: jax.Array, like: jax.Array) -> jax.Array:
     if not any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
         return result
     spec = sharding.spec if result.shape == like.shape else (*sharding.spec[:-1], None)
-    return jax.sharding.reshard(result, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
+    return jax.sharding.reshard(
+        result, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    )
 
 
 def _as_jax(array: Any, name: str) -> jax.Array:
@@ -243,12 +284,16 @@ def _as_jax(array: Any, name: str) -> jax.Array:
         narrow = jax.dtypes.canonicalize_dtype(array.dtype)
         if array.dtype.kind == "f" and narrow != array.dtype:
             raise TypeError(_narrowing(array.dtype, narrow, name))
-        return jnp.asarray(array)  # under jax.grad a Python number is a tracer with that number inside
+        return jnp.asarray(
+            array
+        )  # under jax.grad a Python number is a tracer with that number inside
     if isinstance(array, (int, float)) and not isinstance(array, np.generic):
         return jnp.asarray(array)
     numbers = _as_numpy(array, name)
     narrow = jax.dtypes.canonicalize_dtype(numbers.dtype)
-    if narrow != numbers.dtype and (name in ROWS or not np.array_equal(numbers.astype(narrow), numbers)):
+    if narrow != numbers.dtype and (
+        name in ROWS or not np.array_equal(numbers.astype(narrow), numbers)
+    ):
         raise TypeError(_narrowing(numbers.dtype, narrow, name))
     return jnp.asarray(numbers, narrow)
 
@@ -267,21 +312,35 @@ def _as_numpy(array: Any, name: str) -> np.ndarray:
 
 
 def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
-    """Let racecore check the arguments, with stand-ins of the same shapes and dtypes in place of their values."""
-    standing: dict[str, Any] = {n: None if array is None else _stand_in(array, n) for n, array in given.items()}
+    """Let racecore check the arguments, with stand-ins of the same shapes and dtypes in place of
+    their values.
+    """
+    standing: dict[str, Any] = {
+        n: None if array is None else _stand_in(array, n) for n, array in given.items()
+    }
     bounds = standing["cu_seqlens"]
     if isinstance(given["cu_seqlens"], jax.core.Tracer):
         n_tokens = given["key"].shape[-3] if np.ndim(given["key"]) in (3, 4) else 0
         if bounds.ndim == 1 and len(bounds) > 1 and bounds.dtype.kind in "iu":
-            bounds = np.array([0] * (len(bounds) - 1) + [n_tokens])  # values come when the program runs
+            bounds = np.array(
+                [0] * (len(bounds) - 1) + [n_tokens]
+            )  # values come when the program runs
     elif bounds is not None:
         bounds = np.asarray(given["cu_seqlens"])
     lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
     query, key, value = (standing[name] for name in ROWS)
     inputs.check_attention(
-        query, key, value, lsh, is_causal=is_causal, readout=readout, key_mask=standing["key_mask"],
-        cu_seqlens=bounds, chunk_size=None, memory_limit=None,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        lsh,
+        is_causal=is_causal,
+        readout=readout,
+        key_mask=standing["key_mask"],
+        cu_seqlens=bounds,
+        chunk_size=None,
+        memory_limit=None,
+    )
 
 
 def _stand_in(array: Any, name: str) -> np.ndarray:

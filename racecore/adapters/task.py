@@ -1,7 +1,8 @@
-"""What an adapter asks of racecore in one call: forward or gradients, of one example or of many, on plain NumPy arrays.
+"""What an adapter asks of racecore in one call: forward or gradients, of one example or of many, on
+plain NumPy arrays.
 
-A framework that traces programs knows everything but the values beforehand: that is a `Task`. It is handed over as text, which
-can be part of a compiled program; the arrays come when the program runs.
+A framework that traces programs knows everything but the values beforehand: that is a `Task`. It is
+handed over as text, which can be part of a compiled program; the arrays come when the program runs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Task:
 
 
 def run(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
-    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples share it."""
+    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples
+    share it.
+    """
     task = _task_of(text)
     given = _named(task, arguments)
     for example, place in _examples(task, given, mapped_axes(text, arguments)):
@@ -59,7 +62,9 @@ def run(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> No
 def mapped_axes(text: str, arguments: list[np.ndarray]) -> tuple[int, ...]:
     """Return the lengths of the axes that vmap has put in front."""
     ndims = (ndim for _, ndim in _task_of(text).ndims)
-    return np.broadcast_shapes(*(a.shape[: a.ndim - n] for a, n in zip(arguments, ndims, strict=True)))
+    return np.broadcast_shapes(
+        *(a.shape[: a.ndim - n] for a, n in zip(arguments, ndims, strict=True))
+    )
 
 
 @cache
@@ -74,10 +79,15 @@ def _named(task: Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _write_gradients(
-    task: Task, example: dict[str, np.ndarray], lsh: racecore.SoftLSH, targets: dict[str, np.ndarray]
+    task: Task,
+    example: dict[str, np.ndarray],
+    lsh: racecore.SoftLSH,
+    targets: dict[str, np.ndarray],
 ) -> None:
     query, key, value = _rows(example)
-    saved = saved_without_forward(query, key, value, lsh, **_options(task, example), wrt=tuple(targets))
+    saved = saved_without_forward(
+        query, key, value, lsh, **_options(task, example), wrt=tuple(targets)
+    )
     rows = racecore.Gradients(targets.get("query"), targets.get("key"), targets.get("value"))
     gradients = racecore.attention_backward(example["d_out"], saved, out=rows)
     for name in HASH:
@@ -85,12 +95,18 @@ def _write_gradients(
             targets[name][...] = getattr(gradients, name)
 
 
-def _examples(task: Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+def _examples(
+    task: Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
+) -> Iterator[tuple[Any, Any]]:
     """Yield arguments for racecore, and the function that finds their place in an array of results.
 
-    All at once as one batch, where examples share the hash, and the gradient of that is not wanted; else one by one.
+    All at once as one batch, where examples share the hash, and the gradient of that is not wanted;
+    else one by one.
     """
-    shares = all(set(given[name].shape[: len(mapped)]) <= {1} for name in HASH) and "cu_seqlens" not in given
+    shares = (
+        all(set(given[name].shape[: len(mapped)]) <= {1} for name in HASH)
+        and "cu_seqlens" not in given
+    )
     if mapped and shares and not set(task.wrt or ()) & set(HASH):
         yield {name: _folded(array, name, mapped) for name, array in given.items()}, _folded_result
         return
@@ -126,11 +142,15 @@ def _rows(example: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
     names = ("key_mask", "cu_seqlens")
-    return {"is_causal": task.is_causal, "readout": task.readout} | {name: example.get(name) for name in names}
+    return {"is_causal": task.is_causal, "readout": task.readout} | {
+        name: example.get(name) for name in names
+    }
 
 
 def _hash(example: dict[str, np.ndarray]) -> racecore.SoftLSH | None:
-    """Return the hash, or None for values that make none: their shapes have been checked, so they are not finite."""
+    """Return the hash, or None for values that make none: their shapes have been checked, so they
+    are not finite.
+    """
     try:
         return racecore.SoftLSH(example["planes"], example["beta"])
     except ValueError:

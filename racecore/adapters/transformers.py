@@ -4,9 +4,9 @@
 >>> race.register()
 >>> model = LlamaForCausalLM(LlamaConfig(..., attn_implementation="race"))
 
-trains and generates; every layer has the same fixed hash. `convert` gives some or all layers of a model a hash of their own,
-with a learned beta, in the model's state dict. For decoding in constant memory pass ``cache=race.new_cache(model)`` to
-``model.generate`` or to the model.
+trains and generates; every layer has the same fixed hash. `convert` gives some or all layers of a
+model a hash of their own, with a learned beta, in the model's state dict. For decoding in constant
+memory pass ``cache=race.new_cache(model)`` to ``model.generate`` or to the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = ["RaceHash", "RaceLayer", "convert", "new_cache", "register"]
 
 NAME = "race"
 _names: set[str] = set()  # that configurations may call it
-_LAYER_OF_KEY = "_race_layer"  # attribute of a tensor of keys: the layer of the cache that it has just been given to
+# attribute of a tensor of keys: the layer of the cache that it has just been given to
+_LAYER_OF_KEY = "_race_layer"
 
 
 class RaceHash(nn.Module):
@@ -44,12 +45,23 @@ class RaceHash(nn.Module):
         super().__init__()
         self.readout = readout
         add_hash(
-            self, lsh, learn_beta=learn_beta, learn_planes=learn_planes, device=torch.device("cpu"), dtype=torch.float32
+            self,
+            lsh,
+            learn_beta=learn_beta,
+            learn_planes=learn_planes,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
         )
 
 
 def register(
-    name: str = NAME, *, n_tables: int = 4, n_planes: int = 4, beta: float = 1.0, readout: str = "ratio", rng: Any = 0
+    name: str = NAME,
+    *,
+    n_tables: int = 4,
+    n_planes: int = 4,
+    beta: float = 1.0,
+    readout: str = "ratio",
+    rng: Any = 0,
 ) -> None:
     """Make ``attn_implementation=name`` mean RACE attention.
 
@@ -58,14 +70,17 @@ def register(
     name : str
         What configurations call it.
     n_tables, n_planes, beta
-        Of the fixed hash that layers use which were not given their own by `convert`; see `racecore.SoftLSH.random`.
+        Of the fixed hash that layers use which were not given their own by `convert`; see
+        `racecore.SoftLSH.random`.
     readout : {"ratio", "bucket_mean"}
         See `racecore.attention`.
     rng : int or what else `numpy.random.default_rng` takes
         Draws its planes.
     """
 
-    @torch.compiler.disable(reason="layers of one fixed hash are not compiled: convert the model, then compile it")
+    @torch.compiler.disable(
+        reason="layers of one fixed hash are not compiled: convert the model, then compile it"
+    )
     @lru_cache
     def default_hash(head_dim: int) -> RaceHash:
         """Return the hash of all layers of this width that have none of their own."""
@@ -73,7 +88,9 @@ def register(
         with torch.inference_mode(False):  # whatever the first call is under: it is kept for all
             return RaceHash(lsh, readout, learn_beta=False, learn_planes=False)
 
-    def attend(module: Any, query: torch.Tensor, *others: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    def attend(
+        module: Any, query: torch.Tensor, *others: Any, **options: Any
+    ) -> tuple[torch.Tensor, None]:
         """Attend with the layer's own hash, or the one of its width."""
         own = getattr(module, "race", None)
         return _attend(own or default_hash(query.shape[-1]), module, query, *others, **options)
@@ -116,17 +133,23 @@ def convert(
     Raises
     ------
     ValueError
-        The model has no attention layers that transformers can switch, or not those that were named, or they have been
-        converted already; or it has several of one number, as models of an encoder and a decoder do.
+        The model has no attention layers that transformers can switch, or not those that were
+        named, or they have been converted already; or it has several of one number, as models of an
+        encoder and a decoder do.
     """
     if NAME not in _names:
         register()
     found = _attention_layers(model)
     wanted = sorted(found) if layers is None else sorted(set(layers))
     if not found or not set(wanted) <= set(found):
-        raise ValueError(f"the model has attention layers {sorted(found)} that can be switched, got layers = {wanted}")
+        raise ValueError(
+            f"the model has attention layers {sorted(found)} that can be switched, got layers = "
+            f"{wanted}"
+        )
     if already := [index for index in wanted if hasattr(found[index], "race")]:
-        raise ValueError(f"layers {already} have RACE attention already; converting again would lose their hash")
+        raise ValueError(
+            f"layers {already} have RACE attention already; converting again would lose their hash"
+        )
     for index in wanted:
         module = found[index]
         weight = next(module.parameters())
@@ -138,19 +161,22 @@ def convert(
 
 
 def new_cache(model: nn.Module) -> Cache:
-    """Make a cache for decoding: of constant size for layers of RACE attention, keys and values for the others.
+    """Make a cache for decoding: of constant size for layers of RACE attention, keys and values for
+    the others.
 
     Pass it as `cache` to ``model.generate``, or to the model step by step.
     """
     layers = _attention_layers(model)
-    return Cache([RaceLayer() if _is_race(layers[index]) else DynamicLayer() for index in sorted(layers)])
+    return Cache(
+        [RaceLayer() if _is_race(layers[index]) else DynamicLayer() for index in sorted(layers)]
+    )
 
 
 class RaceLayer(CacheLayerMixin):
     """What a transformers cache holds for a layer of RACE attention: a `RaceCache` of one layer.
 
-    `update` cannot add to it, since queries must see the past as it was. It leaves a note on the tensor of keys instead, which
-    the layer's attention function finds.
+    `update` cannot add to it, since queries must see the past as it was. It leaves a note on the
+    tensor of keys instead, which the layer's attention function finds.
     """
 
     is_sliding = False
@@ -170,7 +196,8 @@ class RaceLayer(CacheLayerMixin):
         """Return new keys and values [B, G, T, dim] as they are."""
         if self._waits:
             raise RuntimeError(
-                "a layer took keys to another attention than RACE's, which does not know the past: make the cache with "
+                "a layer took keys to another attention than RACE's, which does not know the "
+                "past: make the cache with "
                 "racecore.adapters.transformers.new_cache after the layers have got their attention"
             )
         self._waits = self.is_initialized = True
@@ -178,7 +205,9 @@ class RaceLayer(CacheLayerMixin):
         setattr(key_states, _LAYER_OF_KEY, self)
         return key_states, value_states
 
-    def attend(self, *tensors: torch.Tensor, readout: str, key_mask: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, *tensors: torch.Tensor, readout: str, key_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Do `RaceCache.attend` for query, key, value, planes and beta."""
         self._waits = False
         return self.race.attend(0, *tensors, readout=readout, key_mask=key_mask)
@@ -215,7 +244,8 @@ class RaceLayer(CacheLayerMixin):
         """Refuse: tokens cannot be taken out of a sum."""
         if tokens_to_remove:
             raise NotImplementedError(
-                "tokens cannot be taken out of a state of RACE attention; copy.deepcopy the cache before tokens that may have to "
+                "tokens cannot be taken out of a state of RACE attention; copy.deepcopy the cache "
+                "before tokens that may have to "
                 "be taken back, and go on from there"
             )
 
@@ -227,11 +257,14 @@ def _is_race(module: Any) -> bool:
 def _attention_layers(model: nn.Module) -> dict[int, Any]:
     """Return the modules that ask transformers for an attention function, by their number."""
     needed = ("layer_idx", "config", "head_dim", "is_causal")
-    modules: list[Any] = [module for module in model.modules() if all(hasattr(module, name) for name in needed)]
+    modules: list[Any] = [
+        module for module in model.modules() if all(hasattr(module, name) for name in needed)
+    ]
     numbers = [module.layer_idx for module in modules]
     if None in numbers or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"layers are told apart by their numbers, and those of this model are {numbers}: models of an encoder and a decoder "
+            f"layers are told apart by their numbers, and those of this model are {numbers}: "
+            "models of an encoder and a decoder "
             "are not supported"
         )
     return dict(zip(numbers, modules, strict=True))
@@ -251,13 +284,15 @@ def _attend(
     cu_seq_lens_q: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks: query [B, H, Tq, D], key and value [B, G, Tk, dim] -> [B, Tq, H, dim] and no weights.
+    """Attend as transformers asks: query [B, H, Tq, D], key and value [B, G, Tk, dim] -> [B, Tq, H,
+    dim] and no weights.
 
     `scaling` is among what is ignored: rows are hashed as they come.
     """
     if dropout:
         raise ValueError(
-            f"attention_dropout must be 0 with RACE attention, got {dropout}: there are no weights to drop"
+            f"attention_dropout must be 0 with RACE attention, got {dropout}: there are no "
+            "weights to drop"
         )
     causal = module.is_causal if is_causal is None else is_causal
     n_queries, n_keys = query.shape[-2], key.shape[-2]
@@ -267,45 +302,73 @@ def _attend(
     n_seen = n_keys if past is None else past.get_seq_length() + n_keys
     if sliding_window is not None and n_seen > sliding_window:
         raise ValueError(
-            f"RACE attention has no sliding window: this layer's is {sliding_window}, and there are {n_seen} tokens by now"
+            f"RACE attention has no sliding window: this layer's is {sliding_window}, and there "
+            f"are {n_seen} tokens by now"
         )
     if mask is None and causal and 1 < n_queries < n_keys:
         raise ValueError(
-            f"{n_queries} queries came with {n_keys} keys and no mask, as from a static cache, which has room for tokens to "
-            "come: use racecore.adapters.transformers.new_cache(model), or transformers' dynamic cache"
+            f"{n_queries} queries came with {n_keys} keys and no mask, as from a static cache, "
+            "which has room for tokens to "
+            "come: use racecore.adapters.transformers.new_cache(model), or transformers' dynamic "
+            "cache"
         )
     planes, beta, readout = hash_of_layer.planes, hash_of_layer.beta, hash_of_layer.readout
     if cu_seq_lens_q is not None and (past is not None or mask is not None or n_queries != n_keys):
-        raise ValueError("packed sequences (cu_seq_lens_q) go without cache and padding, with as many queries as keys")
+        raise ValueError(
+            "packed sequences (cu_seq_lens_q) go without cache and padding, with as many queries "
+            "as keys"
+        )
     if past is not None:
         mask = None if mask is None or bool(mask[:, -n_keys:].all()) else mask[:, -n_keys:]
         return past.attend(q, k, v, planes, beta, readout=readout, key_mask=mask), None
-    if causal and 1 < n_queries < n_keys:  # further tokens after keys that the model keeps: ask for all of them
+    if (
+        causal and 1 < n_queries < n_keys
+    ):  # further tokens after keys that the model keeps: ask for all of them
         q = torch.cat([q.new_zeros(len(q), n_keys - n_queries, *q.shape[2:]), q], dim=1)
     causal = causal and n_queries > 1  # the last token sees all keys
     out = race_attention(
-        q, k, v, planes, beta, is_causal=causal, readout=readout, key_mask=mask, cu_seqlens=cu_seq_lens_q
+        q,
+        k,
+        v,
+        planes,
+        beta,
+        is_causal=causal,
+        readout=readout,
+        key_mask=mask,
+        cu_seqlens=cu_seq_lens_q,
     )
     return out[:, -n_queries:], None
 
 
 def _mask(
-    *, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, mask_function: Any,
-    attention_mask: torch.Tensor | None = None, device: Any = None, **others: Any,
-) -> torch.Tensor | None:  # fmt: skip
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any,
+    attention_mask: torch.Tensor | None = None,
+    device: Any = None,
+    **others: Any,
+) -> torch.Tensor | None:
     """Return which keys take part, bool [B, Tk], for transformers to pass on as the attention mask.
 
     None says that all do, and that there is a query for every key.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "RACE attention knows causal and padding masks only; this model asks for another, such as a sliding window, "
-            "several sequences in one row, or a prefix that sees itself: no single pair of tokens can be masked in a sum"
+            "RACE attention knows causal and padding masks only; this model asks for another, "
+            "such as a sliding window, "
+            "several sequences in one row, or a prefix that sees itself: no single pair of tokens "
+            "can be masked in a sum"
         )
     if mask_function is causal_mask_function and int(q_offset) + q_length != kv_offset + kv_length:
         raise ValueError(
-            f"queries end at token {int(q_offset) + q_length} and keys at {kv_offset + kv_length}, as in a static cache, "
-            "which has room for tokens to come: use racecore.adapters.transformers.new_cache(model), or the dynamic cache"
+            f"queries end at token {int(q_offset) + q_length} and keys at "
+            f"{kv_offset + kv_length}, as in a static cache, "
+            "which has room for tokens to come: use "
+            "racecore.adapters.transformers.new_cache(model), or the dynamic cache"
         )
     if attention_mask is None and q_length != kv_length:
         return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -315,10 +378,14 @@ def _mask(
 
 
 def _key_mask(mask: torch.Tensor | None, n_queries: int, is_causal: bool) -> torch.Tensor | None:
-    """Return which keys take part, [B, Tk], from what `_mask` made or from what other layers of the model take."""
+    """Return which keys take part, [B, Tk], from what `_mask` made or from what other layers of the
+    model take.
+    """
     if mask is None or mask.ndim == 2:
         return mask
-    pairs = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]  # [B, Tq, Tk]; eager attention adds 0 or -inf
+    pairs = (mask if mask.dtype == torch.bool else mask == 0)[
+        :, 0
+    ]  # [B, Tq, Tk]; eager attention adds 0 or -inf
     keys = pairs[:, -1]
     expected = keys[:, None, :].expand_as(pairs)
     if is_causal:
@@ -327,5 +394,8 @@ def _key_mask(mask: torch.Tensor | None, n_queries: int, is_causal: bool) -> tor
     # What a padding token may see differs from version to version, and nobody reads its output.
     agree = (pairs == expected).all(dim=-1) | ~keys[:, -n_queries:]
     if not bool(agree.all()):
-        raise ValueError("RACE attention knows causal and padding masks only, got a mask of single pairs of tokens")
+        raise ValueError(
+            "RACE attention knows causal and padding masks only, got a mask of single pairs of "
+            "tokens"
+        )
     return None if bool(keys.all()) else keys

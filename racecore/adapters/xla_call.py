@@ -1,9 +1,10 @@
 """A Python function as a custom call of XLA on the CPU, on NumPy views of XLA's own buffers.
 
-`jax.pure_callback` copies every argument and every result; for attention, whose arrays are large and whose work is linear in
-their size, these copies take longer than the work. XLA's foreign function interface has none: it hands over addresses. That
-interface is a stable C ABI (its structures carry their sizes, its version is asked for at registration); the structures below
-are those of `xla/ffi/api/c_api.h`, which jaxlib ships, under their names there without `XLA_FFI_`.
+`jax.pure_callback` copies every argument and every result; for attention, whose arrays are large
+and whose work is linear in their size, these copies take longer than the work. XLA's foreign
+function interface has none: it hands over addresses. That interface is a stable C ABI (its
+structures carry their sizes, its version is asked for at registration); the structures below are
+those of `xla/ffi/api/c_api.h`, which jaxlib ships, under their names there without `XLA_FFI_`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,26 @@ _VERSION = (0, 1)  # of the ABI; XLA knows whether it still takes it
 _METADATA = 1  # type of the extension of a call that asks about the handler
 _EXECUTE = 3  # stage
 _INTERNAL = 13  # error code
-_DTYPES = {1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
-           10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}  # fmt: skip
+_DTYPES = {
+    1: "bool",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "uint8",
+    7: "uint16",
+    8: "uint32",
+    9: "uint64",
+    10: "float16",
+    11: "float32",
+    12: "float64",
+    16: "bfloat16",
+}
 
-_HEAD: Any = (("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p))  # of most structures
+_HEAD: Any = (
+    ("struct_size", ctypes.c_size_t),
+    ("extension", ctypes.c_void_p),
+)  # of most structures
 
 
 class _Version(ctypes.Structure):
@@ -39,14 +56,20 @@ class _Version(ctypes.Structure):
 
 
 class _Metadata(ctypes.Structure):
-    _fields_ = (("struct_size", ctypes.c_size_t), ("api_version", _Version), ("traits", ctypes.c_uint32))
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("api_version", _Version),
+        ("traits", ctypes.c_uint32),
+    )
 
 
 class _Extension(ctypes.Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p),
+        ("struct_size", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
         ("metadata", ctypes.POINTER(_Metadata)),
-    )  # fmt: skip
+    )
 
 
 class _ErrorCreateArgs(ctypes.Structure):
@@ -55,25 +78,32 @@ class _ErrorCreateArgs(ctypes.Structure):
 
 class _Api(ctypes.Structure):
     _fields_ = (
-        *_HEAD, ("api_version", _Version), ("internal_api", ctypes.c_void_p),
+        *_HEAD,
+        ("api_version", _Version),
+        ("internal_api", ctypes.c_void_p),
         ("error_create", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorCreateArgs))),
-    )  # fmt: skip
+    )
 
 
 class _Buffer(ctypes.Structure):
     _fields_ = (
-        *_HEAD, ("dtype", ctypes.c_int), ("data", ctypes.c_void_p), ("rank", ctypes.c_int64),
+        *_HEAD,
+        ("dtype", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
         ("dims", ctypes.POINTER(ctypes.c_int64)),
-    )  # fmt: skip
+    )
 
 
 class _Buffers(ctypes.Structure):
     """XLA_FFI_Args and XLA_FFI_Rets."""
 
     _fields_ = (
-        *_HEAD, ("size", ctypes.c_int64), ("types", ctypes.c_void_p),
+        *_HEAD,
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
         ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
-    )  # fmt: skip
+    )
 
 
 class _ByteSpan(ctypes.Structure):
@@ -82,16 +112,25 @@ class _ByteSpan(ctypes.Structure):
 
 class _Attrs(ctypes.Structure):
     _fields_ = (
-        *_HEAD, ("size", ctypes.c_int64), ("types", ctypes.c_void_p), ("names", ctypes.c_void_p),
+        *_HEAD,
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("names", ctypes.c_void_p),
         ("values", ctypes.POINTER(ctypes.POINTER(_ByteSpan))),
-    )  # fmt: skip
+    )
 
 
 class _CallFrame(ctypes.Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t), ("extension", ctypes.POINTER(_Extension)), ("api", ctypes.POINTER(_Api)),
-        ("context", ctypes.c_void_p), ("stage", ctypes.c_int), ("args", _Buffers), ("rets", _Buffers), ("attrs", _Attrs),
-    )  # fmt: skip
+        ("struct_size", ctypes.c_size_t),
+        ("extension", ctypes.POINTER(_Extension)),
+        ("api", ctypes.POINTER(_Api)),
+        ("context", ctypes.c_void_p),
+        ("stage", ctypes.c_int),
+        ("args", _Buffers),
+        ("rets", _Buffers),
+        ("attrs", _Attrs),
+    )
 
 
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
@@ -100,15 +139,17 @@ _registered: list[Any] = []  # XLA calls these as long as the process lives
 
 
 def register(name: str, function: Function) -> None:
-    """Register a function as the target of `jax.ffi.ffi_call(name, ...)(*arguments, task=text)` on the CPU.
+    """Register a function as the target of `jax.ffi.ffi_call(name, ...)(*arguments, task=text)` on
+    the CPU.
 
     Parameters
     ----------
     name : str
         What the compiled program calls it.
     function : callable
-        ``function(task, arguments, results)``: read-only NumPy arrays, and arrays to fill. It is called without notice on
-        threads of XLA, several at once if need be, and must not call JAX. What it raises becomes JAX's error.
+        ``function(task, arguments, results)``: read-only NumPy arrays, and arrays to fill. It is
+        called without notice on threads of XLA, several at once if need be, and must not call JAX.
+        What it raises becomes JAX's error.
 
     Raises
     ------
@@ -127,7 +168,8 @@ def register(name: str, function: Function) -> None:
                 text = ctypes.string_at(task.data, task.length).decode()
                 function(text, _views(call.args, False), _views(call.rets, True))
         except KeyboardInterrupt:
-            # The computation was on the main thread, which shall hear of it when it is back in Python.
+            # The computation was on the main thread, which shall hear of it when it is back in
+            # Python.
             _thread.interrupt_main()
             return _error(call, "KeyboardInterrupt")
         except BaseException as error:
@@ -140,7 +182,9 @@ def register(name: str, function: Function) -> None:
 
 
 def _describe(call: _CallFrame) -> None:
-    """Answer the call of a registration: which version of the ABI is spoken here. XLA refuses one that it has outgrown."""
+    """Answer the call of a registration: which version of the ABI is spoken here. XLA refuses one
+    that it has outgrown.
+    """
     metadata = call.extension.contents.metadata.contents
     metadata.api_version.major, metadata.api_version.minor = _VERSION
     metadata.traits = 0
@@ -170,13 +214,17 @@ def _view(buffer: _Buffer, is_writable: bool) -> np.ndarray:
 
 
 def _ask_for_large_pages(address: int, n_bytes: int) -> None:
-    """Do for a result of XLA what NumPy does for its own arrays: fresh memory costs a fault per page of 4 kB, or of 2 MB.
+    """Do for a result of XLA what NumPy does for its own arrays: fresh memory costs a fault per
+    page of 4 kB, or of 2 MB.
 
-    Measured over 2^16 tokens of 4 heads of 128: forward 1.5 times as fast, forward and backward 1.6 times.
+    Measured over 2^16 tokens of 4 heads of 128: forward 1.5 times as fast, forward and backward 1.6
+    times.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
     libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)  # advice: it may fail
+    libc.madvise(
+        ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE
+    )  # advice: it may fail

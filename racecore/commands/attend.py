@@ -58,36 +58,81 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("files")
-    group.add_argument("--query", required=True, metavar="FILE", help="queries to read, [.., T, H, D]")
-    group.add_argument("--key", required=True, metavar="FILE", help="keys to read, [.., T, G, D]; H a multiple of G")
-    group.add_argument("--value", required=True, metavar="FILE", help="values to read, [.., T, G, V]")
-    group.add_argument("--out", required=True, metavar="FILE", help="attention to write, [.., T, H, V]")
-    group.add_argument("--key-mask", metavar="FILE", help="bools to read, [.., T]: True means the key takes part")
-    group.add_argument("--cu-seqlens", metavar="FILE", help="integers to read, where packed sequences begin and end")
+    group.add_argument(
+        "--query", required=True, metavar="FILE", help="queries to read, [.., T, H, D]"
+    )
+    group.add_argument(
+        "--key",
+        required=True,
+        metavar="FILE",
+        help="keys to read, [.., T, G, D]; H a multiple of G",
+    )
+    group.add_argument(
+        "--value", required=True, metavar="FILE", help="values to read, [.., T, G, V]"
+    )
+    group.add_argument(
+        "--out", required=True, metavar="FILE", help="attention to write, [.., T, H, V]"
+    )
+    group.add_argument(
+        "--key-mask", metavar="FILE", help="bools to read, [.., T]: True means the key takes part"
+    )
+    group.add_argument(
+        "--cu-seqlens",
+        metavar="FILE",
+        help="integers to read, where packed sequences begin and end",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     group.add_argument(
-        "--dtype", choices=["bfloat16"], help="read entries of two untyped bytes (ml_dtypes) as bfloat16"
+        "--dtype",
+        choices=["bfloat16"],
+        help="read entries of two untyped bytes (ml_dtypes) as bfloat16",
     )
     group = parser.add_argument_group("gradients (optional)")
     group.add_argument("--d-out", metavar="FILE", help="gradient of the output, to read")
     for name in ("query", "key", "value"):
         group.add_argument(f"--d-{name}", metavar="FILE", help=f"gradient of the {name}, to write")
-    group.add_argument("--d-lsh", metavar="FILE", help="gradients of planes and beta, to write (.npz)")
+    group.add_argument(
+        "--d-lsh", metavar="FILE", help="gradients of planes and beta, to write (.npz)"
+    )
     group = parser.add_argument_group("hash: a saved one, or a random one")
     group.add_argument("--lsh", metavar="FILE", help="what racecore.SoftLSH.save wrote (.npz)")
-    group.add_argument("--tables", type=positive_int, metavar="L", help="hash tables; more mean less noise (4)")
-    group.add_argument("--planes", type=positive_int, metavar="P", help="planes of a table; more mean sharper (4)")
+    group.add_argument(
+        "--tables", type=positive_int, metavar="L", help="hash tables; more mean less noise (4)"
+    )
+    group.add_argument(
+        "--planes", type=positive_int, metavar="P", help="planes of a table; more mean sharper (4)"
+    )
     group.add_argument("--beta", type=float, metavar="X", help="sharpness of the hash (1.0)")
     group.add_argument("--seed", type=natural_int, metavar="N", help="seed of the planes (0)")
     group = parser.add_argument_group("options")
     group.add_argument("--causal", action="store_true", help="token i sees tokens 0 ... i only")
-    group.add_argument("--readout", choices=inputs.READOUTS, default="ratio", help="the estimator (ratio)")
-    group.add_argument("--backend", choices=backends.NAMES, help="what computes; cuda takes chunks through a GPU (cpu)")
-    group.add_argument("--memory-limit", default="1GB", metavar="SIZE", help="memory that the run may take (1GB)")
+    group.add_argument(
+        "--readout", choices=inputs.READOUTS, default="ratio", help="the estimator (ratio)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=backends.NAMES,
+        help="what computes; cuda takes chunks through a GPU (cpu)",
+    )
+    group.add_argument(
+        "--memory-limit", default="1GB", metavar="SIZE", help="memory that the run may take (1GB)"
+    )
     group.add_argument("--threads", type=positive_int, metavar="N", help="processors to use (all)")
-    group.add_argument("--restart", action="store_true", help="discard what an interrupted run left, and start afresh")
-    group.add_argument("--plan", action="store_true", help="print bytes, memory and time to expect; compute nothing")
-    group.add_argument("--no-check-finite", action="store_true", help="compute on with NaN and infinity in the inputs")
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard what an interrupted run left, and start afresh",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="print bytes, memory and time to expect; compute nothing",
+    )
+    group.add_argument(
+        "--no-check-finite",
+        action="store_true",
+        help="compute on with NaN and infinity in the inputs",
+    )
     group.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -98,23 +143,31 @@ def run(args: argparse.Namespace) -> int:
     targets = _checked_targets(args)
     lsh = _hash(args)
     request = {name: getattr(args, name) for name in (*_SOURCES, *_TARGETS)} | {
-        "lsh": lsh, "is_causal": args.causal, "readout": args.readout, "dtype": args.dtype,
+        "lsh": lsh,
+        "is_causal": args.causal,
+        "readout": args.readout,
+        "dtype": args.dtype,
         "memory_limit": args.memory_limit,
-    }  # fmt: skip
+    }
     with contextlib.ExitStack() as stack:
         if args.threads is not None:
             stack.enter_context(racecore.threads(args.threads))
         stack.enter_context(_mistakes_named())
         if args.plan and args.backend not in (None, "cpu"):
-            raise BadInputError(f"--plan knows the time that the CPU takes; leave out --backend {args.backend}")
+            raise BadInputError(
+                f"--plan knows the time that the CPU takes; leave out --backend {args.backend}"
+            )
         if args.plan:
             print(outofcore.plan(**request))
             return 0
         stack.enter_context(_resumption_named(targets))
         report = outofcore.run(
-            **request, backend=args.backend, resume=not args.restart, check_finite=not args.no_check_finite,
+            **request,
+            backend=args.backend,
+            resume=not args.restart,
+            check_finite=not args.no_check_finite,
             progress="racecore attend",
-        )  # fmt: skip
+        )
     _tell(report, args)
     return 0
 
@@ -125,10 +178,16 @@ def _tell(report: Any, args: argparse.Namespace) -> None:
     if args.json:
         beta = None if report.d_beta is None else np.asarray(report.d_beta).tolist()
         content = {
-            "tokens": report.tokens, "seconds": report.seconds, "tokens_per_second": report.tokens_per_second,
-            "resumed_tokens": report.resumed_tokens, "peak_anonymous_bytes": report.peak_anonymous_bytes,
-            "busy": report.busy, "digests": report.digests, "d_beta": beta, "written": written,
-        }  # fmt: skip
+            "tokens": report.tokens,
+            "seconds": report.seconds,
+            "tokens_per_second": report.tokens_per_second,
+            "resumed_tokens": report.resumed_tokens,
+            "peak_anonymous_bytes": report.peak_anonymous_bytes,
+            "busy": report.busy,
+            "digests": report.digests,
+            "d_beta": beta,
+            "written": written,
+        }
         print(json.dumps(content, indent=1))
         return
     if args.d_out is not None:
@@ -136,7 +195,9 @@ def _tell(report: Any, args: argparse.Namespace) -> None:
     for name, digest in report.digests.items():
         if getattr(args, name) is not None:
             print(f"digest of {getattr(args, name)}: {digest}")
-    busy = ", ".join(f"{part} {seconds / report.seconds:.0%}" for part, seconds in report.busy.items())
+    busy = ", ".join(
+        f"{part} {seconds / report.seconds:.0%}" for part, seconds in report.busy.items()
+    )
     print(f"busy: {busy}; at most {report.peak_anonymous_bytes / 1e6:,.0f} MB of memory")
     speed = f"{report.tokens_per_second:,.0f} tokens/s"
     print(f"{report.tokens:,} tokens in {report.seconds:.2f} s ({speed}): {', '.join(written)}")
@@ -163,7 +224,9 @@ def _resumption_named(targets: dict[str, str]) -> Iterator[None]:
 
 
 def _hash(args: argparse.Namespace) -> racecore.SoftLSH:
-    """Return the hash, and check that all inputs can be read: their head dim is that of a random one."""
+    """Return the hash, and check that all inputs can be read: their head dim is that of a random
+    one.
+    """
     shapes = {}
     for name in _SOURCES:
         if (path := getattr(args, name)) is not None:
@@ -172,17 +235,24 @@ def _hash(args: argparse.Namespace) -> racecore.SoftLSH:
                     shapes[name] = npy.read_header(path).shape
             except OSError as error:
                 raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    given = {name: getattr(args, name) for name in _HASH_DEFAULTS if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name) for name in _HASH_DEFAULTS if getattr(args, name) is not None
+    }
     if args.lsh is not None:
         return _saved_hash(args.lsh, given)
     if len(shapes["query"]) not in (3, 4):
         raise BadInputError(
-            f"{args.query} has shape {shapes['query']}; expected [tokens, heads, dim] or [batch, tokens, heads, dim]"
+            f"{args.query} has shape {shapes['query']}; expected [tokens, heads, dim] or [batch, "
+            "tokens, heads, dim]"
         )
     chosen = {**_HASH_DEFAULTS, **given}
     with _mistakes_named():
         return racecore.SoftLSH.random(
-            shapes["query"][-1], chosen["tables"], chosen["planes"], beta=chosen["beta"], rng=chosen["seed"]
+            shapes["query"][-1],
+            chosen["tables"],
+            chosen["planes"],
+            beta=chosen["beta"],
+            rng=chosen["seed"],
         )
 
 
@@ -205,16 +275,24 @@ def _checked_targets(args: argparse.Namespace) -> dict[str, str]:
     if wants_gradients and args.d_out is None:
         raise BadInputError("gradients need --d-out, the gradient of the output")
     if args.d_out is not None and not wants_gradients:
-        raise BadInputError("--d-out was given: say which gradients to write, --d-query, --d-key, --d-value or --d-lsh")
+        raise BadInputError(
+            "--d-out was given: say which gradients to write, --d-query, --d-key, --d-value or "
+            "--d-lsh"
+        )
     sources = {name: getattr(args, name) for name in (*_SOURCES, "lsh")}
     seen = {identity_of(path): _flag(name) for name, path in sources.items() if path is not None}
     goes_on = os.path.exists(f"{targets['out']}.journal")
     for name, path in targets.items():
         _check_place(path, named[name])
         if (other := seen.setdefault(identity_of(path), _flag(name))) != _flag(name):
-            raise BadInputError(f"{_flag(name)} is the same file as {other} ({named[name]}); give it a name of its own")
+            raise BadInputError(
+                f"{_flag(name)} is the same file as {other} ({named[name]}); give it a name of "
+                "its own"
+            )
         if os.path.exists(path) and not (args.overwrite or goes_on):
-            raise BadInputError(f"{named[name]} exists; choose another name for {_flag(name)}, or add --overwrite")
+            raise BadInputError(
+                f"{named[name]} exists; choose another name for {_flag(name)}, or add --overwrite"
+            )
     return targets
 
 

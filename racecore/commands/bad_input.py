@@ -8,7 +8,9 @@ __all__ = ["BadInputError", "natural_int", "positive_int"]
 
 
 class BadInputError(Exception):
-    """The arguments or the files do not fit; the message says what was expected, what came, and what to do."""
+    """The arguments or the files do not fit; the message says what was expected, what came, and
+    what to do.
+    """
 
 
 def positive_int(text: str) -> int:

@@ -1,4 +1,6 @@
-"""racecore demo: attention forward and backward from file to file, checked, timed and drawn, in a minute or less."""
+"""racecore demo: attention forward and backward from file to file, checked, timed and drawn, in a
+minute or less.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,33 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="a minute's tour: run, check, time and draw attention on this machine",
-        description="Write arrays to files, run `racecore attend` on them forward and backward, check rows of every "
-        "result against an exact computation, and race against softmax attention. Takes a minute or less; the "
+        description="Write arrays to files, run `racecore attend` on them forward and backward, "
+        "check rows of every "
+        "result against an exact computation, and race against softmax attention. Takes a minute "
+        "or less; the "
         "folder can be deleted afterwards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--folder", default="racecore-demo", metavar="DIR", help="where to write")
-    parser.add_argument("--tokens", type=positive_int, default=65_536, metavar="T", help="length of the sequence")
-    parser.add_argument("--heads", type=positive_int, default=4, metavar="H", help="attention heads")
-    parser.add_argument("--head-dim", type=positive_int, default=64, metavar="D", help="values per head and token")
-    parser.add_argument("--seed", type=natural_int, default=0, help="seed of the data and of the hash")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="processors to use; all if not given")
-    parser.add_argument("--quick", action="store_true", help="at most 4,096 tokens and a short race: a few seconds")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=65_536, metavar="T", help="length of the sequence"
+    )
+    parser.add_argument(
+        "--heads", type=positive_int, default=4, metavar="H", help="attention heads"
+    )
+    parser.add_argument(
+        "--head-dim", type=positive_int, default=64, metavar="D", help="values per head and token"
+    )
+    parser.add_argument(
+        "--seed", type=natural_int, default=0, help="seed of the data and of the hash"
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="processors to use; all if not given"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="at most 4,096 tokens and a short race: a few seconds"
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     folder = _prepare_folder(args.folder)
     tokens = min(args.tokens, 4096) if args.quick else args.tokens
     lsh = racecore.SoftLSH.random(args.head_dim, rng=args.seed)
-    _say(f"racecore {racecore.__version__}: RACE attention, forward and backward, in time that grows linearly.")
+    _say(
+        f"racecore {racecore.__version__}: RACE attention, forward and backward, in time that "
+        "grows linearly."
+    )
     _load_kernels(args)
     _write_inputs(folder, (tokens, args.heads, args.head_dim), args.seed)
     _attend(folder, args)
@@ -78,19 +97,27 @@ def _say(text: str) -> None:
 
 
 def _prepare_folder(name: str) -> pathlib.Path:
-    """Make the folder; refuse one with files that are not the demo's own, since they might be overwritten."""
+    """Make the folder; refuse one with files that are not the demo's own, since they might be
+    overwritten.
+    """
     folder = pathlib.Path(name)
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"{folder} exists and is not a folder; choose another --folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).exists():
-        raise BadInputError(f"the folder {folder} holds files that are not the demo's; choose another --folder")
+        raise BadInputError(
+            f"the folder {folder} holds files that are not the demo's; choose another --folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).write_text("Everything in this folder was made by `racecore demo` and may be deleted.\n")
+    (folder / _MARKER).write_text(
+        "Everything in this folder was made by `racecore demo` and may be deleted.\n"
+    )
     return folder
 
 
 def _command() -> str:
-    """Return how to call the program from here: its name, or its path where the name alone is not found."""
+    """Return how to call the program from here: its name, or its path where the name alone is not
+    found.
+    """
     return "racecore" if shutil.which("racecore") else os.path.relpath(sys.argv[0])
 
 
@@ -99,24 +126,36 @@ def _load_kernels(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     x = np.ones((4, 1, args.head_dim), np.float32)
     racecore.attention_backward(*racecore.attention_forward(x, x, x))
-    _say(f"Kernels ready in {time.perf_counter() - started:.1f} s (compiled on first use, then kept).")
+    _say(
+        f"Kernels ready in {time.perf_counter() - started:.1f} s (compiled on first use, then "
+        "kept)."
+    )
 
 
 def _write_inputs(folder: pathlib.Path, shape: tuple[int, int, int], seed: int) -> None:
     """Write tokens that belong to topics: keys of one topic are alike, and so are their values.
 
-    Queries and keys are scaled to rows of length about 1, as they are after a layer's normalisation.
+    Queries and keys are scaled to rows of length about 1, as they are after a layer's
+    normalisation.
     """
     started = time.perf_counter()
     rng = np.random.default_rng([seed, 1])  # the hash has drawn its planes from `seed`
     tokens, heads, dim = shape
     scales = dict(zip(_INPUTS, (0.7 / dim**0.5, 0.7 / dim**0.5, 0.7, 1.0), strict=True))
     topics = rng.standard_normal((2, _TOPICS, heads, dim), dtype=np.float32)
-    maps = {name: npy.create(str(folder / f"{name}.npy"), shape, np.dtype(np.float32)) for name in _INPUTS}
+    maps = {
+        name: npy.create(str(folder / f"{name}.npy"), shape, np.dtype(np.float32))
+        for name in _INPUTS
+    }
     for begin in range(0, tokens, _BLOCK):
         n = min(_BLOCK, tokens - begin)
         asked, topic = rng.integers(_TOPICS, size=(2, n))
-        about = {"q": topics[0, asked], "k": topics[0, topic], "v": topics[1, topic], "d_out": np.float32(0)}
+        about = {
+            "q": topics[0, asked],
+            "k": topics[0, topic],
+            "v": topics[1, topic],
+            "d_out": np.float32(0),
+        }
         for name, array in maps.items():
             noise = rng.standard_normal((n, heads, dim), dtype=np.float32)
             array[begin : begin + n] = np.float32(scales[name]) * (about[name] + noise)
@@ -131,7 +170,9 @@ def _attend(folder: pathlib.Path, args: argparse.Namespace) -> None:
     """Run the command `racecore attend`, and show it."""
     files = {"--query": "q", "--key": "k", "--value": "v", "--out": "out", "--d-out": "d_out"}
     files |= {"--d-query": "d_query", "--d-key": "d_key", "--d-value": "d_value"}
-    words = [word for flag, name in files.items() for word in (flag, os.path.join(folder, f"{name}.npy"))]
+    words = [
+        word for flag, name in files.items() for word in (flag, os.path.join(folder, f"{name}.npy"))
+    ]
     options = ["--seed", str(args.seed), "--overwrite"]
     options += [] if args.threads is None else ["--threads", str(args.threads)]
     pairs = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
@@ -142,7 +183,9 @@ def _attend(folder: pathlib.Path, args: argparse.Namespace) -> None:
 
 def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
     """Compare some rows of every head with the exact ones; return whether all are right."""
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_INPUTS, *_RESULTS)}
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_INPUTS, *_RESULTS)
+    }
     tokens, heads, _ = arrays["q"].shape
     drawn = np.random.default_rng(seed).integers(tokens, size=14)
     rows = np.unique([0, tokens - 1, *drawn])
@@ -155,19 +198,26 @@ def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
             error = np.linalg.norm(arrays[name][rows, h] - wanted, axis=1)
             size = np.linalg.norm(wanted, axis=1)
             relative = np.divide(error, size, out=np.where(error > 0, np.inf, 0.0), where=size > 0)
-            worst[name] = max(worst[name], float(np.where(np.isnan(relative), np.inf, relative).max()))
+            worst[name] = max(
+                worst[name], float(np.where(np.isnan(relative), np.inf, relative).max())
+            )
     _say(f"""
 3. {len(rows)} rows of each head against exact ones (float64, plain NumPy, no kernel of racecore):
 
    array      largest relative error""")
     for name, error in worst.items():
-        _say(f"   {name:<10} {error:.1e}   {'ok' if error <= _TOLERANCE else f'WRONG: more than {_TOLERANCE:g}'}")
+        _say(
+            f"   {name:<10} {error:.1e}   "
+            f"{'ok' if error <= _TOLERANCE else f'WRONG: more than {_TOLERANCE:g}'}"
+        )
     _say(f"   largest    {max(worst.values()):.1e}")
     return max(worst.values()) <= _TOLERANCE
 
 
 def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
-    """Tell how far RACE, computed right, is from the kernel that it estimates, and what the mean of all values is."""
+    """Tell how far RACE, computed right, is from the kernel that it estimates, and what the mean of
+    all values is.
+    """
     q, k, v = (np.load(folder / f"{name}.npy", mmap_mode="r")[:_BLOCK] for name in ("q", "k", "v"))
     q = q[:32]
     exact = racecore.exact.angular_attention(q, k, v, lsh.n_planes)
@@ -183,7 +233,10 @@ def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
 
                 {"".join(f"   beta {beta:g}" for beta in betas)}""")
     for n_tables in (4, 16, 64):
-        hashes = [racecore.SoftLSH.random(lsh.head_dim, n_tables, lsh.n_planes, beta=beta, rng=0) for beta in betas]
+        hashes = [
+            racecore.SoftLSH.random(lsh.head_dim, n_tables, lsh.n_planes, beta=beta, rng=0)
+            for beta in betas
+        ]
         cells = "".join(f"{distance(racecore.attention(q, k, v, h)):>9}" for h in hashes)
         _say(f"   {n_tables:3} tables    {cells}")
     _say("""
@@ -196,16 +249,27 @@ def _race(folder: pathlib.Path, args: argparse.Namespace, lsh: racecore.SoftLSH)
     patience = 0.5 if args.quick else 4.0
     n_threads = args.threads or default_count()
     threads = f"{n_threads} thread{'s' if n_threads > 1 else ''}"
-    _say(f"\n4. The race, in memory, {threads}: RACE against softmax attention (NumPy, blocks of queries), float32\n")
+    _say(
+        f"\n4. The race, in memory, {threads}: RACE against softmax attention (NumPy, blocks of "
+        "queries), float32\n"
+    )
     laps = list(race.measure(lengths, args.heads, args.head_dim, lsh, n_threads, patience))
     _say(race.table(laps) + "\n")
     slower = race.softmax_wins(laps)
     if slower:
-        _say(f"   Up to {slower[-1]:,} tokens softmax is faster here: use it for short sequences, it is exact.")
+        _say(
+            f"   Up to {slower[-1]:,} tokens softmax is faster here: use it for short sequences, "
+            "it is exact."
+        )
     else:
-        _say("   Softmax was not faster here, but it is exact: for short sequences time is not the question.")
+        _say(
+            "   Softmax was not faster here, but it is exact: for short sequences time is not the "
+            "question."
+        )
     picture = folder / "race_vs_softmax.png"
-    title = f"RACE against softmax attention, {args.heads} heads of {args.head_dim}, float32, {threads}"
+    title = (
+        f"RACE against softmax attention, {args.heads} heads of {args.head_dim}, float32, {threads}"
+    )
     try:
         from racecore.commands.picture import draw
 

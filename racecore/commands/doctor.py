@@ -28,7 +28,19 @@ _OPTIONAL = {  # what it is good for, and the packages that provide it
     "jax": ("arrays in and out", ("jax",)),
     "cupy": ("GPU arrays", ("cupy", "cupy-cuda12x", "cupy-cuda13x")),
 }
-_FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512bf16", "avx512fp16", "neon", "sve")
+_FEATURES = (
+    "sse4.2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512bf16",
+    "avx512fp16",
+    "neon",
+    "sve",
+)
 _TOLERANCE = 1e-4  # relative; two float32 implementations usually agree to a few 1e-6
 
 
@@ -37,11 +49,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="what works here: versions, backends, kernel cache, self-test",
-        description="Show versions, backends with the reason for each missing one, threads, processor and kernel cache, "
-        "and test attention and its gradients on a small problem. Exit code 0: all is well. 1: something is not.",
+        description="Show versions, backends with the reason for each missing one, threads, "
+        "processor and kernel cache, "
+        "and test attention and its gradients on a small problem. Exit code 0: all is well. 1: "
+        "something is not.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs and for bug reports")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, for programs and for bug reports"
+    )
     parser.set_defaults(run=run)
 
 
@@ -54,14 +70,21 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Return everything the command shows; ``report["ok"]`` tells whether all is well."""
-    versions: dict[str, str | None] = {"racecore": racecore.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "racecore": racecore.__version__,
+        "python": platform.python_version(),
+    }
     versions |= {name: _version(name) for name in _REQUIRED}
     optional = {name: _version(*packages) for name, (_, packages) in _OPTIONAL.items()}
     reasons = backends.available()
     self_test = _self_test(reasons)  # before the cache is described, since it uses it
     cache = kernel_cache.describe()
     problems = [f"{name} is not installed" for name, version in versions.items() if version is None]
-    problems += [f"backend {name}: {reasons[name]}" for name in ("cpu", "reference") if reasons[name] is not None]
+    problems += [
+        f"backend {name}: {reasons[name]}"
+        for name in ("cpu", "reference")
+        if reasons[name] is not None
+    ]
     problems += [] if self_test["ok"] else [f"self-test: {self_test['message']}"]
     return {
         "ok": not problems,
@@ -91,7 +114,10 @@ def processor() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            name,
+        )
     except OSError:
         pass  # not Linux
     try:
@@ -101,11 +127,18 @@ def processor() -> dict[str, Any]:
         features = [feature for feature in _FEATURES if found.get(feature)]
     except (ImportError, RuntimeError):
         features = []
-    return {"name": name, "count": os.cpu_count(), "machine": platform.machine(), "features": features}
+    return {
+        "name": name,
+        "count": os.cpu_count(),
+        "machine": platform.machine(),
+        "features": features,
+    }
 
 
 def _self_test(reasons: dict[str, str | None]) -> dict[str, Any]:
-    """Compare the compiled kernels with the plain ones, forward and backward, on a problem of a few thousand numbers."""
+    """Compare the compiled kernels with the plain ones, forward and backward, on a problem of a few
+    thousand numbers.
+    """
     if any(reasons[name] is not None for name in ("cpu", "reference")):
         return {"ok": False, "message": "needs the backends cpu and reference"}
     started = time.perf_counter()
@@ -132,25 +165,41 @@ def _difference(name: str, is_causal: bool, readout: str) -> float:
     lsh = racecore.SoftLSH.random(16, rng=0)
     results = []
     for backend in (name, "reference"):
-        out, saved = racecore.attention_forward(q, k, v, lsh, is_causal=is_causal, readout=readout, backend=backend)
+        out, saved = racecore.attention_forward(
+            q, k, v, lsh, is_causal=is_causal, readout=readout, backend=backend
+        )
         grads = racecore.attention_backward(d_out, saved)
-        results.append([out, grads.query, grads.key, grads.value, grads.planes, np.asarray(grads.beta)])
+        results.append(
+            [out, grads.query, grads.key, grads.value, grads.planes, np.asarray(grads.beta)]
+        )
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*results, strict=True)]
     return float(max(np.inf if np.isnan(error) else error for error in errors))
 
 
 def _text(report: dict[str, Any]) -> str:
-    rows: list[tuple[str, str]] = [(name, version or "MISSING") for name, version in report["versions"].items()]
+    rows: list[tuple[str, str]] = [
+        (name, version or "MISSING") for name, version in report["versions"].items()
+    ]
     for name, version in report["optional"].items():
         rows.append((name, version or f"not installed (optional: {_OPTIONAL[name][0]})"))
     rows.append(("", ""))
     rows += [(f"backend {name}", reason or "ok") for name, reason in report["backends"].items()]
     cpu, cache, test = report["cpu"], report["kernel_cache"], report["self_test"]
-    rows.append(("threads", f"{report['threads']} (change with --threads, racecore.threads(n) or OMP_NUM_THREADS)"))
+    rows.append(
+        (
+            "threads",
+            f"{report['threads']} (change with --threads, racecore.threads(n) or OMP_NUM_THREADS)",
+        )
+    )
     rows.append(("processor", f"{cpu['name']}, {cpu['count']} cores, {cpu['machine']}"))
     rows.append(("instructions", " ".join(cpu["features"]) or "unknown"))
     state = "" if cache["writable"] else ", cannot be written: every process compiles anew"
-    rows.append(("kernel cache", f"{cache['folder']}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB{state}"))
+    rows.append(
+        (
+            "kernel cache",
+            f"{cache['folder']}: {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB{state}",
+        )
+    )
     rows += [("", f"note: {problem}") for problem in cache["problems"]]
     rows.append(("self-test", f"{'ok' if test['ok'] else 'FAILED'}: {test['message']}"))
     width = max(len(name) for name, _ in rows)

@@ -1,9 +1,11 @@
-"""Single rows of RACE attention and of its gradients, from the definition: float64, plain NumPy, nothing of racecore.
+"""Single rows of RACE attention and of its gradients, from the definition: float64, plain NumPy,
+nothing of racecore.
 
-Bidirectional, readout "ratio" (RACE Attention, arXiv 2510.04008, Algorithm 1), for one head. A token is hashed by a
-softmax over all corners; row i attends to key j with the weight <phi_q[i], phi_k[j]>, written out for every pair that the
-rows are part of; gradients follow from the weights and from the Jacobian of the softmax. The gradient of a key also needs
-the outputs of all other queries: those come from sums over keys, since all pairs of tokens would take minutes.
+Bidirectional, readout "ratio" (RACE Attention, arXiv 2510.04008, Algorithm 1), for one head. A
+token is hashed by a softmax over all corners; row i attends to key j with the weight <phi_q[i],
+phi_k[j]>, written out for every pair that the rows are part of; gradients follow from the weights
+and from the Jacobian of the softmax. The gradient of a key also needs the outputs of all other
+queries: those come from sums over keys, since all pairs of tokens would take minutes.
 """
 
 from __future__ import annotations
@@ -72,14 +74,22 @@ def exact_rows(
 
     d_phi_k, d_value = np.zeros_like(phi_k), np.zeros_like(v)
     for begin, end in _blocks(len(query)):
-        phi, gradients = _hash(_double(query[begin:end]), planes, beta)[0], _double(d_out[begin:end])
+        phi, gradients = (
+            _hash(_double(query[begin:end]), planes, beta)[0],
+            _double(d_out[begin:end]),
+        )
         norms = (phi @ mass)[:, None]  # the denominators and outputs of all queries
         outs = phi @ value_sum / norms
         weights = phi @ phi_k.T / norms  # [block, n]: of every query on these rows
         d_value += weights.T @ gradients
         d_weights = (gradients @ v.T - (gradients * outs).sum(axis=1, keepdims=True)) / norms
         d_phi_k += d_weights.T @ phi
-    return Rows(out, _hash_backward(q, d_phi_q, planes, beta), _hash_backward(k, d_phi_k, planes, beta), d_value)
+    return Rows(
+        out,
+        _hash_backward(q, d_phi_q, planes, beta),
+        _hash_backward(k, d_phi_k, planes, beta),
+        d_value,
+    )
 
 
 def _hash(x: np.ndarray, planes: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,6 @@
-"""Pictures of `racecore demo` and `racecore scale`: time against length. They need Matplotlib, which is optional."""
+"""Pictures of `racecore demo` and `racecore scale`: time against length. They need Matplotlib,
+which is optional.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,12 @@ def draw(path: str, laps: list[Lap], title: str) -> None:
     _line(axes, at, seconds, _RED, label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:,.0f}k" if x >= 1024 else f"{x:.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} s" if y >= 1 else f"{y * 1e3:g} ms"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x / 1024:,.0f}k" if x >= 1024 else f"{x:.0f}")
+    )
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:g} s" if y >= 1 else f"{y * 1e3:g} ms")
+    )
     axes.set_xticks(tokens)
     axes.minorticks_off()
     axes.set_xlabel("tokens", color=_GREY)
@@ -82,7 +88,10 @@ def draw_scale(path: str, results: list[Any], title: str) -> None:
     for axes, label, values in zip(
         figure.subplots(1, 2),
         ("seconds", "memory of the process, MB"),
-        ([result.seconds for result in results], [result.peak_anonymous_bytes / 1e6 for result in results]),
+        (
+            [result.seconds for result in results],
+            [result.peak_anonymous_bytes / 1e6 for result in results],
+        ),
         strict=True,
     ):
         _line(axes, tokens, np.array(values), _BLUE, label)

@@ -1,4 +1,6 @@
-"""Time against length: RACE attention beside softmax attention, both on NumPy arrays and the same processors."""
+"""Time against length: RACE attention beside softmax attention, both on NumPy arrays and the same
+processors.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,14 @@ class Lap:
     softmax: float | None
 
 
-def softmax_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, pool: Executor) -> np.ndarray:
-    """Compute softmax(q k^T / sqrt(D)) v for [T, H, D] arrays; every thread of the pool takes blocks of queries.
+def softmax_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, pool: Executor
+) -> np.ndarray:
+    """Compute softmax(q k^T / sqrt(D)) v for [T, H, D] arrays; every thread of the pool takes
+    blocks of queries.
 
-    That is two to five times as fast as leaving the threads to NumPy, which uses them for matrix products alone.
+    That is two to five times as fast as leaving the threads to NumPy, which uses them for matrix
+    products alone.
     """
     out = np.empty_like(query)
     n_tokens, n_heads, dim = query.shape
@@ -68,12 +74,15 @@ def measure(
     rng = np.random.default_rng(0)
     softmax: float | None = 0.0
     backward = 0.0
-    # The blocks of softmax run side by side, so each matrix product gets one thread; RACE does not use BLAS.
+    # The blocks of softmax run side by side, so each matrix product gets one thread; RACE does not
+    # use BLAS.
     with ThreadPoolExecutor(n_threads) as pool, racecore.threads(n_threads), threadpool_limits(1):
         for tokens in lengths:
             if 2 * backward > patience:
                 return
-            q, k, v, d_out = (rng.standard_normal((tokens, heads, head_dim), dtype=np.float32) for _ in range(4))
+            q, k, v, d_out = (
+                rng.standard_normal((tokens, heads, head_dim), dtype=np.float32) for _ in range(4)
+            )
             forward = _best(racecore.attention, q, k, v, lsh)
             backward = _best(_forward_and_backward, q, k, v, d_out, lsh)
             if softmax is not None:  # it takes four times as long for twice the tokens
@@ -82,7 +91,9 @@ def measure(
             yield Lap(tokens, forward, backward, softmax)
 
 
-def _forward_and_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, lsh: SoftLSH) -> None:
+def _forward_and_backward(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, lsh: SoftLSH
+) -> None:
     _, saved = racecore.attention_forward(q, k, v, lsh, wrt=("query", "key", "value"))
     racecore.attention_backward(d_out, saved)
 
@@ -106,7 +117,8 @@ def table(laps: list[Lap]) -> str:
     for lap in laps:
         softmax = "-" if lap.softmax is None else _milliseconds(lap.softmax)
         lines.append(
-            f"{lap.tokens:>12,} {_milliseconds(lap.forward):>12} {_milliseconds(lap.backward):>18} {softmax:>12}"
+            f"{lap.tokens:>12,} {_milliseconds(lap.forward):>12} "
+            f"{_milliseconds(lap.backward):>18} {softmax:>12}"
             f"     {_verdict(lap)}".rstrip()
         )
     return "\n".join(lines)

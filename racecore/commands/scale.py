@@ -1,7 +1,8 @@
-"""racecore scale: how long attention over very many tokens takes here, forward and backward, with rows checked.
+"""racecore scale: how long attention over very many tokens takes here, forward and backward, with
+rows checked.
 
-Inputs are made up where they are read, results are kept as digests, so nothing needs a disk. Rows of one head are compared
-with the same computation in float64.
+Inputs are made up where they are read, results are kept as digests, so nothing needs a disk. Rows
+of one head are compared with the same computation in float64.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ _DTYPES = {
 }  # relative error of a row that is right
 _SPOTS = 16
 _NAMES = ("query", "key", "value", "d_out")
-_PAPER_TOKENS, _PAPER_SECONDS = 75_000_000, 100  # arXiv 2510.04008, CPU: Xeon Gold 5220R, 4 heads of 128
+_PAPER_TOKENS, _PAPER_SECONDS = (
+    75_000_000,
+    100,
+)  # arXiv 2510.04008, CPU: Xeon Gold 5220R, 4 heads of 128
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Result:
     @property
     def wrong(self) -> dict[str, float]:
         """Those errors that the dtype does not explain."""
-        return {name: error for name, error in self.errors.items() if not error <= _DTYPES[self.dtype]}
+        return {
+            name: error for name, error in self.errors.items() if not error <= _DTYPES[self.dtype]
+        }
 
 
 def add_parser(commands: Any) -> None:
@@ -86,8 +92,12 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--tokens", type=positive_int, default=1_000_000, metavar="T", help="length of the sequence")
-    length.add_argument("--sweep", type=positive_int, nargs="+", metavar="T", help="several lengths, and a picture")
+    length.add_argument(
+        "--tokens", type=positive_int, default=1_000_000, metavar="T", help="length of the sequence"
+    )
+    length.add_argument(
+        "--sweep", type=positive_int, nargs="+", metavar="T", help="several lengths, and a picture"
+    )
     parser.add_argument(
         "--picture",
         type=_picture,
@@ -95,19 +105,39 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="where a sweep is drawn: .png, .svg or .pdf",
     )
-    parser.add_argument("--heads", type=positive_int, default=4, metavar="H", help="attention heads")
-    parser.add_argument("--head-dim", type=positive_int, default=128, metavar="D", help="values per head and token")
+    parser.add_argument(
+        "--heads", type=positive_int, default=4, metavar="H", help="attention heads"
+    )
+    parser.add_argument(
+        "--head-dim", type=positive_int, default=128, metavar="D", help="values per head and token"
+    )
     parser.add_argument("--tables", type=positive_int, default=2, metavar="L", help="hash tables")
-    parser.add_argument("--planes", type=positive_int, default=2, metavar="P", help="planes of a table")
-    parser.add_argument("--beta", type=float, default=1.0, metavar="X", help="sharpness of the hash")
-    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help="seed of the numbers and the planes")
+    parser.add_argument(
+        "--planes", type=positive_int, default=2, metavar="P", help="planes of a table"
+    )
+    parser.add_argument(
+        "--beta", type=float, default=1.0, metavar="X", help="sharpness of the hash"
+    )
+    parser.add_argument(
+        "--seed",
+        type=natural_int,
+        default=0,
+        metavar="N",
+        help="seed of the numbers and the planes",
+    )
     parser.add_argument("--causal", action="store_true", help="token i sees tokens 0 ... i only")
     parser.add_argument("--readout", choices=inputs.READOUTS, default="ratio", help="the estimator")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of all arrays")
     parser.add_argument("--forward-only", action="store_true", help="no gradients")
-    parser.add_argument("--memory-limit", default="4GB", metavar="SIZE", help="memory that the run may take")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="processors to use; all if not given")
-    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with float64")
+    parser.add_argument(
+        "--memory-limit", default="4GB", metavar="SIZE", help="memory that the run may take"
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="processors to use; all if not given"
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="leave out the comparison with float64"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
@@ -116,14 +146,18 @@ def _picture(text: str) -> str:
     """Refuse a name that cannot be drawn to before hours are spent on what it should show."""
     path = Path(text)
     if path.suffix not in {".png", ".svg", ".pdf"} or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a .png, .svg or .pdf file in an existing folder, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a .png, .svg or .pdf file in an existing folder, got {text!r}"
+        )
     return text
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; return 1 if a row is not what it should be."""
     try:
-        lsh = racecore.SoftLSH.random(args.head_dim, args.tables, args.planes, beta=args.beta, rng=args.seed)
+        lsh = racecore.SoftLSH.random(
+            args.head_dim, args.tables, args.planes, beta=args.beta, rng=args.seed
+        )
         dtype = arrays.dtype_of(args.dtype)
         limit = inputs.parse_bytes(args.memory_limit)
     except (ValueError, TypeError) as error:
@@ -135,7 +169,12 @@ def run(args: argparse.Namespace) -> int:
         for tokens in args.sweep or [args.tokens]:
             results.append(_measured(args, lsh, dtype, tokens, limit))
             if not args.json:
-                print(_report(results[-1]) if args.sweep is None else _line(results[-1], len(results) == 1), flush=True)
+                print(
+                    _report(results[-1])
+                    if args.sweep is None
+                    else _line(results[-1], len(results) == 1),
+                    flush=True,
+                )
     if args.json:
         told = [asdict(result) for result in results]
         print(json.dumps(told if args.sweep else told[0], indent=1))
@@ -144,19 +183,24 @@ def run(args: argparse.Namespace) -> int:
     for result in results:
         for name, distance in result.wrong.items():
             print(
-                f"racecore scale: ROWS ARE WRONG, please report this: {name} at {result.tokens:,} tokens is off by "
+                f"racecore scale: ROWS ARE WRONG, please report this: {name} at {result.tokens:,} "
+                "tokens is off by "
                 f"{distance:.1e}, right is up to {_DTYPES[result.dtype]:g}",
                 file=sys.stderr,
             )
     return 1 if any(result.wrong for result in results) else 0
 
 
-def _measured(args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, tokens: int, limit: int) -> Result:
+def _measured(
+    args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, tokens: int, limit: int
+) -> Result:
     """Run once, and once more for one head in float64."""
     from racecore.outofcore import Synthetic, plan
     from racecore.outofcore import run as compute
 
-    seeds = {name: 4 * args.seed + i for i, name in enumerate(_NAMES[: 3 if args.forward_only else 4])}
+    seeds = {
+        name: 4 * args.seed + i for i, name in enumerate(_NAMES[: 3 if args.forward_only else 4])
+    }
     options = {"is_causal": args.causal, "readout": args.readout, "memory_limit": limit}
     names = ("out", "d_query", "d_key", "d_value")[: 1 if args.forward_only else 4]
 
@@ -178,7 +222,10 @@ def _measured(args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, 
 
     def made(n: int) -> dict[str, Any]:
         """Return sources of n made-up tokens."""
-        return {name: Synthetic((n, args.heads, args.head_dim), dtype, seed) for name, seed in seeds.items()}
+        return {
+            name: Synthetic((n, args.heads, args.head_dim), dtype, seed)
+            for name, seed in seeds.items()
+        }
 
     try:
         chunk = plan(**made(tokens), out=None, lsh=lsh, calibrate=False, **options).chunk_tokens
@@ -193,19 +240,45 @@ def _measured(args: argparse.Namespace, lsh: racecore.SoftLSH, dtype: np.dtype, 
     errors, check_seconds = {}, None
     if not args.no_check:
         started = time.perf_counter()
-        exact = {name: Rows((tokens, 1, args.head_dim), np.dtype(np.float64), places) for name in names}
-        go({name: x.head(0) for name, x in made(tokens).items()}, exact, "checking one head in float64")
+        exact = {
+            name: Rows((tokens, 1, args.head_dim), np.dtype(np.float64), places) for name in names
+        }
+        go(
+            {name: x.head(0) for name, x in made(tokens).items()},
+            exact,
+            "checking one head in float64",
+        )
         check_seconds = time.perf_counter() - started
-        errors = {name: _error(kept[name].rows[:, 0], exact[name].rows[:, 0], places, args.causal) for name in names}
+        errors = {
+            name: _error(kept[name].rows[:, 0], exact[name].rows[:, 0], places, args.causal)
+            for name in names
+        }
     return Result(
-        tokens=tokens, heads=args.heads, head_dim=args.head_dim, tables=args.tables, planes=args.planes,
-        beta=args.beta, seed=args.seed,
-        causal=args.causal, readout=args.readout, dtype=args.dtype, backward=not args.forward_only, threads=count(),
-        processor=processor()["name"], versions=_versions(), warm_up_seconds=warm_up_seconds, seconds=report.seconds,
-        tokens_per_second=report.tokens_per_second, ns_per_token_and_head=1e9 * report.seconds / tokens / args.heads,
-        peak_anonymous_bytes=report.peak_anonymous_bytes, memory_limit=limit, digests=report.digests,
-        check_seconds=check_seconds, checked_rows=len(places) if errors else 0, errors=errors,
-    )  # fmt: skip
+        tokens=tokens,
+        heads=args.heads,
+        head_dim=args.head_dim,
+        tables=args.tables,
+        planes=args.planes,
+        beta=args.beta,
+        seed=args.seed,
+        causal=args.causal,
+        readout=args.readout,
+        dtype=args.dtype,
+        backward=not args.forward_only,
+        threads=count(),
+        processor=processor()["name"],
+        versions=_versions(),
+        warm_up_seconds=warm_up_seconds,
+        seconds=report.seconds,
+        tokens_per_second=report.tokens_per_second,
+        ns_per_token_and_head=1e9 * report.seconds / tokens / args.heads,
+        peak_anonymous_bytes=report.peak_anonymous_bytes,
+        memory_limit=limit,
+        digests=report.digests,
+        check_seconds=check_seconds,
+        checked_rows=len(places) if errors else 0,
+        errors=errors,
+    )
 
 
 class Rows:
@@ -235,7 +308,9 @@ class Rows:
 
 
 def _places(tokens: int, chunk: int, seed: int) -> np.ndarray:
-    """Return which rows to check: the ends, both sides of the first, middle and last cut between chunks, some at random."""
+    """Return which rows to check: the ends, both sides of the first, middle and last cut between
+    chunks, some at random.
+    """
     n_cuts = (tokens - 1) // chunk
     cuts = chunk * np.array([1, (n_cuts + 1) // 2, n_cuts]) if n_cuts else np.array([], np.int64)
     drawn = np.random.default_rng(seed).integers(tokens, size=_SPOTS - 2 - 2 * len(cuts))
@@ -245,9 +320,9 @@ def _places(tokens: int, chunk: int, seed: int) -> np.ndarray:
 def _error(found: np.ndarray, exact: np.ndarray, places: np.ndarray, is_causal: bool) -> float:
     """Return the largest relative error of a row.
 
-    Relative to its size, or to that which rows at its place usually have where it is smaller: where all planes are
-    saturated, gradients vanish and what is left of them in float32 is noise. Causal rows see i + 1 random ones, whose mean
-    shrinks with the root of that.
+    Relative to its size, or to that which rows at its place usually have where it is smaller: where
+    all planes are saturated, gradients vanish and what is left of them in float32 is noise. Causal
+    rows see i + 1 random ones, whose mean shrinks with the root of that.
     """
     usual = 1 / np.sqrt(places + 1.0) if is_causal else np.ones(len(places))
     distance = np.linalg.norm(found.astype(np.float64) - exact, axis=1)
@@ -261,7 +336,11 @@ def _error(found: np.ndarray, exact: np.ndarray, places: np.ndarray, is_causal: 
 def _versions() -> dict[str, str]:
     import numba
 
-    versions = {"racecore": racecore.__version__, "numpy": np.__version__, "numba": numba.__version__}
+    versions = {
+        "racecore": racecore.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+    }
     return versions | {"python": platform.python_version()}
 
 
@@ -277,12 +356,15 @@ def _report(result: Result) -> str:
     """Return the report in words."""
     lines = [
         f"{result.tokens:,} tokens, {_what(result)}",
-        f"{result.processor}; {', '.join(f'{name} {version}' for name, version in result.versions.items())}",
+        f"{result.processor}; "
+        f"{', '.join(f'{name} {version}' for name, version in result.versions.items())}",
         "",
         f"time      {result.seconds:,.1f} s, {result.tokens_per_second:,.0f} tokens/s, "
-        f"{result.ns_per_token_and_head:,.0f} ns per token and head, making up the numbers included",
+        f"{result.ns_per_token_and_head:,.0f} ns per token and head, making up the numbers "
+        "included",
         f"warm-up   {result.warm_up_seconds:,.1f} s to compile or load the kernels, not counted",
-        f"memory    {result.peak_anonymous_bytes / 1e6:,.0f} MB at most, all of this process; the limit was "
+        f"memory    {result.peak_anonymous_bytes / 1e6:,.0f} MB at most, all of this process; the "
+        "limit was "
         f"{result.memory_limit / 1e6:,.0f} MB",
     ]
     lines += [f"digest    {name:<8} {digest}" for name, digest in result.digests.items()]
@@ -291,11 +373,13 @@ def _report(result: Result) -> str:
         worst = ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items())
         lines.append(f"check     largest relative error of a row: {worst} (right up to {limit:g})")
         lines.append(
-            f"          {result.checked_rows} rows of one head against float64, in {result.check_seconds:,.1f} s"
+            f"          {result.checked_rows} rows of one head against float64, in "
+            f"{result.check_seconds:,.1f} s"
         )
     if result.backward and not result.causal and (result.heads, result.head_dim) == (4, 128):
         lines.append(
-            f"paper     about {_PAPER_SECONDS} s for {_PAPER_TOKENS:,} tokens on a Xeon Gold 5220R (arXiv 2510.04008)"
+            f"paper     about {_PAPER_SECONDS} s for {_PAPER_TOKENS:,} tokens on a Xeon Gold "
+            "5220R (arXiv 2510.04008)"
         )
     return "\n".join(lines)
 
@@ -305,7 +389,9 @@ def _line(result: Result, is_first: bool) -> str:
     head = f"{_what(result)}\n\n{'tokens':>15} {'seconds':>10} {'tokens/s':>13} {'ns':>7} {'MB':>7}   error\n"
     error = f"{max(result.errors.values()):.1e}" if result.errors else "-"
     row = f"{result.tokens:>15,} {result.seconds:>10.2f} {result.tokens_per_second:>13,.0f} "
-    row += f"{result.ns_per_token_and_head:>7.0f} {result.peak_anonymous_bytes / 1e6:>7,.0f}   {error}"
+    row += (
+        f"{result.ns_per_token_and_head:>7.0f} {result.peak_anonymous_bytes / 1e6:>7,.0f}   {error}"
+    )
     return head + row if is_first else row
 
 

@@ -1,4 +1,6 @@
-"""What the reference implementations share: tokens as plain arrays by state head, and the weights of the readouts."""
+"""What the reference implementations share: tokens as plain arrays by state head, and the weights
+of the readouts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ __all__ = [
 ]
 
 
-def key_rows(problem: Problem, batch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def key_rows(
+    problem: Problem, batch: int, begin: int, end: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return keys [t, M, D], values [t, M, V] and keep [t] (0 where masked; those rows are zeros)."""
     if problem.key is None or problem.value is None:
         raise TypeError("this problem has no keys")
@@ -31,8 +35,12 @@ def key_rows(problem: Problem, batch: int, begin: int, end: int) -> tuple[np.nda
     return k.repeat(repeats, axis=1), v.repeat(repeats, axis=1), keep
 
 
-def query_rows(problem: Problem, array: np.ndarray | None, batch: int, begin: int, end: int) -> np.ndarray:
-    """Return rows of `array` [B, T, H, X] as [t, H/M, M, X]: one slice per query head of a state head."""
+def query_rows(
+    problem: Problem, array: np.ndarray | None, batch: int, begin: int, end: int
+) -> np.ndarray:
+    """Return rows of `array` [B, T, H, X] as [t, H/M, M, X]: one slice per query head of a state
+    head.
+    """
     if array is None:
         raise TypeError("this problem has no queries")
     rows = array[batch, begin:end].astype(problem.dtype, order="C")
@@ -40,18 +48,24 @@ def query_rows(problem: Problem, array: np.ndarray | None, batch: int, begin: in
     return by_head.swapaxes(1, 2)
 
 
-def store_query_rows(target: np.ndarray, batch: int, begin: int, end: int, rows: np.ndarray) -> None:
+def store_query_rows(
+    target: np.ndarray, batch: int, begin: int, end: int, rows: np.ndarray
+) -> None:
     """Invert `query_rows`: write [t, H/M, M, X] into target [B, T, H, X]."""
     target[batch, begin:end] = rows.swapaxes(1, 2).reshape(target[batch, begin:end].shape)
 
 
 def store_key_rows(target: np.ndarray, batch: int, begin: int, end: int, rows: np.ndarray) -> None:
-    """Write [t, M, X] into target [B, T, G, X], summed over the state heads that share a key/value head."""
+    """Write [t, M, X] into target [B, T, G, X], summed over the state heads that share a key/value
+    head.
+    """
     n_kv_heads = target.shape[2]
     target[batch, begin:end] = rows.reshape(len(rows), n_kv_heads, -1, rows.shape[-1]).sum(axis=2)
 
 
-def add_hash_gradient(hash_gradient: np.ndarray | None, d_planes: np.ndarray, d_beta: np.ndarray) -> None:
+def add_hash_gradient(
+    hash_gradient: np.ndarray | None, d_planes: np.ndarray, d_beta: np.ndarray
+) -> None:
     """Add to one side of `GradientBuffers.hash`, [M, L*P*D + 1]."""
     if hash_gradient is not None:
         if hash_gradient.shape[1] > 1:  # else that of beta alone is wanted
@@ -62,7 +76,8 @@ def add_hash_gradient(hash_gradient: np.ndarray | None, d_planes: np.ndarray, d_
 def weights(phi: np.ndarray, mass: np.ndarray, part: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Return rho = phi * factor, the weights of the value sums in the output, and factor.
 
-    ratio: factor = 1 / <phi, mass>, zero where the denominator is; bucket_mean: factor = 1 / (L * (mass + eps)).
+    ratio: factor = 1 / <phi, mass>, zero where the denominator is; bucket_mean: factor = 1 / (L *
+    (mass + eps)).
     """
     if part.readout == "ratio":
         den = (phi * mass).sum(axis=-1, keepdims=True)
@@ -74,7 +89,12 @@ def weights(phi: np.ndarray, mass: np.ndarray, part: Problem) -> tuple[np.ndarra
 
 
 def weights_backward(
-    h: np.ndarray, phi: np.ndarray, rho: np.ndarray, factor: np.ndarray, mass: np.ndarray, part: Problem
+    h: np.ndarray,
+    phi: np.ndarray,
+    rho: np.ndarray,
+    factor: np.ndarray,
+    mass: np.ndarray,
+    part: Problem,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the gradients of phi and, row by row, of mass, given h = d_rho."""
     # rho = phi * factor

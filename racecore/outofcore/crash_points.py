@@ -1,4 +1,6 @@
-"""Named moments of a run at which it may be killed: tests put something in the place of `reached` and kill it at each."""
+"""Named moments of a run at which it may be killed: tests put something in the place of `reached`
+and kill it at each.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Where the chunks of a run are computed: in host memory, or on a GPU with copies there and back on the way.
+"""Where the chunks of a run are computed: in host memory, or on a GPU with copies there and back on
+the way.
 
-The pipeline reads in one thread, computes in another and writes in a third. On a GPU each of them has a stream of its own:
-the reader copies what it read to the device, the writer copies results back, and both do so while kernels run. Every thread
-waits for its own stream before it hands arrays on, so no array is used or given back to the memory pool too early.
+The pipeline reads in one thread, computes in another and writes in a third. On a GPU each of them
+has a stream of its own: the reader copies what it read to the device, the writer copies results
+back, and both do so while kernels run. Every thread waits for its own stream before it hands arrays
+on, so no array is used or given back to the memory pool too early.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Host:
 
     @contextlib.contextmanager
     def results_for(self, rows: Arrays) -> Iterator[Arrays]:
-        """Yield arrays to compute into, for results that will lie in `rows`; they are complete after the block."""
+        """Yield arrays to compute into, for results that will lie in `rows`; they are complete
+        after the block.
+        """
         yield rows
 
     def send(self, results: Arrays, rows: Arrays) -> None:
@@ -69,7 +73,9 @@ class Gpu:
 
     @property
     def empty(self) -> Callable[[tuple[int, ...], Any], np.ndarray]:
-        """What makes the buffers: memory that is locked, from which copies run at full speed beside kernels."""
+        """What makes the buffers: memory that is locked, from which copies run at full speed beside
+        kernels.
+        """
         return cuda.empty_pinned
 
     def takes(self, rows: np.ndarray) -> bool:
@@ -89,7 +95,9 @@ class Gpu:
 
     @contextlib.contextmanager
     def results_for(self, rows: Arrays) -> Iterator[Arrays]:
-        """Yield arrays on the device; kernels of the block go to this place's stream and are over after it."""
+        """Yield arrays on the device; kernels of the block go to this place's stream and are over
+        after it.
+        """
         cupy = cuda.cupy()
         with self._compute:
             yield {name: cupy.empty(array.shape, array.dtype) for name, array in rows.items()}

@@ -45,11 +45,13 @@ def run(
     Parameters
     ----------
     query, key, value : sources, shapes [T, H, D], [T, G, D], [T, G, V], or with a batch axis in front
-        Each the path of an .npy file, an array or memory map, a `Synthetic`, or anything with shape and dtype that gives
-        arrays for slices (zarr, h5py). Files are read in chunks, while the chunk before is computed.
+        Each the path of an .npy file, an array or memory map, a `Synthetic`, or anything with shape
+        and dtype that gives arrays for slices (zarr, h5py). Files are read in chunks, while the
+        chunk before is computed.
     out : sink, shape of the query with V in place of D
-        The path of an .npy file to write, an array (or anything that slices can be assigned to), or None: then only its
-        digest is kept. A file is called ``<path>.partial`` until it is complete, and replaces what had its name.
+        The path of an .npy file to write, an array (or anything that slices can be assigned to), or
+        None: then only its digest is kept. A file is called ``<path>.partial`` until it is
+        complete, and replaces what had its name.
     lsh, is_causal, readout
         As for `racecore.attention`.
     key_mask : source of bools, shape [T] or [B, T], optional
@@ -61,26 +63,30 @@ def run(
     d_query, d_key, d_value : sinks
         For the gradients; None keeps their digests only.
     d_lsh : path of an .npz file to write, or True, optional
-        Sum the gradient of the planes too, and write it with that of beta (names "planes" and "beta", float64); with True it
-        is only in the report. The gradient of beta always is.
+        Sum the gradient of the planes too, and write it with that of beta (names "planes" and
+        "beta", float64); with True it is only in the report. The gradient of beta always is.
     dtype : {None, "bfloat16"}
-        How to read .npy files whose entries are two untyped bytes: that is how NumPy stores ml_dtypes.bfloat16.
+        How to read .npy files whose entries are two untyped bytes: that is how NumPy stores
+        ml_dtypes.bfloat16.
     memory_limit : int or str
-        Bytes that the run may take, beyond what the process had when it was called; see `racecore.outofcore.schedule`. With
-        ``backend="cuda"`` it holds for the memory of the host and for that of the GPU, each by itself.
+        Bytes that the run may take, beyond what the process had when it was called; see
+        `racecore.outofcore.schedule`. With ``backend="cuda"`` it holds for the memory of the host
+        and for that of the GPU, each by itself.
     backend : {"cpu", "cuda", "reference"}, optional
-        "cuda" copies chunks to a GPU and results back, while others are computed. None means the fastest in host memory.
+        "cuda" copies chunks to a GPU and results back, while others are computed. None means the
+        fastest in host memory.
     resume : bool
-        Go on with what an earlier run to the same files left, if it was interrupted. False discards that.
+        Go on with what an earlier run to the same files left, if it was interrupted. False discards
+        that.
     journal : path, optional
-        Where to note what is done, so that the run can be resumed; without it beside the first output file, as
-        ``<path>.journal``. A run that writes no files has a journal only if this names one; one that writes to arrays has
-        none: they would be gone.
+        Where to note what is done, so that the run can be resumed; without it beside the first
+        output file, as ``<path>.journal``. A run that writes no files has a journal only if this
+        names one; one that writes to arrays has none: they would be gone.
     check_finite : bool
         Refuse NaN and infinity in the inputs, naming array, token, head and dimension.
     progress : callable(done, total), True, or str, optional
-        Told how many tokens are done, counted once per pass, out of how many. True shows a bar on the terminal, or lines where
-        there is none; so does a str, which says what is being done.
+        Told how many tokens are done, counted once per pass, out of how many. True shows a bar on
+        the terminal, or lines where there is none; so does a str, which says what is being done.
 
     Returns
     -------
@@ -110,20 +116,47 @@ def run(
     are not finite or change on the way leave nothing to go on with.
     """
     request = Request(
-        query, key, value, out, lsh, is_causal, readout, key_mask, cu_seqlens, d_out, d_query, d_key, d_value, d_lsh, dtype,
-        memory_limit, backend,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        out,
+        lsh,
+        is_causal,
+        readout,
+        key_mask,
+        cu_seqlens,
+        d_out,
+        d_query,
+        d_key,
+        d_value,
+        d_lsh,
+        dtype,
+        memory_limit,
+        backend,
+    )
     started = time.perf_counter()
-    with PeakMemory() as memory, prepared(request, check_finite) as run_, _listening(progress, run_):
+    with (
+        PeakMemory() as memory,
+        prepared(request, check_finite) as run_,
+        _listening(progress, run_),
+    ):
         digests = run_.go(resume, journal)
     seconds = time.perf_counter() - started
     return Report(
-        run_.n_tokens, seconds, memory.peak, digests, *run_.hash_gradients(), run_.resumed_tokens, run_.clock.seconds
+        run_.n_tokens,
+        seconds,
+        memory.peak,
+        digests,
+        *run_.hash_gradients(),
+        run_.resumed_tokens,
+        run_.clock.seconds,
     )
 
 
 @contextlib.contextmanager
-def _listening(listener: Callable[[int, int], object] | bool | str | None, run: Run) -> Iterator[None]:
+def _listening(
+    listener: Callable[[int, int], object] | bool | str | None, run: Run
+) -> Iterator[None]:
     """Tell a caller's function about progress, or show a bar."""
     if listener is True or isinstance(listener, str):
         from racecore.runtime.progress_bar import token_bar

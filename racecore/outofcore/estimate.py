@@ -1,4 +1,6 @@
-"""plan: what a run will read, write, hold and take, by the formulas of the documentation and a second of measuring."""
+"""plan: what a run will read, write, hold and take, by the formulas of the documentation and a
+second of measuring.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured: seconds of arithmetic per token of the whole run, bytes per second of the disk.
+    """What was measured: seconds of arithmetic per token of the whole run, bytes per second of the
+    disk.
 
     A speed is None where no file is read or written.
     """
@@ -104,22 +107,28 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.tokens:,} tokens in chunks of {self.chunk_tokens:,}", ""]
-        lines.append(f"{'pass':<10} {'chunks':>9} {'tokens':>15} {'MB read':>12} {'MB written':>12}")
+        lines.append(
+            f"{'pass':<10} {'chunks':>9} {'tokens':>15} {'MB read':>12} {'MB written':>12}"
+        )
         for p in self.passes:
             lines.append(
-                f"{p.name:<10} {p.chunks:>9,} {p.tokens:>15,} {p.read / 1e6:>12,.1f} {p.written / 1e6:>12,.1f}"
+                f"{p.name:<10} {p.chunks:>9,} {p.tokens:>15,} {p.read / 1e6:>12,.1f} "
+                f"{p.written / 1e6:>12,.1f}"
             )
         lines += [
             "",
-            f"memory   at most {self.memory_bytes / 1e6:,.1f} MB, of {self.memory_limit / 1e6:,.1f} MB allowed",
+            f"memory   at most {self.memory_bytes / 1e6:,.1f} MB, of "
+            f"{self.memory_limit / 1e6:,.1f} MB allowed",
         ]
         lines.append(
-            f"disk     {self.output_bytes / 1e6:,.1f} MB for outputs, {self.state_bytes / 1e6:,.1f} MB for states; "
+            f"disk     {self.output_bytes / 1e6:,.1f} MB for outputs, "
+            f"{self.state_bytes / 1e6:,.1f} MB for states; "
             f"{self.read_bytes / 1e6:,.1f} MB to read, {self.written_bytes / 1e6:,.1f} MB to write"
         )
         if self.speeds is not None:
             lines.append(
-                f"time     about {self.seconds:,.1f} s: arithmetic {self.arithmetic_seconds:,.1f} s, "
+                f"time     about {self.seconds:,.1f} s: arithmetic {self.arithmetic_seconds:,.1f} "
+                "s, "
                 f"disk {self.disk_seconds:,.1f} s at the same time"
                 f"{_speed('reading', self.speeds.reading)}{_speed('writing', self.speeds.writing)}"
             )
@@ -127,7 +136,14 @@ class Plan:
 
 
 def plan(
-    query: Any, key: Any, value: Any, out: Any, lsh: SoftLSH | None = None, *, calibrate: bool = True, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lsh: SoftLSH | None = None,
+    *,
+    calibrate: bool = True,
+    **options: Any,
 ) -> Plan:
     """Tell what `run` would do with these arguments, without doing it.
 
@@ -136,11 +152,11 @@ def plan(
     query, key, value, out, lsh
         As for `run`.
     calibrate : bool
-        Measure arithmetic and disk for a second, to tell the time too. It takes the memory of two chunks and, where files are
-        written, for a moment a file beside them.
+        Measure arithmetic and disk for a second, to tell the time too. It takes the memory of two
+        chunks and, where files are written, for a moment a file beside them.
     **options
-        Those of `run` that say what to compute: is_causal, readout, key_mask, cu_seqlens, d_out, d_query, d_key, d_value,
-        d_lsh, dtype, memory_limit.
+        Those of `run` that say what to compute: is_causal, readout, key_mask, cu_seqlens, d_out,
+        d_query, d_key, d_value, d_lsh, dtype, memory_limit.
 
     Returns
     -------
@@ -181,14 +197,24 @@ def _counted(run_: Run, speeds: Speeds | None) -> Plan:
             n_bytes = _bytes(run_, task, name)
             p.written, written = p.written + n_bytes, written + n_bytes * (name in on_disk)
         n_places = task.number + 1
-    has_states = run_.journal_path() is not None or (run_.problem.is_causal and run_.wants_gradients)
+    has_states = run_.journal_path() is not None or (
+        run_.problem.is_causal and run_.wants_gradients
+    )
     outputs = [name for name, x in run_.request.targets.items() if is_path(x)]
     return Plan(
-        tokens=run_.n_tokens, passes=list(passes.values()), chunk_tokens=run_.limits.chunk_tokens,
-        memory_bytes=run_.limits.peak_bytes, memory_limit=run_.memory_limit, read_bytes=read, written_bytes=written,
-        output_bytes=sum(int(np.prod(run_.shape(name), dtype=object)) * run_.dtype.itemsize for name in outputs),
-        state_bytes=n_places * stages.numbers * 8 if has_states else 0, speeds=speeds,
-    )  # fmt: skip
+        tokens=run_.n_tokens,
+        passes=list(passes.values()),
+        chunk_tokens=run_.limits.chunk_tokens,
+        memory_bytes=run_.limits.peak_bytes,
+        memory_limit=run_.memory_limit,
+        read_bytes=read,
+        written_bytes=written,
+        output_bytes=sum(
+            int(np.prod(run_.shape(name), dtype=object)) * run_.dtype.itemsize for name in outputs
+        ),
+        state_bytes=n_places * stages.numbers * 8 if has_states else 0,
+        speeds=speeds,
+    )
 
 
 def _bytes(run_: Run, task: Any, name: str) -> int:
@@ -203,7 +229,9 @@ def _bytes(run_: Run, task: Any, name: str) -> int:
 def _is_elsewhere(x: Any) -> bool:
     """Tell whether an array is neither in memory nor made up."""
     in_memory = (
-        x is None or isinstance(x, (Synthetic, SyntheticHead)) or (isinstance(x, np.ndarray) and file_of(x) is None)
+        x is None
+        or isinstance(x, (Synthetic, SyntheticHead))
+        or (isinstance(x, np.ndarray) and file_of(x) is None)
     )
     return not in_memory
 
@@ -212,11 +240,15 @@ def _measured(run_: Run) -> Speeds:
     inputs_ = [path for x in run_.request.reads.values() if (path := file_of(x)) is not None]
     folder = next((folder_of(x) for x in run_.request.targets.values() if is_path(x)), None)
     reading = _reading_speed(inputs_) if inputs_ else None
-    return Speeds(_seconds_per_token(run_), reading, None if folder is None else _writing_speed(folder))
+    return Speeds(
+        _seconds_per_token(run_), reading, None if folder is None else _writing_speed(folder)
+    )
 
 
 def _seconds_per_token(run_: Run) -> float:
-    """Run all passes over made-up arrays of the same heads in memory, until there is something to measure."""
+    """Run all passes over made-up arrays of the same heads in memory, until there is something to
+    measure.
+    """
     n = min(2 * run_.limits.chunk_tokens, max(SEGMENT, run_.n_tokens))
     arrays = {
         name: Synthetic((n, *run_.sources[name].shape[-2:]), run_.dtype, seed=index)[:]
@@ -229,9 +261,16 @@ def _seconds_per_token(run_: Run) -> float:
     def work() -> int:
         """Compute; return the tokens."""
         run(
-            arrays["query"], arrays["key"], arrays["value"], None, request.lsh, is_causal=request.is_causal,
-            readout=request.readout, d_out=arrays.get("d_out"), d_lsh=wants_planes,
-        )  # fmt: skip
+            arrays["query"],
+            arrays["key"],
+            arrays["value"],
+            None,
+            request.lsh,
+            is_causal=request.is_causal,
+            readout=request.readout,
+            d_out=arrays.get("d_out"),
+            d_lsh=wants_planes,
+        )
         return n
 
     work()  # compiles

@@ -1,4 +1,6 @@
-"""One run: checked before it starts, computed in a pipeline of tasks, kept so that it can be resumed."""
+"""One run: checked before it starts, computed in a pipeline of tasks, kept so that it can be
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ Arrays = dict[str, Any]
 
 @contextlib.contextmanager
 def prepared(request: Request, check_finite: bool = True) -> Iterator[Run]:
-    """Open what is to be read and check everything that can be wrong before anything is computed or written."""
+    """Open what is to be read and check everything that can be wrong before anything is computed or
+    written.
+    """
     if request.d_out is None and any(
         x is not None for x in (request.d_query, request.d_key, request.d_value, request.d_lsh)
     ):
@@ -73,14 +77,25 @@ class Run:
         self.request, self.sources, self._checks = request, sources, check_finite
         stand_ins = {name: _stand_in(source) for name, source in sources.items()}
         problem, self._lsh, _ = inputs.check_attention(
-            stand_ins["query"], stand_ins["key"], stand_ins["value"], request.lsh, is_causal=request.is_causal,
-            readout=request.readout, key_mask=stand_ins.get("key_mask"), cu_seqlens=_bounds(request.cu_seqlens),
-            chunk_size=None, memory_limit=None,
-        )  # fmt: skip
+            stand_ins["query"],
+            stand_ins["key"],
+            stand_ins["value"],
+            request.lsh,
+            is_causal=request.is_causal,
+            readout=request.readout,
+            key_mask=stand_ins.get("key_mask"),
+            cu_seqlens=_bounds(request.cu_seqlens),
+            chunk_size=None,
+            memory_limit=None,
+        )
         shape = self.shape("out")
-        if "d_out" in sources and (sources["d_out"].shape, sources["d_out"].dtype) != (shape, sources["query"].dtype):
+        if "d_out" in sources and (sources["d_out"].shape, sources["d_out"].dtype) != (
+            shape,
+            sources["query"].dtype,
+        ):
             raise ValueError(
-                f"d_out must have the shape and dtype of the output, {shape} and {sources['query'].dtype}, got "
+                f"d_out must have the shape and dtype of the output, {shape} and "
+                f"{sources['query'].dtype}, got "
                 f"{sources['d_out'].shape} and {sources['d_out'].dtype}"
             )
         self.wants_gradients = "d_out" in sources
@@ -90,9 +105,13 @@ class Run:
         most = self._place.most_segments
         self.limits = schedule.limits(problem, self.wants_gradients, self.memory_limit, most)
         self.problem = replace(problem, workspace_bytes=self.limits.workspace_bytes)
-        self._wrt = frozenset({"beta"} if request.d_lsh is None or request.d_lsh is False else {"planes", "beta"})
+        self._wrt = frozenset(
+            {"beta"} if request.d_lsh is None or request.d_lsh is False else {"planes", "beta"}
+        )
         n_numbers = problem.planes[0].size + 1 if "planes" in self._wrt else 1
-        self._hash = np.zeros((2, problem.n_state_heads, n_numbers)) if self.wants_gradients else None
+        self._hash = (
+            np.zeros((2, problem.n_state_heads, n_numbers)) if self.wants_gradients else None
+        )
         self.passes = schedule.PASSES[problem.is_causal, self.wants_gradients]
         self.resumed_tokens = 0
         self.clock = pipeline.Clock()
@@ -140,18 +159,25 @@ class Run:
         targets = self.request.targets.values()
         if any(target is not None and not is_path(target) for target in targets):
             if journal is not None:
-                raise ValueError("a run that writes to arrays cannot be resumed: leave out journal, or write to files")
+                raise ValueError(
+                    "a run that writes to arrays cannot be resumed: leave out journal, or write "
+                    "to files"
+                )
             return None
         if journal is not None:
             folder_of(journal)
-            check_paths(list(self.request.reads.items()), {**self.request.targets, "journal": journal})
+            check_paths(
+                list(self.request.reads.items()), {**self.request.targets, "journal": journal}
+            )
             return os.path.realpath(os.fspath(journal))
         first = next((os.path.realpath(os.fspath(x)) for x in targets if x is not None), None)
         return None if first is None else f"{first}.journal"
 
     def go(self, resume: bool, journal: Any) -> dict[str, str]:
         """Compute everything, or what is left to do; return the digests."""
-        files_read = {name: path for name, x in self.request.reads.items() if (path := file_of(x)) is not None}
+        files_read = {
+            name: path for name, x in self.request.reads.items() if (path := file_of(x)) is not None
+        }
         before = {name: stamp_file(path) for name, path in files_read.items()}
         stages = self.stages()
         with contextlib.ExitStack() as stack:
@@ -168,26 +194,39 @@ class Run:
                 self._hash[...] = stages.hash_gradient
             for name, path in files_read.items():
                 if (now := stamp_file(path)) != before[name]:
-                    raise InputChangedError(f"{path} ({name}) changed during the run: {before[name]}, then {now}")
+                    raise InputChangedError(
+                        f"{path} ({name}) changed during the run: {before[name]}, then {now}"
+                    )
             self._write_hash_gradients()
             digests = {name: f"{sink.checksum:016x}" for name, sink in results.sinks.items()}
-            completion = {"digests": digests, "hash": None if self._hash is None else self._hash.tobytes().hex()}
+            completion = {
+                "digests": digests,
+                "hash": None if self._hash is None else self._hash.tobytes().hex(),
+            }
             with self.clock.running("writing"):
                 results.finish(completion)
         return digests
 
     def _taken_up(self, journal: Journal) -> dict[str, str] | None:
-        """Compare a journal with this run, or begin it; return the digests if it says that all is done."""
+        """Compare a journal with this run, or begin it; return the digests if it says that all is
+        done.
+        """
         identity = self._identity()
-        paths = [os.path.realpath(target) for target in self.request.targets.values() if is_path(target)]
+        paths = [
+            os.path.realpath(target) for target in self.request.targets.values() if is_path(target)
+        ]
         if journal.identity is not None:
             difference = journal.difference(identity)
-            is_over = journal.completion is not None and not any(os.path.exists(f"{path}.partial") for path in paths)
+            is_over = journal.completion is not None and not any(
+                os.path.exists(f"{path}.partial") for path in paths
+            )
             if difference is not None and not is_over:
                 raise ValueError(difference)
             if difference is None and (completion := completed(journal, paths)) is not None:
                 if self._hash is not None:
-                    self._hash[...] = np.frombuffer(bytes.fromhex(completion["hash"])).reshape(self._hash.shape)
+                    self._hash[...] = np.frombuffer(bytes.fromhex(completion["hash"])).reshape(
+                        self._hash.shape
+                    )
                 self.resumed_tokens = self.n_steps
                 _remove(_states_path(journal.path))
                 journal.remove()
@@ -211,7 +250,9 @@ class Run:
             if journal is not None:
                 results.states = States(stages.numbers, _states_path(journal.path))
             elif self.problem.is_causal and self.wants_gradients:
-                folder = next((folder_of(target) for target in targets.values() if is_path(target)), None)
+                folder = next(
+                    (folder_of(target) for target in targets.values() if is_path(target)), None
+                )
                 results.states = States(stages.numbers, folder=folder)
         except BaseException:
             if resumes:
@@ -249,7 +290,9 @@ class Run:
                 sink = results.sinks[name]
                 own, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
                 own = own if own is None or place.takes(own) else None
-                rows[name] = buffers.get("write", index, slot, shape, sink.dtype) if own is None else own
+                rows[name] = (
+                    buffers.get("write", index, slot, shape, sink.dtype) if own is None else own
+                )
             with place.results_for(rows) as written:
                 if step.origin is not None and results.states is not None:
                     stages.restore(task, step.origin, results.states)
@@ -264,7 +307,9 @@ class Run:
             results.write(step.task, rows, state)
 
         pipeline.run(results.steps(self.tasks(), skipped), read, compute, write, self.clock)
-        if self.resumed_tokens and results.states is not None:  # the last task to be done need not be the last of all
+        if (
+            self.resumed_tokens and results.states is not None
+        ):  # the last task to be done need not be the last of all
             stages.restore_hash({"hash": last}, results.states)
 
     def _write_hash_gradients(self) -> None:
@@ -279,32 +324,43 @@ class Run:
         os.replace(f"{path}.partial", path)
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be the same for a run to be resumed, by the names that a message can give."""
+        """Return what must be the same for a run to be resumed, by the names that a message can
+        give.
+        """
         problem, planes = self.problem, self._lsh.planes
-        hash_ = (
-            f"{self._lsh.n_tables} tables of {self._lsh.n_planes} planes, beta {np.asarray(self._lsh.beta).tolist()}"
-        )
+        hash_ = f"{self._lsh.n_tables} tables of {self._lsh.n_planes} planes, beta {np.asarray(self._lsh.beta).tolist()}"
         return {
             "racecore": __version__,
             "kernels and processor": self._place.identity(kernel_cache.identity()),
-            **{name: stamp(self.request.reads[name], source) for name, source in self.sources.items()},
+            **{
+                name: stamp(self.request.reads[name], source)
+                for name, source in self.sources.items()
+            },
             "hash": f"{hash_}, fingerprint {self._lsh.fingerprint[:16]} of {planes.shape}",
             "is_causal": problem.is_causal,
             "readout": problem.readout,
-            "sequences": f"{len(problem.sequences)}, digest {hashlib.sha256(problem.sequences.tobytes()).hexdigest()[:16]}",
-            **{name: os.path.basename(x) if is_path(x) else "digest only" for name, x in self.request.targets.items()},
+            "sequences": f"{len(problem.sequences)}, digest "
+            f"{hashlib.sha256(problem.sequences.tobytes()).hexdigest()[:16]}",
+            **{
+                name: os.path.basename(x) if is_path(x) else "digest only"
+                for name, x in self.request.targets.items()
+            },
             "d_planes": "planes" in self._wrt,
             "tokens per chunk, which follow from memory_limit": self.limits.chunk_tokens,
             "sequences per chunk, which follow from memory_limit": self.limits.unit_sequences,
         }
 
-    def _read(self, task: schedule.Task, slot: int, buffers: pipeline.Buffers) -> dict[str, np.ndarray]:
+    def _read(
+        self, task: schedule.Task, slot: int, buffers: pipeline.Buffers
+    ) -> dict[str, np.ndarray]:
         p = self.passes[task.stage]
         read = {}
         for index, name in enumerate(self.reads_of(task.stage)):
             source, (begin, end) = self.sources[name], task.tokens(name)
             row = () if name == "key_mask" else source.shape[-2:]
-            read[name] = source.read(begin, end, buffers.get("read", index, slot, (end - begin, *row), source.dtype))
+            read[name] = source.read(
+                begin, end, buffers.get("read", index, slot, (end - begin, *row), source.dtype)
+            )
         if self._checks:
             for name in p.reads:
                 if not self.sources[name].is_made_up and (not p.backward or name == "d_out"):
@@ -320,7 +376,9 @@ class Run:
 
 
 def _stand_in(source: Source) -> np.ndarray:
-    """Return an array of the shape and dtype of a source that takes no memory: checks look at nothing else."""
+    """Return an array of the shape and dtype of a source that takes no memory: checks look at
+    nothing else.
+    """
     return np.broadcast_to(np.zeros((), source.dtype), source.shape)
 
 

@@ -14,7 +14,9 @@ _EXPONENTS = {2: 0x7C00, 4: 0x7F80_0000, 8: 0x7FF0_0000_0000_0000}  # all ones: 
 _BFLOAT16_EXPONENT = 0x7F80
 
 
-def refuse_non_finite(source: Source, begin: int, rows: np.ndarray, mask: np.ndarray | None) -> None:
+def refuse_non_finite(
+    source: Source, begin: int, rows: np.ndarray, mask: np.ndarray | None
+) -> None:
     """Refuse rows [tokens, heads, dim], from token `begin` of a source on, that are not finite.
 
     Parameters
@@ -40,7 +42,8 @@ def refuse_non_finite(source: Source, begin: int, rows: np.ndarray, mask: np.nda
         row, where = divmod(begin + token, source.shape[-3])
         batch = f"batch row {row}, " if len(source.shape) == 4 else ""
         raise NonFiniteError(
-            f"{source.name} is {float(rows[token, head, dim])} at {batch}token {where}, head {head}, dimension {dim}; "
+            f"{source.name} is {float(rows[token, head, dim])} at {batch}token {where}, head "
+            f"{head}, dimension {dim}; "
             "all inputs must be finite (check_finite=False computes on, as NumPy would)"
         )
 

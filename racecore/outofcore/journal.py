@@ -1,9 +1,11 @@
-"""The journal of a run: what it is, and a line for every task whose results are written, so that it can be resumed.
+"""The journal of a run: what it is, and a line for every task whose results are written, so that it
+can be resumed.
 
-Every line is a JSON object behind its CRC-32. The first one identifies the run: version, parameters, inputs. Each further
-one gives a task's number, the checksums of the rows that it wrote, and that of the state it left. The last one says that
-everything is on the disk. A line that is torn or damaged counts as not written, and so does one whose rows are not in the
-files: the journal never has to reach the disk in step with them.
+Every line is a JSON object behind its CRC-32. The first one identifies the run: version,
+parameters, inputs. Each further one gives a task's number, the checksums of the rows that it wrote,
+and that of the state it left. The last one says that everything is on the disk. A line that is torn
+or damaged counts as not written, and so does one whose rows are not in the files: the journal never
+has to reach the disk in step with them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from racecore.outofcore.locked_file import open_locked
 __all__ = ["Entry", "Journal"]
 
 _VERSION = 1
-_START_AFRESH = "to discard what it did and start afresh, use resume=False (racecore attend --restart)"
+_START_AFRESH = (
+    "to discard what it did and start afresh, use resume=False (racecore attend --restart)"
+)
 
 
 class Entry(NamedTuple):
@@ -85,17 +89,26 @@ class Journal:
         crash_points.reached("journal begun")
 
     def difference(self, identity: dict[str, Any]) -> str | None:
-        """Tell in what the run that this is the journal of differs from another one; None means in nothing."""
+        """Tell in what the run that this is the journal of differs from another one; None means in
+        nothing.
+        """
         before = self.identity or {}
-        changed = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+        changed = [
+            name for name in {**before, **identity} if before.get(name) != identity.get(name)
+        ]
         if not changed:
             return None
-        changes = "; ".join(f"{name}: {before.get(name)} then, {identity.get(name)} now" for name in changed)
+        changes = "; ".join(
+            f"{name}: {before.get(name)} then, {identity.get(name)} now" for name in changed
+        )
         return f"{self.path} is what an interrupted run left, and not of this one ({changes}); {_START_AFRESH}"
 
     def note(self, number: int, entry: Entry) -> None:
         """Write that a task is done."""
-        line: dict[str, Any] = {"task": number, "rows": {name: f"{x:016x}" for name, x in entry.rows.items()}}
+        line: dict[str, Any] = {
+            "task": number,
+            "rows": {name: f"{x:016x}" for name, x in entry.rows.items()},
+        }
         if entry.state is not None:
             line["state"] = f"{entry.state:016x}"
         self._append(line)
@@ -149,13 +162,16 @@ class Journal:
                 else:
                     self.completion = content.get("complete")
         if self.identity is None and self._length > 0:
-            raise CorruptFileError(f"{self.path} is no journal of a run, or its first line is damaged; {_START_AFRESH}")
+            raise CorruptFileError(
+                f"{self.path} is no journal of a run, or its first line is damaged; {_START_AFRESH}"
+            )
 
     def _read_first(self, content: dict[str, Any]) -> None:
         version = content.get("racecore journal")
         if version is not None and version != _VERSION:
             raise CorruptFileError(
-                f"{self.path} has version {version}, this racecore reads version {_VERSION}; {_START_AFRESH}"
+                f"{self.path} has version {version}, this racecore reads version {_VERSION}; "
+                f"{_START_AFRESH}"
             )
         self.identity = content.get("run")
 
@@ -171,4 +187,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _entry(content: dict[str, Any]) -> Entry:
     state = content.get("state")
-    return Entry({name: int(x, 16) for name, x in content["rows"].items()}, None if state is None else int(state, 16))
+    return Entry(
+        {name: int(x, 16) for name, x in content["rows"].items()},
+        None if state is None else int(state, 16),
+    )

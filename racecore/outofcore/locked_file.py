@@ -1,4 +1,6 @@
-"""Files that one run at a time may have open. The lock is the system's: it goes when the process does, however that ends."""
+"""Files that one run at a time may have open. The lock is the system's: it goes when the process
+does, however that ends.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ __all__ = ["open_locked"]
 
 
 def open_locked(path: str) -> int:
-    """Open a file for reading and writing, making it if need be, and lock it; return its descriptor.
+    """Open a file for reading and writing, making it if need be, and lock it; return its
+    descriptor.
 
     Raises
     ------
@@ -29,13 +32,17 @@ def open_locked(path: str) -> int:
                 return file
         except BlockingIOError:
             os.close(file)
-            raise OutputInUseError(errno.EBUSY, "another run is writing it; wait for it, or stop it", path) from None
+            raise OutputInUseError(
+                errno.EBUSY, "another run is writing it; wait for it, or stop it", path
+            ) from None
         except BaseException:
             os.close(file)
             raise
         os.close(
             file
-        )  # the run that had it has just finished and renamed or removed it: now there is room for a new one
+            # the run that had it has just finished and renamed or removed it: now there is room for a
+            # new one
+        )
 
 
 def _is_at(file: int, path: str) -> bool:

@@ -1,7 +1,8 @@
-"""Loops over every number of a chunk: make it up, add it to a checksum, look whether it is finite. All without Python's lock.
+"""Loops over every number of a chunk: make it up, add it to a checksum, look whether it is finite.
+All without Python's lock.
 
-Numbers are addressed by their place in the whole array, never in the chunk, so that cutting an array otherwise changes
-nothing.
+Numbers are addressed by their place in the whole array, never in the chunk, so that cutting an
+array otherwise changes nothing.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ def _number(x: np.uint32, key_a: np.uint32, key_b: np.uint32) -> np.float32:
 
 @kernel
 def fill(out: np.ndarray, first: int, key_a: np.uint32, key_b: np.uint32) -> None:
-    """Write the numbers first, first + 1 ... of a stream to out, float32; none of them may be beyond a multiple of 2^32.
+    """Write the numbers first, first + 1 ... of a stream to out, float32; none of them may be
+    beyond a multiple of 2^32.
 
-    A counter goes through a mixer of 32 bits with two keys; of the result four groups of seven bits are added, which
-    gives multiples of 1/64 from -3.97 to 3.97, exact in every dtype, that are distributed nearly normally.
+    A counter goes through a mixer of 32 bits with two keys; of the result four groups of seven bits
+    are added, which gives multiples of 1/64 from -3.97 to 3.97, exact in every dtype, that are
+    distributed nearly normally.
     """
     for i in range(out.shape[0]):
         out[i] = _number(_U32(first + i), key_a, key_b)
@@ -43,7 +46,9 @@ def fill(out: np.ndarray, first: int, key_a: np.uint32, key_b: np.uint32) -> Non
 
 @kernel
 def fill_rows(out: np.ndarray, first: int, step: int, key_a: np.uint32, key_b: np.uint32) -> None:
-    """Write numbers of the same stream to rows of out, float64: row r from number first + r * step on."""
+    """Write numbers of the same stream to rows of out, float64: row r from number first + r * step
+    on.
+    """
     for r in range(out.shape[0]):
         row, begin = out[r], first + r * step
         for i in range(row.shape[0]):
@@ -52,10 +57,11 @@ def fill_rows(out: np.ndarray, first: int, step: int, key_a: np.uint32, key_b: n
 
 @kernel
 def checksum(words: np.ndarray, first: int) -> np.uint64:
-    """Return the sum of words times odd weights that follow from their places first, first + 1 ..., modulo 2^64.
+    """Return the sum of words times odd weights that follow from their places first, first + 1 ...,
+    modulo 2^64.
 
-    Sums of pieces add up to that of the whole, in any order. One changed word always changes the sum; two or more go
-    unnoticed as often as a guess of 64 bits is right.
+    Sums of pieces add up to that of the whole, in any order. One changed word always changes the
+    sum; two or more go unnoticed as often as a guess of 64 bits is right.
     """
     total = _U64(0)
     for i in range(words.shape[0]):
@@ -67,7 +73,9 @@ def checksum(words: np.ndarray, first: int) -> np.uint64:
 
 @kernel
 def first_with(words: np.ndarray, mask: int) -> int:
-    """Return the place of the first word that has all bits of the mask, -1 if none has: the mask is a dtype's exponent."""
+    """Return the place of the first word that has all bits of the mask, -1 if none has: the mask is
+    a dtype's exponent.
+    """
     found = False
     for i in range(words.shape[0]):  # without a way out: only so it becomes vector code
         found |= (words[i] & mask) == mask

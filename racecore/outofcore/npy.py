@@ -1,4 +1,6 @@
-""".npy files: headers that are believed only if the file is exactly as long as they say, and outputs with all bytes reserved."""
+""".npy files: headers that are believed only if the file is exactly as long as they say, and
+outputs with all bytes reserved.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def read_header(path: str) -> Header:
     if size != expected:
         what = "was cut short" if size < expected else "has bytes to spare"
         raise ValueError(
-            f"{path} {what}: its header ({dtype}, shape {shape}) means {expected:,} bytes, the file has {size:,}; "
+            f"{path} {what}: its header ({dtype}, shape {shape}) means {expected:,} bytes, the "
+            f"file has {size:,}; "
             "write it again with numpy.save"
         )
     return Header(shape, dtype, fortran_order, offset)
@@ -50,22 +53,30 @@ def read_header(path: str) -> Header:
 def _parse(file: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(file)
-        # Versions 2 and 3 differ in how non-ASCII field names are encoded, and numbers have no fields.
-        read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        # Versions 2 and 3 differ in how non-ASCII field names are encoded, and numbers have no
+        # fields.
+        read: Any = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran_order, dtype = read(file)
         if any(isinstance(n, bool) or n < 0 for n in shape):
             raise ValueError(f"its header has the shape {shape}")
         return shape, fortran_order, dtype
     except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not an .npy file ({reason}); write one with numpy.save") from error
+        raise ValueError(
+            f"{path} is not an .npy file ({reason}); write one with numpy.save"
+        ) from error
 
 
 def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Make an open file an .npy file with all its bytes reserved on the disk; return the offset of the array's first byte.
+    """Make an open file an .npy file with all its bytes reserved on the disk; return the offset of
+    the array's first byte.
 
-    What a file of this very kind holds already stays. A sparse file would do until the disk is full; then a write through a
-    memory map of it would kill the process.
+    What a file of this very kind holds already stays. A sparse file would do until the disk is
+    full; then a write through a memory map of it would kill the process.
 
     Raises
     ------
@@ -83,7 +94,9 @@ def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> in
         os.posix_fallocate(file, 0, size)
         os.pwrite(file, header.getvalue(), 0)
     except OSError as error:
-        raise OSError(error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path) from None
+        raise OSError(
+            error.errno, f"cannot reserve {size:,} bytes: {error.strerror}", path
+        ) from None
     return offset
 
 

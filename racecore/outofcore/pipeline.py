@@ -1,7 +1,8 @@
-"""Reading, computing and writing at the same time: one thread reads ahead, one writes behind, the caller computes.
+"""Reading, computing and writing at the same time: one thread reads ahead, one writes behind, the
+caller computes.
 
-There are buffers for two tasks. While task i is computed, the inputs of task i + 1 are read and the outputs of task i - 1
-are written, so that the slower of disk and arithmetic sets the time.
+There are buffers for two tasks. While task i is computed, the inputs of task i + 1 are read and the
+outputs of task i - 1 are written, so that the slower of disk and arithmetic sets the time.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ Computed = TypeVar("Computed")
 
 
 class Buffers:
-    """Memory for the arrays of two tasks, used again by every task, since new memory must be cleared by the system first.
+    """Memory for the arrays of two tasks, used again by every task, since new memory must be
+    cleared by the system first.
 
-    What is read and what is written have buffers of their own: one task may be read into them while another one's results
-    are still being written.
+    What is read and what is written have buffers of their own: one task may be read into them while
+    another one's results are still being written.
     """
 
     def __init__(self, empty: Callable[[tuple[int, ...], Any], np.ndarray] = arrays.empty) -> None:
         self._empty = empty
         self._kept: dict[tuple[str, int, int], np.ndarray] = {}
 
-    def get(self, use: str, index: int, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return room for an array: the one at `index` of those that a task in this slot has for this use."""
+    def get(
+        self, use: str, index: int, slot: int, shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray:
+        """Return room for an array: the one at `index` of those that a task in this slot has for
+        this use.
+        """
         n_bytes = math.prod(shape) * dtype.itemsize
         buffer = self._kept.get((use, index, slot))
         if buffer is None or len(buffer) < n_bytes:
@@ -116,7 +122,10 @@ def run(
             write(item, results)
 
     written: list[Future[None]] = []
-    with ThreadPoolExecutor(1, "racecore-read") as reader, ThreadPoolExecutor(1, "racecore-write") as writer:
+    with (
+        ThreadPoolExecutor(1, "racecore-read") as reader,
+        ThreadPoolExecutor(1, "racecore-write") as writer,
+    ):
         ahead: tuple[Item, Future[Arrays]] | None = None
         for index, item in enumerate(itertools.chain(items, [None])):
             current = ahead

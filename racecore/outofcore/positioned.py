@@ -1,4 +1,6 @@
-"""Whole arrays from and to a place in a file, without moving its position: several threads may do so at once."""
+"""Whole arrays from and to a place in a file, without moving its position: several threads may do
+so at once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def read_at(file: int, place: int, array: np.ndarray, path: str) -> None:
     while len(target):
         n = os.preadv(file, [target], place)
         if n == 0:
-            raise InputChangedError(f"{path} was cut short while it was being read: it ends before byte {place + 1:,}")
+            raise InputChangedError(
+                f"{path} was cut short while it was being read: it ends before byte {place + 1:,}"
+            )
         target, place = target[n:], place + n
 
 

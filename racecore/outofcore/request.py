@@ -23,18 +23,19 @@ class Report:
     seconds : float
     tokens_per_second : float
     peak_anonymous_bytes : int
-        The most anonymous memory that the process had, files in the page cache not counted; 0 where the system does not
-        tell.
+        The most anonymous memory that the process had, files in the page cache not counted; 0 where
+        the system does not tell.
     digests : dict of str to str
-        For every output a checksum of its values in their places, 16 hexadecimal digits: equal for equal arrays, however
-        they were cut into chunks.
+        For every output a checksum of its values in their places, 16 hexadecimal digits: equal for
+        equal arrays, however they were cut into chunks.
     d_planes, d_beta : array and float or array, or None
-        Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where not asked for.
+        Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where not
+        asked for.
     resumed_tokens : int
         Tokens that an earlier run had done already, counted once for every pass over them.
     busy : dict of str to float
-        Seconds in which there was "reading", "computing", "writing", and "reading or writing". They overlap; what is busy
-        nearly all the time is what a faster one would speed up.
+        Seconds in which there was "reading", "computing", "writing", and "reading or writing". They
+        overlap; what is busy nearly all the time is what a faster one would speed up.
     """
 
     tokens: int

@@ -1,9 +1,9 @@
 """Where the results of a run go, and what is kept beside them so that it can be resumed.
 
-Beside the first output file lie `<output>.journal` and `<output>.states` until the run is complete. Everything is written in
-an order in which an end at any moment leaves something to go on from: rows and state of a task before its line in the
-journal; all rows on the disk before the line that says so; that line before any file gets its name; the names before the
-journal goes.
+Beside the first output file lie `<output>.journal` and `<output>.states` until the run is complete.
+Everything is written in an order in which an end at any moment leaves something to go on from: rows
+and state of a task before its line in the journal; all rows on the disk before the line that says
+so; that line before any file gets its name; the names before the journal goes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ class Results:
     """
 
     def __init__(
-        self, sinks: dict[str, Sink], stages: Stages, problem: Problem, states: States | None, journal: Journal | None
+        self,
+        sinks: dict[str, Sink],
+        stages: Stages,
+        problem: Problem,
+        states: States | None,
+        journal: Journal | None,
     ) -> None:
         self.sinks, self._stages, self.states, self._journal = sinks, stages, states, journal
         self._is_causal = problem.is_causal
@@ -62,7 +67,9 @@ class Results:
         return remaining_steps(tasks, self._is_done, self._stages.changes, take_over)
 
     def keep_state(self, task: Task) -> int | None:
-        """Keep what the task that was just computed left, if another one may start from it; return the checksum."""
+        """Keep what the task that was just computed left, if another one may start from it; return
+        the checksum.
+        """
         if self.states is None or (self._journal is None and task.stage != "walk"):
             return None
         first, numbers = self._stages.place(task)
@@ -93,7 +100,9 @@ class Results:
         self._forget()
 
     def close(self) -> None:
-        """Let go of everything, for a later run to go on with; without a journal there is nothing to go on with."""
+        """Let go of everything, for a later run to go on with; without a journal there is nothing
+        to go on with.
+        """
         if self._journal is None:
             self.abandon()
             return
@@ -129,9 +138,13 @@ class Results:
         if set(entry.rows) != set(passes[task.stage].writes):
             return False
         first, numbers = self._stages.place(task)
-        if numbers and (entry.state is None or not self._holds_state(task, first, numbers, entry.state)):
+        if numbers and (
+            entry.state is None or not self._holds_state(task, first, numbers, entry.state)
+        ):
             return False
-        return all(self.sinks[name].holds(*task.tokens(name), entry.rows[name]) for name in entry.rows)
+        return all(
+            self.sinks[name].holds(*task.tokens(name), entry.rows[name]) for name in entry.rows
+        )
 
     def _holds_state(self, task: Task, first: int, numbers: int, expected: int) -> bool:
         return self.states is not None and self.states.holds(task.number, first, numbers, expected)
@@ -139,7 +152,9 @@ class Results:
 
 @contextlib.contextmanager
 def opened(results: Results) -> Iterator[Results]:
-    """Let go of results when a block ends early: they stay to be resumed, but not if the inputs are no good."""
+    """Let go of results when a block ends early: they stay to be resumed, but not if the inputs are
+    no good.
+    """
     try:
         yield results
     except (NonFiniteError, InputChangedError):
@@ -151,7 +166,8 @@ def opened(results: Results) -> Iterator[Results]:
 
 
 def completed(journal: Journal, paths: list[str]) -> dict[str, Any] | None:
-    """Return what a journal says of a run that was complete but could not finish giving names; do what is left of that.
+    """Return what a journal says of a run that was complete but could not finish giving names; do
+    what is left of that.
 
     None means that it was not complete, or that its outputs are gone.
     """

@@ -1,8 +1,10 @@
-"""Which tasks of a run are still to be done, after what an earlier one left was looked at, and where they start from.
+"""Which tasks of a run are still to be done, after what an earlier one left was looked at, and
+where they start from.
 
-A task is done if the journal says so, its rows are in the files with the checksums noted there, and so is the state that it
-left. Every other one is done again from the state before it; that those after it are done already does not matter, since
-every task leaves the same bits each time. Short sequences that share a unit keep no states: their unit is done whole.
+A task is done if the journal says so, its rows are in the files with the checksums noted there, and
+so is the state that it left. Every other one is done again from the state before it; that those
+after it are done already does not matter, since every task leaves the same bits each time. Short
+sequences that share a unit keep no states: their unit is done whole.
 """
 
 from __future__ import annotations

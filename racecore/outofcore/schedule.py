@@ -1,7 +1,8 @@
-"""How a long run is cut: sequences into units, units into passes, passes into chunks of tokens, and what that takes.
+"""How a long run is cut: sequences into units, units into passes, passes into chunks of tokens, and
+what that takes.
 
-A *unit* is one long sequence, or a run of short ones that fit a chunk together. Every pass goes over the chunks of a unit
-in order (the causal backward pass in reverse):
+A *unit* is one long sequence, or a run of short ones that fit a chunk together. Every pass goes
+over the chunks of a unit in order (the causal backward pass in reverse):
 
     bidirectional   sum       key, value           ->
                     read      query (d_out)        -> out (d_query)
@@ -9,8 +10,9 @@ in order (the causal backward pass in reverse):
     causal          walk      query, key, value    -> out
                     walk back query, key, value, d_out -> d_query, d_key, d_value
 
-Between chunks only states are kept. Chunks of a sequence are whole segments from its start on, and all sums over tokens
-add whole segments in their order, so results have the bits of `racecore.attention` whatever the chunks are.
+Between chunks only states are kept. Chunks of a sequence are whole segments from its start on, and
+all sums over tokens add whole segments in their order, so results have the bits of
+`racecore.attention` whatever the chunks are.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ PASSES = {  # by (causal, with gradients)
     (True, False): {"walk": _pass("query key value", "out")},
     (True, True): {
         "walk": _pass("query key value", "out"),
-        "walk back": _pass("query key value d_out", "d_query d_key d_value", times=2, backward=True),
+        "walk back": _pass(
+            "query key value d_out", "d_query d_key d_value", times=2, backward=True
+        ),
     },
 }
 _OF_KEYS = ("key", "value", "key_mask", "d_key", "d_value")
@@ -75,7 +79,9 @@ class Task:
     chunk: int  # of its unit
     n_chunks: int  # of the unit; 0 where the unit is a run of short sequences
     is_last: bool  # of its unit
-    sequences: np.ndarray  # [N, 5]: 0, then begin and end of queries and of keys, counted from those below
+    sequences: (
+        np.ndarray
+    )  # [N, 5]: 0, then begin and end of queries and of keys, counted from those below
     queries: tuple[int, int]  # flattened tokens
     keys: tuple[int, int]
 
@@ -99,12 +105,15 @@ class Limits:
     peak_bytes: int  # of memory that a run takes
 
 
-def limits(problem: Problem, with_gradients: bool, memory_limit: int, most_segments: int = 16) -> Limits:
-    """Return the longest chunks that a memory limit allows, of at most so many segments: longer ones are no faster.
+def limits(
+    problem: Problem, with_gradients: bool, memory_limit: int, most_segments: int = 16
+) -> Limits:
+    """Return the longest chunks that a memory limit allows, of at most so many segments: longer
+    ones are no faster.
 
-    A run takes two buffers of a chunk for what a pass reads and for what a pass writes, of the widest passes (one is read or
-    written while the other is computed on), the workspace of one chunk, and state and gradient of the state for every
-    sequence of a unit::
+    A run takes two buffers of a chunk for what a pass reads and for what a pass writes, of the
+    widest passes (one is read or written while the other is computed on), the workspace of one
+    chunk, and state and gradient of the state for every sequence of a unit::
 
         2 * chunk_tokens * row_bytes + workspace_bytes + 2 * unit_sequences * state_bytes
 
@@ -121,12 +130,15 @@ def limits(problem: Problem, with_gradients: bool, memory_limit: int, most_segme
     smallest = 2 * chunking.SEGMENT * row_bytes + per_segment + 2 * state
     if memory_limit < smallest:
         raise ValueError(
-            f"memory_limit is {memory_limit:,} bytes; the smallest that works here is {smallest:,} (buffers for "
+            f"memory_limit is {memory_limit:,} bytes; the smallest that works here is "
+            f"{smallest:,} (buffers for "
             f"{chunking.SEGMENT:,} tokens twice, and the workspace of one segment)"
         )
     spare = memory_limit - 2 * state
     n_segments = min(most_segments, spare // (2 * chunking.SEGMENT * row_bytes + per_segment))
-    workspace = min(_WORKSPACE * most_segments // 16, spare - 2 * n_segments * chunking.SEGMENT * row_bytes)
+    workspace = min(
+        _WORKSPACE * most_segments // 16, spare - 2 * n_segments * chunking.SEGMENT * row_bytes
+    )
     n_segments = min(n_segments, workspace // per_segment) or 1
     workspace = max(workspace, per_segment)
     buffers = 2 * n_segments * chunking.SEGMENT * row_bytes
@@ -163,7 +175,11 @@ def tasks(problem: Problem, with_gradients: bool, limit: Limits) -> Iterator[Tas
     stages = PASSES[problem.is_causal, with_gradients]
     number = 0
     for first, last in _units(flat, limit):
-        found = [(stage, chunk) for stage, p in stages.items() for chunk in _chunks(flat[first:last], stage, p, limit)]
+        found = [
+            (stage, chunk)
+            for stage, p in stages.items()
+            for chunk in _chunks(flat[first:last], stage, p, limit)
+        ]
         begin = number
         for stage, (chunk, total, sequences) in found:
             q, k = sequences[:, 1:3], sequences[:, 3:5]
@@ -180,13 +196,17 @@ def _units(flat: np.ndarray, limit: Limits) -> Iterator[tuple[int, int]]:
     first = 0
     while first < len(flat):
         begin = flat[first, [1, 3]]
-        within = (ends[first : first + limit.unit_sequences] - begin <= limit.chunk_tokens).all(axis=1)
+        within = (ends[first : first + limit.unit_sequences] - begin <= limit.chunk_tokens).all(
+            axis=1
+        )
         last = first + max(1, int(within.sum()))  # ends do not decrease
         yield first, last
         first = last
 
 
-def _chunks(sequences: np.ndarray, stage: str, p: Pass, limit: Limits) -> list[tuple[int, int, np.ndarray]]:
+def _chunks(
+    sequences: np.ndarray, stage: str, p: Pass, limit: Limits
+) -> list[tuple[int, int, np.ndarray]]:
     """Return (number, how many, sequences [N, 5]) of every chunk that a pass cuts a unit into."""
     _, q_begin, q_end, k_begin, k_end = sequences[0].tolist()
     longest = max(q_end - q_begin, k_end - k_begin)

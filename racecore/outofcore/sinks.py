@@ -1,4 +1,6 @@
-"""Sinks: where rows of tokens are written, each with a digest that does not depend on order or chunks."""
+"""Sinks: where rows of tokens are written, each with a digest that does not depend on order or
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,15 @@ class Sink(Protocol):
 
 
 def open_sink(
-    sink: Any, name: str, shape: tuple[int, ...], dtype: np.dtype, sources: list[tuple[str, Any]], resumes: bool = False
+    sink: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sources: list[tuple[str, Any]],
+    resumes: bool = False,
 ) -> Sink:
-    """Open a sink: a path of an .npy file, an array or something that slices can be assigned to, or None.
+    """Open a sink: a path of an .npy file, an array or something that slices can be assigned to, or
+    None.
 
     Parameters
     ----------
@@ -86,7 +94,10 @@ def open_sink(
         return _InArray(inputs.check_out(sink, name, shape, dtype, sources, False), name)
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
         if tuple(sink.shape) != shape or np.dtype(sink.dtype) != dtype:
-            raise ValueError(f"{name} must have shape {shape} and dtype {dtype}, got {sink.shape} and {sink.dtype}")
+            raise ValueError(
+                f"{name} must have shape {shape} and dtype {dtype}, got {sink.shape} and "
+                f"{sink.dtype}"
+            )
         return _InArray(sink, name)
     raise TypeError(f"{name} must be a path, an array, or None; got {type(sink).__qualname__}")
 
@@ -142,7 +153,9 @@ class _InArray(_DigestOnly):
         """Copy rows into the array, unless they are its own."""
         for index, first, last in pieces(self.shape, begin, end, self._n_axes):
             part = rows[first - begin : last - begin]
-            if not isinstance(self._array, np.ndarray) or not np.may_share_memory(self._array[index], part):
+            if not isinstance(self._array, np.ndarray) or not np.may_share_memory(
+                self._array[index], part
+            ):
                 self._array[index] = part
         return super().write(begin, end, rows)
 
@@ -150,7 +163,9 @@ class _InArray(_DigestOnly):
 class _NpyFile(_DigestOnly):
     """An .npy file that is called `<path>.partial` until it is complete."""
 
-    def __init__(self, path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, resumes: bool) -> None:
+    def __init__(
+        self, path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, resumes: bool
+    ) -> None:
         super().__init__(name, shape, dtype)
         self._path = os.path.realpath(path)  # a link stays one
         self._partial = f"{self._path}.partial"
@@ -223,7 +238,9 @@ def _sync_folder(folder: str) -> None:
 
 
 def checksum(rows: np.ndarray, begin: int) -> int:
-    """Return the checksum of whole rows that start at token `begin`; in words of 8 bytes where rows are so long."""
+    """Return the checksum of whole rows that start at token `begin`; in words of 8 bytes where rows
+    are so long.
+    """
     from racecore.outofcore import loops
 
     row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize

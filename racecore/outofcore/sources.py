@@ -1,7 +1,7 @@
 """Sources: whatever rows of tokens can be read from, behind one small interface.
 
-Tokens are numbered along the flattened token axes: token t of row b of a batch is b*T + t. A `read` may be called from
-another thread than the one that computes, but never from two at once.
+Tokens are numbered along the flattened token axes: token t of row b of a batch is b*T + t. A `read`
+may be called from another thread than the one that computes, but never from two at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ __all__ = ["Source", "open_source", "pieces"]
 
 
 class Source(Protocol):
-    """Rows of tokens: [T, heads, dim] or [B, T, heads, dim], of a native dtype; or [T] or [B, T] of bool, a mask."""
+    """Rows of tokens: [T, heads, dim] or [B, T, heads, dim], of a native dtype; or [T] or [B, T] of
+    bool, a mask.
+    """
 
     name: str  # what the caller calls it
     shape: tuple[int, ...]
@@ -30,7 +32,9 @@ class Source(Protocol):
     is_made_up: bool  # of finite numbers, that is: no need to look
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
-        """Return tokens begin ... end - 1: in `buffer`, which has just their shape, or a view where they lie."""
+        """Return tokens begin ... end - 1: in `buffer`, which has just their shape, or a view where
+        they lie.
+        """
         ...
 
     def close(self) -> None:
@@ -47,7 +51,8 @@ def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> Source
     name : str
         What the caller calls it, for messages.
     dtype : dtype, optional
-        How to read an .npy file whose entries are untyped bytes, as NumPy stores ml_dtypes.bfloat16.
+        How to read an .npy file whose entries are untyped bytes, as NumPy stores
+        ml_dtypes.bfloat16.
 
     Raises
     ------
@@ -62,13 +67,19 @@ def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> Source
         return _SyntheticRows(source, name)
     if isinstance(source, np.ndarray):
         return _ArrayRows(source, name)
-    if not hasattr(source, "__dlpack__") and all(hasattr(source, x) for x in ("shape", "dtype", "__getitem__")):
+    if not hasattr(source, "__dlpack__") and all(
+        hasattr(source, x) for x in ("shape", "dtype", "__getitem__")
+    ):
         return _ArrayRows(source, name)
     return _ArrayRows(arrays.as_numpy(source, name), name)
 
 
-def pieces(shape: tuple[int, ...], begin: int, end: int, n_axes: int) -> Iterator[tuple[Any, int, int]]:
-    """Yield (index into an array of this shape, begin, end) for flattened tokens, row by row of the batch."""
+def pieces(
+    shape: tuple[int, ...], begin: int, end: int, n_axes: int
+) -> Iterator[tuple[Any, int, int]]:
+    """Yield (index into an array of this shape, begin, end) for flattened tokens, row by row of the
+    batch.
+    """
     if n_axes == 1:
         yield slice(begin, end), begin, end
         return
@@ -128,7 +139,8 @@ class _SyntheticRows:
 class _NpyRows:
     """An .npy file, read into buffers: a memory map would keep all that was read of it resident.
 
-    If the file is cut short meanwhile that is an OSError; for a map it would be the end of the process.
+    If the file is cut short meanwhile that is an OSError; for a map it would be the end of the
+    process.
     """
 
     is_made_up = False
@@ -159,14 +171,19 @@ def _open_npy(path: str, name: str, dtype: np.dtype | None) -> Source:
     if stored == np.dtype("V2"):
         if dtype is None or not arrays.is_bfloat16(dtype):
             raise ValueError(
-                f"{path} holds entries of two untyped bytes. If they are bfloat16 (NumPy stores ml_dtypes.bfloat16 so), "
+                f"{path} holds entries of two untyped bytes. If they are bfloat16 (NumPy stores "
+                "ml_dtypes.bfloat16 so), "
                 "say so: dtype='bfloat16' (racecore attend --dtype bfloat16)"
             )
         stored = dtype
     elif dtype is not None and stored.newbyteorder("=") != dtype and stored != np.bool_:
-        raise ValueError(f"{path} ({name}) holds {stored}, not {dtype}; leave out dtype, or convert the file")
+        raise ValueError(
+            f"{path} ({name}) holds {stored}, not {dtype}; leave out dtype, or convert the file"
+        )
     if header.fortran_order:
-        return _ArrayRows(np.memmap(path, stored, "r", header.offset, header.shape, order="F"), name)
+        return _ArrayRows(
+            np.memmap(path, stored, "r", header.offset, header.shape, order="F"), name
+        )
     return _NpyRows(path, name, header, stored)
 
 
@@ -174,10 +191,18 @@ def _token_axes(shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
     """Return how many axes count tokens: the first, or batch and tokens."""
     if dtype == np.bool_:
         if len(shape) not in (1, 2):
-            raise ValueError(f"{name} has shape {shape}; expected [tokens] or [batch, tokens] of bools")
+            raise ValueError(
+                f"{name} has shape {shape}; expected [tokens] or [batch, tokens] of bools"
+            )
         return len(shape)
     if not arrays.is_supported(dtype):
-        raise TypeError(f"{name} holds {dtype}; expected {arrays.DTYPE_NAMES}: convert it with .astype(numpy.float32)")
+        raise TypeError(
+            f"{name} holds {dtype}; expected {arrays.DTYPE_NAMES}: convert it with "
+            ".astype(numpy.float32)"
+        )
     if len(shape) not in (3, 4):
-        raise ValueError(f"{name} has shape {shape}; expected [tokens, heads, dim] or [batch, tokens, heads, dim]")
+        raise ValueError(
+            f"{name} has shape {shape}; expected [tokens, heads, dim] or [batch, tokens, heads, "
+            "dim]"
+        )
     return len(shape) - 2

@@ -1,4 +1,6 @@
-"""The arithmetic of a run: what each pass does with a chunk, and the states it carries from one chunk to the next."""
+"""The arithmetic of a run: what each pass does with a chunk, and the states it carries from one
+chunk to the next.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from racecore.runtime import arrays
 __all__ = ["Origin", "Stages"]
 
 Arrays = dict[str, np.ndarray]
-Origin = dict[str, int]  # by what is carried (sketch, d_sketch, hash): the task that left it last; nothing means zeros
+Origin = dict[
+    str, int
+]  # by what is carried (sketch, d_sketch, hash): the task that left it last; nothing means zeros
 
 _CHANGES = {
     "sum": "sketch",
@@ -42,7 +46,11 @@ class Stages:
     """
 
     def __init__(
-        self, problem: Problem, backend: Backend, hash_gradient: np.ndarray | None, on_device: bool = False
+        self,
+        problem: Problem,
+        backend: Backend,
+        hash_gradient: np.ndarray | None,
+        on_device: bool = False,
     ) -> None:
         self._problem, self._backend, self._on_device = problem, backend, on_device
         self._hash = None if hash_gradient is None else arrays.brought(hash_gradient, on_device)
@@ -60,20 +68,26 @@ class Stages:
         return self._state_numbers + (0 if self._hash is None else self._hash.size)
 
     def changes(self, task: Task) -> list[str]:
-        """Return what a task changes that later ones go on from: the state of the sequence and the gradient of the hash.
+        """Return what a task changes that later ones go on from: the state of the sequence and the
+        gradient of the hash.
 
-        Short sequences start from nothing and share a unit: of theirs only the gradient of the hash goes on.
+        Short sequences start from nothing and share a unit: of theirs only the gradient of the hash
+        goes on.
         """
         changed = []
         state = _CHANGES.get(task.stage)
-        if task.is_of_one_sequence and (state == "sketch" or (state == "d_sketch" and self._hash is not None)):
+        if task.is_of_one_sequence and (
+            state == "sketch" or (state == "d_sketch" and self._hash is not None)
+        ):
             changed.append(state)
         if self._hash is not None and task.stage in ("read", "sum back", "walk back"):
             changed.append("hash")
         return changed
 
     def place(self, task: Task) -> tuple[int, int]:
-        """Return where in its place in `States` a task leaves what it changes: (first number, how many)."""
+        """Return where in its place in `States` a task leaves what it changes: (first number, how
+        many).
+        """
         changed = self.changes(task)
         first = self._state_numbers if changed == ["hash"] else 0
         last = self._state_numbers if "hash" not in changed else self.numbers
@@ -81,8 +95,14 @@ class Stages:
 
     def left(self, task: Task) -> np.ndarray:
         """Return what the task that was just computed changed."""
-        held: dict[str, Any] = {"sketch": self._sketch.flat, "d_sketch": self._d_sketch.flat, "hash": self._hash}
-        return np.concatenate([np.ravel(arrays.brought(held[name], False)) for name in self.changes(task)])
+        held: dict[str, Any] = {
+            "sketch": self._sketch.flat,
+            "d_sketch": self._d_sketch.flat,
+            "hash": self._hash,
+        }
+        return np.concatenate(
+            [np.ravel(arrays.brought(held[name], False)) for name in self.changes(task)]
+        )
 
     def restore(self, task: Task, origin: Origin, states: States) -> None:
         """Make everything what it was before a task."""
@@ -116,18 +136,24 @@ class Stages:
             elif task.stage == "read":
                 self._backend.bidirectional.read_out(part, sketch, written["out"][None])
                 if d_out is not None:
-                    self._backend.bidirectional.read_out_backward(part, sketch, d_out, d_sketch, grads)
+                    self._backend.bidirectional.read_out_backward(
+                        part, sketch, d_out, d_sketch, grads
+                    )
             elif task.stage == "sum back":
                 self._backend.bidirectional.sum_keys_backward(part, d_sketch, grads)
             elif task.stage == "walk":
                 self._backend.causal.walk(part, sketch, written["out"][None], False)
             else:
-                self._backend.causal.walk_backward(part, [self._before(task, sketch, states)], d_out, d_sketch, grads)
+                self._backend.causal.walk_backward(
+                    part, [self._before(task, sketch, states)], d_out, d_sketch, grads
+                )
 
     def _begin(self, task: Task) -> None:
         self._first = task.first
         unit = replace(self._problem, sequences=task.sequences)
-        self._sketch, self._d_sketch = (unit.new_sketch().brought(self._on_device) for _ in range(2))
+        self._sketch, self._d_sketch = (
+            unit.new_sketch().brought(self._on_device) for _ in range(2)
+        )
 
     def _part(self, read: Arrays, sequences: np.ndarray) -> Problem:
         tokens: dict[str, Any] = dict.fromkeys(("query", "key", "value", "key_mask"))
@@ -136,15 +162,20 @@ class Stages:
 
     def _buffers(self, written: Arrays) -> GradientBuffers:
         query, key, value = (
-            None if name not in written else written[name][None] for name in ("d_query", "d_key", "d_value")
+            None if name not in written else written[name][None]
+            for name in ("d_query", "d_key", "d_value")
         )
         return GradientBuffers(query, key, value, self._hash)
 
     def _before(self, task: Task, sketch: Sketch, states: States | None) -> np.ndarray:
-        """Return the state before a chunk, as the walk forward left it. Short sequences start from nothing."""
+        """Return the state before a chunk, as the walk forward left it. Short sequences start from
+        nothing.
+        """
         if task.chunk == 0 or not task.is_of_one_sequence:
             return arrays.zeros(sketch.flat.shape, np.float64, self._on_device)
         if states is None:
             raise TypeError("a walk back needs the states of the walk")
-        found = states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(sketch.flat.shape)
+        found = states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(
+            sketch.flat.shape
+        )
         return arrays.brought(found, self._on_device)

@@ -1,7 +1,8 @@
 """What a source held when a run began, in a few words: a run is resumed only with the same inputs.
 
-A file, also one that is mapped, is known by its size and the time of its last change; a made-up array by its parameters; an
-array in memory by the checksum of all its bytes; anything else by some of its rows.
+A file, also one that is mapped, is known by its size and the time of its last change; a made-up
+array by its parameters; an array in memory by the checksum of all its bytes; anything else by some
+of its rows.
 """
 
 from __future__ import annotations
@@ -71,11 +72,16 @@ def _mapped_file(array: Any) -> str | None:
 def _checksum(source: Source) -> int:
     row_bytes = max(1, math.prod(source.shape[_n_axes(source) :]) * source.dtype.itemsize)
     step = max(1, _PIECE // row_bytes)
-    return sum(_checksum_rows(source, begin, step) for begin in range(0, _n_tokens(source), step)) % 2**64
+    return (
+        sum(_checksum_rows(source, begin, step) for begin in range(0, _n_tokens(source), step))
+        % 2**64
+    )
 
 
 def _checksum_of_some(source: Source) -> int:
-    places = np.unique(np.linspace(0, max(0, _n_tokens(source) - 1), _N_SAMPLES).astype(np.int64)).tolist()
+    places = np.unique(
+        np.linspace(0, max(0, _n_tokens(source) - 1), _N_SAMPLES).astype(np.int64)
+    ).tolist()
     return sum(_checksum_rows(source, place, 1) for place in places) % 2**64
 
 

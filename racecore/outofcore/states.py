@@ -1,4 +1,6 @@
-"""States that tasks leave behind, in a file with a place for every task: for passes back, and to resume from."""
+"""States that tasks leave behind, in a file with a place for every task: for passes back, and to
+resume from.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class States:
     numbers : int
         float64 numbers of the largest state.
     path : str or None
-        Where they outlive the process; None means a file without a name, which is gone when the process is.
+        Where they outlive the process; None means a file without a name, which is gone when the
+        process is.
     folder : str or None
         Where a file without a name lies; None means the system's folder for temporary files.
     """
@@ -38,7 +41,9 @@ class States:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def put(self, task: int, first: int, state: np.ndarray) -> int:
-        """Keep what a task left, a contiguous float64 array, from number `first` of its place on; return its checksum."""
+        """Keep what a task left, a contiguous float64 array, from number `first` of its place on;
+        return its checksum.
+        """
         write_at(self._file, task * self._place_bytes + 8 * first, state)
         crash_points.reached("state written")
         return _checksum(state)
@@ -46,7 +51,12 @@ class States:
     def get(self, task: int, first: int, numbers: int) -> np.ndarray:
         """Return some numbers of what a task left."""
         state = np.empty(numbers, np.float64)
-        read_at(self._file, task * self._place_bytes + 8 * first, state, self._path or "the temporary file of states")
+        read_at(
+            self._file,
+            task * self._place_bytes + 8 * first,
+            state,
+            self._path or "the temporary file of states",
+        )
         return state
 
     def holds(self, task: int, first: int, numbers: int, expected: int) -> bool:

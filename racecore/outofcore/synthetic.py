@@ -1,4 +1,6 @@
-"""Synthetic: an array that is made up where it is read, at the speed of memory, and is the same however it is cut."""
+"""Synthetic: an array that is made up where it is read, at the speed of memory, and is the same
+however it is cut.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ _ROWS = 1024  # of one head that are made up at once
 
 
 class Synthetic:
-    """Random numbers of mean 0 and standard deviation 1.15 in the place of an array, for tests of any length.
+    """Random numbers of mean 0 and standard deviation 1.15 in the place of an array, for tests of
+    any length.
 
-    The value at each place follows from seed and place alone. Values are multiples of 1/64 between -3.97 and 3.97, nearly
-    normally distributed, and exact in every dtype: arrays of different dtypes and one seed are equal.
+    The value at each place follows from seed and place alone. Values are multiples of 1/64 between
+    -3.97 and 3.97, nearly normally distributed, and exact in every dtype: arrays of different
+    dtypes and one seed are equal.
 
     Parameters
     ----------
@@ -35,7 +39,8 @@ class Synthetic:
     Raises
     ------
     ValueError, TypeError
-        For a shape or dtype that no query, key or value could have, or a seed that is no integer of at least 0.
+        For a shape or dtype that no query, key or value could have, or a seed that is no integer of
+        at least 0.
 
     Examples
     --------
@@ -44,9 +49,13 @@ class Synthetic:
     (2, 4, 128)
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32, seed: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: DTypeLike = np.float32, seed: int = 0
+    ) -> None:
         shape = tuple(shape)
-        if len(shape) not in (3, 4) or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape):
+        if len(shape) not in (3, 4) or not all(
+            isinstance(n, (int, np.integer)) and n >= 0 for n in shape
+        ):
             raise ValueError(f"shape must be [T, heads, dim] or [B, T, heads, dim], got {shape}")
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
@@ -79,7 +88,9 @@ class Synthetic:
         return out
 
     def fill(self, out: np.ndarray, first: int) -> None:
-        """Write the numbers from place `first` on, places counted along the flattened array, to a contiguous array."""
+        """Write the numbers from place `first` on, places counted along the flattened array, to a
+        contiguous array.
+        """
         from racecore.outofcore import loops
 
         flat = out.reshape(-1)
@@ -95,7 +106,9 @@ class Synthetic:
             _convert(part, flat[start : start + part.size])
 
     def head(self, head: int) -> SyntheticHead:
-        """Return one head as an array of its own, [T, 1, dim], float64: to check results that were computed from it."""
+        """Return one head as an array of its own, [T, 1, dim], float64: to check results that were
+        computed from it.
+        """
         return SyntheticHead(self, head)
 
     def _runs(self, first: int, n: int) -> list[tuple[int, int, tuple[np.uint32, np.uint32]]]:
@@ -123,7 +136,9 @@ class SyntheticHead:
 
     def __init__(self, whole: Synthetic, head: int) -> None:
         if whole.ndim != 3 or not 0 <= head < whole.shape[1]:
-            raise ValueError(f"head must be one of an array [T, heads, dim], got {head} of {whole.shape}")
+            raise ValueError(
+                f"head must be one of an array [T, heads, dim], got {head} of {whole.shape}"
+            )
         self._whole, self._head = whole, head
         self.shape = (whole.shape[0], 1, whole.shape[2])
         self.dtype = np.dtype(np.float64)
@@ -147,7 +162,9 @@ class SyntheticHead:
             for index, row in enumerate(part):  # the counter's 32 bits are full somewhere here
                 whole = np.empty(dim, np.float32)
                 for start, end, keys in self._whole._runs(place + index * n_heads * dim, dim):
-                    loops.fill(whole[start:end], (place + index * n_heads * dim + start) % _COUNTER, *keys)
+                    loops.fill(
+                        whole[start:end], (place + index * n_heads * dim + start) % _COUNTER, *keys
+                    )
                 row[...] = whole
 
 

@@ -25,8 +25,13 @@ def check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None
     """
     seen = {identity_of(x): name for name, x in sources if file_of(x) is not None}
     for name, target in targets.items():
-        if file_of(target) is not None and (other := seen.setdefault(identity_of(target), name)) != name:
-            raise ValueError(f"{name} is the same file as {other} ({file_of(target)}); give it a file of its own")
+        if (
+            file_of(target) is not None
+            and (other := seen.setdefault(identity_of(target), name)) != name
+        ):
+            raise ValueError(
+                f"{name} is the same file as {other} ({file_of(target)}); give it a file of its own"
+            )
 
 
 def file_of(x: Any) -> str | None:
@@ -47,12 +52,16 @@ def folder_of(path: str | os.PathLike[str]) -> str:
     """
     folder = os.path.dirname(os.path.realpath(os.fspath(path)))
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder} to write {os.path.basename(os.fspath(path))} to")
+        raise FileNotFoundError(
+            f"there is no folder {folder} to write {os.path.basename(os.fspath(path))} to"
+        )
     return folder
 
 
 def identity_of(x: Any) -> tuple[object, ...]:
-    """Return what two names of one file have in common: device and inode, or the resolved name of a file to be."""
+    """Return what two names of one file have in common: device and inode, or the resolved name of a
+    file to be.
+    """
     path = file_of(x) or ""
     try:
         status = os.stat(path)

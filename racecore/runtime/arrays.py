@@ -1,10 +1,11 @@
-"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; and the dtype policy.
+"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; and the dtype
+policy.
 
 Arrays in host memory become NumPy arrays, arrays on a GPU CuPy arrays, both without a copy.
 
-Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where the storage is
-float64. Strides of any kind are legal and stay as they are; only a foreign byte order, or addresses and strides that
-are no multiple of the item size, cost a copy.
+Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where
+the storage is float64. Strides of any kind are legal and stay as they are; only a foreign byte
+order, or addresses and strides that are no multiple of the item size, cost a copy.
 """
 
 from __future__ import annotations
@@ -20,13 +21,27 @@ from numpy.typing import DTypeLike
 from racecore.runtime import cuda
 
 __all__ = [
-    "as_array", "as_numpy", "brought", "compute_dtype", "copied", "empty", "is_bfloat16", "is_on_device", "is_supported",
-    "restorer", "zeros",
-]  # fmt: skip
+    "as_array",
+    "as_numpy",
+    "brought",
+    "compute_dtype",
+    "copied",
+    "empty",
+    "is_bfloat16",
+    "is_on_device",
+    "is_supported",
+    "restorer",
+    "zeros",
+]
 
 DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"
 _ALIGNMENT = 64  # one cache line, and the widest vector store
-_HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = 1, 3, 2, 13  # DLPack's device types: CPU, CUDAHost, CUDA, CUDAManaged
+_HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = (
+    1,
+    3,
+    2,
+    13,
+)  # DLPack's device types: CPU, CUDAHost, CUDA, CUDAManaged
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
@@ -35,11 +50,15 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> 
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
-    """Return the same filled with zeros. Large ones come from the system already zero and cost nothing until touched."""
+    """Return the same filled with zeros. Large ones come from the system already zero and cost
+    nothing until touched.
+    """
     return cuda.cupy().zeros(shape, dtype) if on_device else _aligned(np.zeros, shape, dtype)
 
 
-def _aligned(new: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+def _aligned(
+    new: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: DTypeLike
+) -> np.ndarray:
     dtype = np.dtype(dtype)
     buffer = new(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
     return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % _ALIGNMENT)
@@ -61,7 +80,9 @@ def brought(array: Any, on_device: bool) -> Any:
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """Tell whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
-    return dtype.isbuiltin == 2 and dtype.name == "bfloat16"  # 2: registered by a package; spelling a name is slow
+    return (
+        dtype.isbuiltin == 2 and dtype.name == "bfloat16"
+    )  # 2: registered by a package; spelling a name is slow
 
 
 def is_supported(dtype: np.dtype) -> bool:
@@ -82,7 +103,9 @@ def dtype_of(name: str) -> np.dtype:
     try:
         import ml_dtypes
     except ImportError:
-        raise ValueError("dtype='bfloat16' needs the package ml_dtypes: pip install 'racecore[bf16]'") from None
+        raise ValueError(
+            "dtype='bfloat16' needs the package ml_dtypes: pip install 'racecore[bf16]'"
+        ) from None
     return np.dtype(ml_dtypes.bfloat16)
 
 
@@ -92,7 +115,9 @@ def compute_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def as_array(array: Any, name: str) -> Any:
-    """View an array of any library as a CuPy array if it is on a GPU, else as a NumPy array; see `as_numpy`."""
+    """View an array of any library as a CuPy array if it is on a GPU, else as a NumPy array; see
+    `as_numpy`.
+    """
     if not cuda.is_array(array):
         if isinstance(array, np.ndarray) or not is_on_device(array):
             return as_numpy(array, name)
@@ -106,7 +131,10 @@ def is_on_device(array: Any) -> bool:
         return True
     if _library(array) == "jax" and _is_jax_array_in_pieces(array):
         return False
-    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (_DEVICE, _DEVICE_MANAGED)
+    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (
+        _DEVICE,
+        _DEVICE_MANAGED,
+    )
 
 
 def _import_from_device(array: Any, name: str) -> Any:
@@ -116,8 +144,10 @@ def _import_from_device(array: Any, name: str) -> Any:
         cupy = cuda.cupy()
     except ImportError:
         raise TypeError(
-            f"{name} is on a GPU, where racecore computes with CuPy, and that cannot be imported: pip install "
-            "'racecore[cuda13]' (or [cuda12]), or copy the array to the host; `racecore doctor` says more"
+            f"{name} is on a GPU, where racecore computes with CuPy, and that cannot be imported: "
+            "pip install "
+            "'racecore[cuda13]' (or [cuda12]), or copy the array to the host; `racecore doctor` "
+            "says more"
         ) from None
     if "bfloat16" in str(array.dtype) and _library(array) == "torch":
         return cupy.from_dlpack(array.view(sys.modules["torch"].int16)).view(dtype_of("bfloat16"))
@@ -125,7 +155,8 @@ def _import_from_device(array: Any, name: str) -> Any:
 
 
 def _is_jax_array_in_pieces(array: Any) -> bool:
-    """Tell whether an array of JAX is spread over devices, which DLPack does not know; NumPy gets it gathered.
+    """Tell whether an array of JAX is spread over devices, which DLPack does not know; NumPy gets
+    it gathered.
 
     Raises
     ------
@@ -134,7 +165,8 @@ def _is_jax_array_in_pieces(array: Any) -> bool:
     """
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(
-            "an array is traced by JAX (under jit, grad or vmap), and racecore needs its values: use race_attention of "
+            "an array is traced by JAX (under jit, grad or vmap), and racecore needs its values: "
+            "use race_attention of "
             "racecore.adapters.jax there, which has gradients too"
         )
     return len(array.devices()) > 1
@@ -143,7 +175,8 @@ def _is_jax_array_in_pieces(array: Any) -> bool:
 def _refuse_gradients(array: Any, name: str) -> None:
     if getattr(array, "requires_grad", False):
         raise TypeError(
-            f"{name} is a tensor that requires a gradient, and gradients do not pass through DLPack: "
+            f"{name} is a tensor that requires a gradient, and gradients do not pass through "
+            "DLPack: "
             "pass the result of .detach() and call attention_backward yourself"
         )
 
@@ -161,7 +194,8 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        Native byte order, aligned, any strides. Shares memory with `array` wherever that is possible.
+        Native byte order, aligned, any strides. Shares memory with `array` wherever that is
+        possible.
 
     Raises
     ------
@@ -169,7 +203,9 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
         For anything else, naming what came.
     """
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; pass its .data, and the mask as key_mask (True = take part)")
+        raise TypeError(
+            f"{name} is a masked array; pass its .data, and the mask as key_mask (True = take part)"
+        )
     if not isinstance(array, np.ndarray):
         array = _import(array, name)
     array = np.asarray(array)
@@ -187,16 +223,20 @@ def _import(array: Any, name: str) -> np.ndarray:
         return np.asarray(array)
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
-            f"{name} must be a NumPy array or an array that speaks DLPack, got {type(array).__module__}."
+            f"{name} must be a NumPy array or an array that speaks DLPack, got "
+            f"{type(array).__module__}."
             f"{type(array).__qualname__}; convert it with numpy.asarray first"
         )
     _refuse_gradients(array, name)
     device = int(array.__dlpack_device__()[0])
     if device in (_DEVICE, _DEVICE_MANAGED):
-        raise TypeError(f"{name} is on a GPU, and here host memory is needed; copy it to the host first")
+        raise TypeError(
+            f"{name} is on a GPU, and here host memory is needed; copy it to the host first"
+        )
     if device not in (_HOST, _HOST_PINNED):
         raise TypeError(
-            f"{name} lives on a device (DLPack device type {device}) that racecore does not compute on; copy it to the "
+            f"{name} lives on a device (DLPack device type {device}) that racecore does not "
+            "compute on; copy it to the "
             "host first"
         )
     if "bfloat16" in str(array.dtype):
@@ -219,7 +259,8 @@ def _import_bfloat16(array: Any, name: str) -> np.ndarray:
         return np.asarray(array)  # jax gives ml_dtypes.bfloat16 without a copy
     else:
         raise TypeError(
-            f"{name}: bfloat16 from {library} is not supported; view it as uint16 and then as ml_dtypes.bfloat16"
+            f"{name}: bfloat16 from {library} is not supported; view it as uint16 and then as "
+            "ml_dtypes.bfloat16"
         )
     return bits.view(ml_dtypes.bfloat16)
 
@@ -233,8 +274,8 @@ def _library(array: Any) -> str:
 def restorer(array: Any) -> Callable[[Any], Any]:
     """Return the function that turns a result into an array of the library that `array` comes from.
 
-    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and copies nothing. Only one
-    that was computed on a GPU for arrays in host memory is copied there.
+    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and
+    copies nothing. Only one that was computed on a GPU for arrays in host memory is copied there.
     """
     if cuda.is_array(array):
         return lambda result: result
@@ -255,7 +296,10 @@ def _hand_over(array: Any) -> Callable[[Any], Any]:
     if from_dlpack is None and hasattr(array, "__array_namespace__"):
         from_dlpack = array.__array_namespace__().from_dlpack
     if from_dlpack is None:
-        raise TypeError(f"arrays of {library} can be read but not made: it has no from_dlpack; pass NumPy arrays")
+        raise TypeError(
+            f"arrays of {library} can be read but not made: it has no from_dlpack; pass NumPy "
+            "arrays"
+        )
     return from_dlpack
 
 

@@ -1,9 +1,10 @@
-"""The one room that knows CuPy: whether a GPU can be used and why not, kernels compiled on first use, arrays on the device.
+"""The one room that knows CuPy: whether a GPU can be used and why not, kernels compiled on first
+use, arrays on the device.
 
-Kernels are written in `.cu` and `.cuh` files beside the Python of their operation. NVRTC, through `cupy.RawModule`,
-compiles a file once per dtype and number of columns per lane; CuPy keeps the binaries in its cache folder. Includes are
-pasted here, so that this cache notices when one of them changes. Work goes to CuPy's current stream and memory comes from
-its pool.
+Kernels are written in `.cu` and `.cuh` files beside the Python of their operation. NVRTC, through
+`cupy.RawModule`, compiles a file once per dtype and number of columns per lane; CuPy keeps the
+binaries in its cache folder. Includes are pasted here, so that this cache notices when one of them
+changes. Work goes to CuPy's current stream and memory comes from its pool.
 """
 
 from __future__ import annotations
@@ -22,9 +23,20 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 __all__ = [
-    "LANES", "addresses", "cupy", "empty_pinned", "has_bfloat16_products", "is_array", "kernel", "most_shared_bytes",
-    "reason_unavailable", "shadow", "source", "structure", "to_device",
-]  # fmt: skip
+    "LANES",
+    "addresses",
+    "cupy",
+    "empty_pinned",
+    "has_bfloat16_products",
+    "is_array",
+    "kernel",
+    "most_shared_bytes",
+    "reason_unavailable",
+    "shadow",
+    "source",
+    "structure",
+    "to_device",
+]
 
 LANES = 32  # threads of a warp, see ops/cuda/warp.cuh
 _OPS = Path(__file__).parent.parent / "ops"
@@ -106,9 +118,16 @@ def _most_shared_bytes(library: ModuleType, device: int) -> int:
 
 
 def options(dtype: np.dtype, columns: int, tensor_cores: bool = False) -> tuple[str, ...]:
-    """Return what a file is compiled with for arrays stored as `dtype`, `columns` of a row for each lane."""
+    """Return what a file is compiled with for arrays stored as `dtype`, `columns` of a row for each
+    lane.
+    """
     real = "double" if dtype.name == "float64" else "float"
-    defines = {"STORAGE": _STORAGE[dtype.name], "REAL": real, "COLUMNS": columns, "TENSOR_CORES": int(tensor_cores)}
+    defines = {
+        "STORAGE": _STORAGE[dtype.name],
+        "REAL": real,
+        "COLUMNS": columns,
+        "TENSOR_CORES": int(tensor_cores),
+    }
     return ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
 
 
@@ -120,21 +139,31 @@ def kernel(file: str, name: str, dtype: np.dtype, columns: int, tensor_cores: bo
     library = cupy()
     key = (library, library.cuda.Device().id, file, dtype.name, columns, tensor_cores)
     if key not in _modules:
-        _modules[key] = library.RawModule(code=source(file), options=options(dtype, columns, tensor_cores))
+        _modules[key] = library.RawModule(
+            code=source(file), options=options(dtype, columns, tensor_cores)
+        )
     return _modules[key].get_function(name)
 
 
 def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
     """Return a C-contiguous copy on the device; an array that is there already stays as it is."""
     library = cupy()
-    return library.ascontiguousarray(library.asarray(array if dtype is None else array.astype(dtype)))
+    return library.ascontiguousarray(
+        library.asarray(array if dtype is None else array.astype(dtype))
+    )
 
 
 def empty_pinned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Return an uninitialised array in host memory that is locked, so that copies need not wait for the processor."""
+    """Return an uninitialised array in host memory that is locked, so that copies need not wait for
+    the processor.
+    """
     dtype = np.dtype(dtype)
     n_bytes = math.prod(shape) * dtype.itemsize
-    return np.frombuffer(cupy().cuda.alloc_pinned_memory(max(n_bytes, 1)), np.uint8, n_bytes).view(dtype).reshape(shape)
+    return (
+        np.frombuffer(cupy().cuda.alloc_pinned_memory(max(n_bytes, 1)), np.uint8, n_bytes)
+        .view(dtype)
+        .reshape(shape)
+    )
 
 
 def addresses(array: Any) -> tuple[int, ...]:
@@ -145,7 +174,9 @@ def addresses(array: Any) -> tuple[int, ...]:
 
 
 def shadow(array: Any) -> np.ndarray:
-    """Return a NumPy array over the addresses of a device array: for questions of overlap, never to be read."""
+    """Return a NumPy array over the addresses of a device array: for questions of overlap, never to
+    be read.
+    """
 
     interface = {
         "version": 3,
@@ -158,7 +189,9 @@ def shadow(array: Any) -> np.ndarray:
 
 
 def structure(fields: Iterable[tuple[str, int]]) -> np.ndarray:
-    """Return a C structure of 64-bit integers and addresses, shape [1], as a kernel takes it by value."""
+    """Return a C structure of 64-bit integers and addresses, shape [1], as a kernel takes it by
+    value.
+    """
     named = list(fields)
     record = np.zeros(1, [(name, np.int64) for name, _ in named])  # refuses a name that comes twice
     for name, value in named:

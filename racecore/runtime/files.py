@@ -1,4 +1,6 @@
-"""Small result files: .npz archives with a kind, a version and a checksum, that appear whole or not at all."""
+"""Small result files: .npz archives with a kind, a version and a checksum, that appear whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,20 @@ __all__ = ["load", "replace_when_done", "save"]
 
 def save(path: str | os.PathLike[str], kind: str, version: int, **arrays: np.ndarray) -> None:
     """Write named arrays with their kind, version and SHA-256."""
-    header = {"kind": np.array(kind), "version": np.array(version), "sha256": np.array(_digest(kind, version, arrays))}
+    header = {
+        "kind": np.array(kind),
+        "version": np.array(version),
+        "sha256": np.array(_digest(kind, version, arrays)),
+    }
     with replace_when_done(path) as partial, open(partial, "wb") as file:
         np.savez(file, allow_pickle=False, **header, **arrays)
         file.flush()
         os.fsync(file.fileno())
 
 
-def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def load(
+    path: str | os.PathLike[str], kind: str, version: int, names: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     """Read what `save` wrote; `names` are the arrays that must be there.
 
     Raises
@@ -56,18 +64,23 @@ def load(path: str | os.PathLike[str], kind: str, version: int, names: tuple[str
     ) as error:
         raise CorruptFileError(f"{wrong}, or it is damaged: {error}") from error
     if str(content.get("kind")) != kind:
-        raise CorruptFileError(f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}")
+        raise CorruptFileError(
+            f"{wrong}: it says it is {str(content.get('kind', 'something else'))!r}"
+        )
     found = int(content["version"]) if "version" in content else 0
     if found > version:
         raise CorruptFileError(
-            f"{os.fspath(path)} has version {found}; this racecore reads up to {version}: upgrade it"
+            f"{os.fspath(path)} has version {found}; this racecore reads up to {version}: upgrade "
+            "it"
         )
     missing = [name for name in names if name not in content]
     if missing:
         raise CorruptFileError(f"{wrong}: it lacks {', '.join(missing)}")
     arrays = {name: content[name] for name in names}
     if str(content.get("sha256")) != _digest(kind, found, arrays):
-        raise CorruptFileError(f"{os.fspath(path)} is damaged: its content does not match its checksum")
+        raise CorruptFileError(
+            f"{os.fspath(path)} is damaged: its content does not match its checksum"
+        )
     return arrays
 
 
@@ -76,17 +89,25 @@ def _digest(kind: str, version: int, arrays: dict[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)  # where it lies: an index may fill half of the memory
+        digest.update(
+            array.reshape(-1).view(np.uint8).data
+        )  # where it lies: an index may fill half of the memory
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def replace_when_done(path: str | os.PathLike[str]) -> Any:
-    """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove it if not."""
+    """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove
+    it if not.
+    """
     target = os.path.realpath(os.fsdecode(path))  # a link stays one
     if not os.path.isdir(os.path.dirname(target)):
-        raise FileNotFoundError(f"there is no folder {os.path.dirname(target)} to write {os.path.basename(target)} to")
-    partial = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{secrets.token_hex(4)}.partial"
+        raise FileNotFoundError(
+            f"there is no folder {os.path.dirname(target)} to write {os.path.basename(target)} to"
+        )
+    partial = (
+        f"{os.path.dirname(target)}/.{os.path.basename(target)}.{secrets.token_hex(4)}.partial"
+    )
     try:
         yield partial
         os.replace(partial, target)

@@ -1,7 +1,8 @@
 """The one place with Numba's options, and with the cache of compiled kernels.
 
-`helper` compiles functions that kernels call; `kernel` compiles what Python launches and keeps it on disk. Both compile
-on first use. Flags are named one by one: fast-math as a whole would delete the checks for NaN.
+`helper` compiles functions that kernels call; `kernel` compiles what Python launches and keeps it
+on disk. Both compile on first use. Flags are named one by one: fast-math as a whole would delete
+the checks for NaN.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from racecore.runtime import kernel_cache
 
 __all__ = ["exact_helper", "helper", "inlined", "kernel", "piece"]
 
-# contract: fused multiply-add. reassoc: sums in vector lanes. nsz: the sign of a zero does not matter.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+# contract: fused multiply-add. reassoc: sums in vector lanes. nsz: the sign of a zero does not
+# matter.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "nsz"},
+}
 # Only compiled code calls helpers: entries for Python and C would double the time to compile them.
 _INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _EXACT: dict[str, Any] = {**_OPTIONS, "fastmath": {"contract"}}
@@ -30,12 +36,16 @@ def helper(function: Callable[..., Any]) -> Any:
 
 
 def piece(function: Callable[..., Any]) -> Any:
-    """Compile a function that has one caller, as part of that: optimising it twice would only take time."""
+    """Compile a function that has one caller, as part of that: optimising it twice would only take
+    time.
+    """
     return numba.njit(**_OPTIONS, inline="always")(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Compile a function of a few instructions that must not cost a call; its operations keep their order."""
+    """Compile a function of a few instructions that must not cost a call; its operations keep their
+    order.
+    """
     return numba.njit(**_EXACT, **_INNER, forceinline=True)(function)
 
 
@@ -47,7 +57,8 @@ def exact_helper(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any], variant: str = "") -> Any:
     """Compile a function that Python launches; its compiled form is kept on disk.
 
-    What a factory makes needs the name of its variant: the files in the cache are named after functions.
+    What a factory makes needs the name of its variant: the files in the cache are named after
+    functions.
     """
     if variant:
         function.__qualname__ = f"{function.__name__}_{variant}"
@@ -55,7 +66,8 @@ def kernel(function: Callable[..., Any], variant: str = "") -> Any:
 
 
 if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles would find Numba's lock taken for ever: let the fork wait for it.
+    # A child forked while another thread compiles would find Numba's lock taken for ever: let the
+    # fork wait for it.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,

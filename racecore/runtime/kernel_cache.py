@@ -1,10 +1,11 @@
 """Compiled kernels on disk: one file per kernel and signature, with a checksum, that can only help.
 
-Numba's own cache goes stale when an edited function lives in another module than the kernel that calls it, and one
-truncated index file makes every later run fail. This one names a file after everything the machine code depends on
-(sources of all kernels, signature, processor, versions of Python and Numba, Numba's settings), writes it whole or not at
-all, and treats whatever it cannot read as absent. It plugs into the dispatcher where Numba's own cache would sit; should
-a future Numba move that place, kernels are compiled afresh in every process and `describe` says so.
+Numba's own cache goes stale when an edited function lives in another module than the kernel that
+calls it, and one truncated index file makes every later run fail. This one names a file after
+everything the machine code depends on (sources of all kernels, signature, processor, versions of
+Python and Numba, Numba's settings), writes it whole or not at all, and treats whatever it cannot
+read as absent. It plugs into the dispatcher where Numba's own cache would sit; should a future
+Numba move that place, kernels are compiled afresh in every process and `describe` says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from typing import Any
 __all__ = ["attach", "describe", "folder", "identity"]
 
 _log = logging.getLogger("racecore")
-_SOURCES = ("ops/**/*.py", "outofcore/loops.py", "chunking.py", "problem.py", "runtime/jit.py", "runtime/kernel_cache.py", "runtime/processor.py")
+_SOURCES = (
+    "ops/**/*.py",
+    "outofcore/loops.py",
+    "chunking.py",
+    "problem.py",
+    "runtime/jit.py",
+    "runtime/kernel_cache.py",
+    "runtime/processor.py",
+)
 _DIGEST_BYTES = 32
 _KEEP_SECONDS = 30 * 24 * 3600
 _announce_lock = threading.Lock()
@@ -35,12 +44,18 @@ _problems: list[str] = []
 
 def folder() -> pathlib.Path:
     """Return where compiled kernels are kept: under NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = (
+        os.environ.get("NUMBA_CACHE_DIR")
+        or os.environ.get("XDG_CACHE_HOME")
+        or os.path.expanduser("~/.cache")
+    )
     return pathlib.Path(base) / "racecore"
 
 
 def describe() -> dict[str, Any]:
-    """Tell about the cache: folder, number and size of files, whether it can be written, what went wrong."""
+    """Tell about the cache: folder, number and size of files, whether it can be written, what went
+    wrong.
+    """
     path = folder()
     files = list(path.glob("*.kernel")) if path.is_dir() else []
     parent = next((p for p in (path, *path.parents) if p.exists()), path)
@@ -99,14 +114,19 @@ class _KernelCache:
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever is wrong with a cache, compiling is the remedy
-            _note(f"the cached kernel {self._name} could not be loaded and was compiled again: {error!r}")
+            _note(
+                f"the cached kernel {self._name} could not be loaded and was compiled again: "
+                f"{error!r}"
+            )
         _announce()
         return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Write the compiled kernel; a failure costs only the next process some seconds."""
         try:
-            if compiled.library.has_dynamic_globals or any(not lifted.can_cache for lifted in compiled.lifted):
+            if compiled.library.has_dynamic_globals or any(
+                not lifted.can_cache for lifted in compiled.lifted
+            ):
                 return
             from numba.core.serialize import dumps
 
@@ -125,18 +145,24 @@ class _KernelCache:
             _note(f"compiled kernels cannot be kept in {folder()}: {error!r}")
 
     def _forget_old_ones(self) -> None:
-        """Remove files of this kernel that nobody has written for a month: those of older sources and versions."""
+        """Remove files of this kernel that nobody has written for a month: those of older sources
+        and versions.
+        """
         for file in folder().glob(f"{self._name}-*"):
             if time.time() - file.stat().st_mtime > _KEEP_SECONDS:
                 file.unlink(missing_ok=True)
 
     def _file(self, signature: Any, codegen: Any) -> pathlib.Path:
-        key = repr((self._name, str(signature), codegen.magic_tuple(), _source_digest(), _versions()))
+        key = repr(
+            (self._name, str(signature), codegen.magic_tuple(), _source_digest(), _versions())
+        )
         return folder() / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.kernel"
 
 
 def identity() -> str:
-    """Return what the bits of results depend on: the sources of all kernels, processor, versions of Numba and Python."""
+    """Return what the bits of results depend on: the sources of all kernels, processor, versions of
+    Numba and Python.
+    """
     from numba.core.registry import cpu_target
 
     key = repr((cpu_target.target_context.codegen().magic_tuple(), _source_digest(), _versions()))
@@ -160,9 +186,18 @@ def _versions() -> tuple[str, ...]:
     import numba
     import numpy
 
-    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    settings = sorted(
+        f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_")
+    )
     settings = [setting for setting in settings if not setting.startswith("NUMBA_CACHE_DIR")]
-    return (sys.version, platform.machine(), numba.__version__, llvmlite.__version__, numpy.__version__, *settings)
+    return (
+        sys.version,
+        platform.machine(),
+        numba.__version__,
+        llvmlite.__version__,
+        numpy.__version__,
+        *settings,
+    )
 
 
 def _announce() -> None:
@@ -172,7 +207,10 @@ def _announce() -> None:
         if _announced:
             return
         _announced = True
-    _log.warning("racecore: compiling kernels for their first use here (some seconds, once); kept in %s", folder())
+    _log.warning(
+        "racecore: compiling kernels for their first use here (some seconds, once); kept in %s",
+        folder(),
+    )
 
 
 def _note(problem: str) -> None:

@@ -10,10 +10,14 @@ _SAMPLE_SECONDS = 0.02
 
 
 def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process in bytes, pages of files not counted; 0 where the system does not tell."""
+    """Return the anonymous memory of this process in bytes, pages of files not counted; 0 where the
+    system does not tell.
+    """
     try:
         with open("/proc/self/status") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:")), 0)
+            return next(
+                (int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:")), 0
+            )
     except OSError:
         return 0
 

@@ -1,8 +1,9 @@
-"""Progress without a parameter: loops over tokens call `advance`; whoever wants to know opens `reporting`.
+"""Progress without a parameter: loops over tokens call `advance`; whoever wants to know opens
+`reporting`.
 
-The callback lives in a context variable, so that no signature between the command line and the chunk loop has to
-carry it, and two threads that compute at once report to their own listeners. Without a listener `advance` costs one
-look-up per chunk.
+The callback lives in a context variable, so that no signature between the command line and the
+chunk loop has to carry it, and two threads that compute at once report to their own listeners.
+Without a listener `advance` costs one look-up per chunk.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from contextvars import ContextVar
 
 __all__ = ["advance", "reporting"]
 
-_listener: ContextVar[Callable[[int], object] | None] = ContextVar("racecore_progress", default=None)
+_listener: ContextVar[Callable[[int], object] | None] = ContextVar(
+    "racecore_progress", default=None
+)
 
 
 def advance(n_tokens: int) -> None:
-    """Tell the listener of this context, if there is one, that one pass over `n_tokens` more tokens is done."""
+    """Tell the listener of this context, if there is one, that one pass over `n_tokens` more tokens
+    is done.
+    """
     listener = _listener.get()
     if listener is not None:
         listener(n_tokens)

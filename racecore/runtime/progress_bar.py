@@ -1,4 +1,6 @@
-"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere, nothing for what takes a second."""
+"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere, nothing for what
+takes a second.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _FORMAT = "{desc} {percentage:3.0f} % |{bar}| {elapsed} gone, {remaining} left{p
 
 @contextmanager
 def token_bar(label: str, total: int, n_tokens: int | None = None) -> Iterator[None]:
-    """Show how far the attention calls inside the block are, how fast, and what memory the process has of its own.
+    """Show how far the attention calls inside the block are, how fast, and what memory the process
+    has of its own.
 
     Parameters
     ----------
@@ -28,7 +31,8 @@ def token_bar(label: str, total: int, n_tokens: int | None = None) -> Iterator[N
     total : int
         Tokens, counted once for every pass over them.
     n_tokens : int, optional
-        Tokens, counted once: the speed that is shown is in these. None means that there is one pass.
+        Tokens, counted once: the speed that is shown is in these. None means that there is one
+        pass.
     """
     share = 1.0 if n_tokens is None or total == 0 else n_tokens / total
     if not sys.stderr.isatty():
@@ -65,7 +69,8 @@ def _lines(label: str, total: int, share: float) -> Callable[[int], None]:
         rate = (done - done_then) / max(now - last, 1e-9)
         left = f"{(total - done) / rate:,.0f} s left, " if rate > 0 else ""
         print(
-            f"{label}: {done / max(total, 1):.0%} after {now - started:.0f} s, {left}{rate * share:,.0f} tokens/s, "
+            f"{label}: {done / max(total, 1):.0%} after {now - started:.0f} s, "
+            f"{left}{rate * share:,.0f} tokens/s, "
             f"{_megabytes()}",
             file=sys.stderr,
             flush=True,

@@ -1,9 +1,10 @@
 """A small pool of threads that runs serial, GIL-free kernels on fixed pieces of work.
 
-Why not Numba's own parallel loops: its OpenMP layer kills a forked child at its first parallel loop, its workqueue layer
-aborts when two Python threads compute at once, and neither obeys Ctrl-C. Here the calling thread does the work itself
-and helpers only join in, so that nothing can dead-lock: a forked child starts without helpers and makes its own, any
-number of Python threads may compute at once, and between two launches (milliseconds) signals are handled.
+Why not Numba's own parallel loops: its OpenMP layer kills a forked child at its first parallel
+loop, its workqueue layer aborts when two Python threads compute at once, and neither obeys Ctrl-C.
+Here the calling thread does the work itself and helpers only join in, so that nothing can
+dead-lock: a forked child starts without helpers and makes its own, any number of Python threads may
+compute at once, and between two launches (milliseconds) signals are handled.
 
 Pieces are cut by shape, never by the number of threads, so results keep their bits.
 """
@@ -30,8 +31,9 @@ _n_helpers = 0
 def threads(n: int) -> Iterator[None]:
     """Use `n` threads for every call inside the block, in this Python thread.
 
-    The default is the number of processors this process may run on, or OMP_NUM_THREADS where that is set (as joblib,
-    Dask and batch systems do to share a machine). Results do not depend on it, not even in the last bit.
+    The default is the number of processors this process may run on, or OMP_NUM_THREADS where that
+    is set (as joblib, Dask and batch systems do to share a machine). Results do not depend on it,
+    not even in the last bit.
 
     Parameters
     ----------
@@ -60,12 +62,20 @@ def threads(n: int) -> Iterator[None]:
 def default_count() -> int:
     """Return the number of threads in use where `threads` does not say otherwise."""
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(limit), processors) if limit.isascii() and limit.isdigit() and int(limit) > 0 else processors
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return (
+        min(int(limit), processors)
+        if limit.isascii() and limit.isdigit() and int(limit) > 0
+        else processors
+    )
 
 
 def requested() -> int | None:
-    """Return the number of threads that `threads` asked for in this Python thread, None outside of it."""
+    """Return the number of threads that `threads` asked for in this Python thread, None outside of
+    it.
+    """
     return _requested.get()
 
 
@@ -75,10 +85,12 @@ def count() -> int:
 
 
 def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: int) -> None:
-    """Call ``launch(first, last)`` over 0 ... n_tasks in steps of `tasks_per_launch`, on several threads.
+    """Call ``launch(first, last)`` over 0 ... n_tasks in steps of `tasks_per_launch`, on several
+    threads.
 
-    Returns when every launch has returned. An exception in a launch, or one that a signal raises in the calling thread,
-    stops further launches, waits for those under way (they write to memory that the caller may free) and is raised.
+    Returns when every launch has returned. An exception in a launch, or one that a signal raises in
+    the calling thread, stops further launches, waits for those under way (they write to memory that
+    the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
     if n_launches <= 1:
@@ -92,9 +104,11 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
 
 
 def _work_and_wait(job: _Job, n_helpers: int) -> None:
-    """Work with helpers, and wait for them whatever is raised meanwhile: they write to memory that the caller may free.
+    """Work with helpers, and wait for them whatever is raised meanwhile: they write to memory that
+    the caller may free.
 
-    A signal handler can raise anything anywhere, KeyboardInterrupt or SystemExit, and more than once; the first is raised here.
+    A signal handler can raise anything anywhere, KeyboardInterrupt or SystemExit, and more than
+    once; the first is raised here.
     """
     raised: BaseException | None = None
     try:
@@ -151,7 +165,8 @@ class _Job:
     def finish(self) -> None:
         """Let no helper begin any more and wait for those at work.
 
-        Then the job lets go of its arrays: a helper that has not got round to it may hold the job itself for long.
+        Then the job lets go of its arrays: a helper that has not got round to it may hold the job
+        itself for long.
         """
         self._closed = True
         with self._state:
@@ -169,7 +184,9 @@ def _ensure_helpers(n: int) -> None:
     with _lock:
         while _n_helpers < n:
             _n_helpers += 1
-            threading.Thread(target=_help_forever, args=(_jobs,), name=f"racecore-{_n_helpers}", daemon=True).start()
+            threading.Thread(
+                target=_help_forever, args=(_jobs,), name=f"racecore-{_n_helpers}", daemon=True
+            ).start()
 
 
 def _help_forever(jobs: queue.SimpleQueue[_Job]) -> None:

@@ -1,4 +1,6 @@
-"""The checks of sparse decoding: what a caller passed to a `SocketIndex` or to `sparse_attention`, and every message about it."""
+"""The checks of sparse decoding: what a caller passed to a `SocketIndex` or to `sparse_attention`,
+and every message about it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,17 @@ if TYPE_CHECKING:
     from racecore.sparse.socket_index import SocketIndex
 
 __all__ = [
-    "SCORERS", "Choice", "Decoding", "check_append", "check_budget", "check_choice", "check_decoding", "check_lengths",
-    "check_query", "check_scorer",
-]  # fmt: skip
+    "SCORERS",
+    "Choice",
+    "Decoding",
+    "check_append",
+    "check_budget",
+    "check_choice",
+    "check_decoding",
+    "check_lengths",
+    "check_query",
+    "check_scorer",
+]
 
 SCORERS = ("soft", "hamming", "signed_jl")
 SELECTIONS = ("head", "group")
@@ -64,7 +74,10 @@ def check_scorer(lsh: Any, scorer: Any, tau: Any, weight_by_value_norm: Any) -> 
     if isinstance(tau, (bool, str)) or not isinstance(tau, (int, float, np.integer, np.floating)):
         raise TypeError(f"tau must be a number, got {tau!r}")
     if not 1e-6 <= tau <= 1e6:
-        raise ValueError(f"tau must be a positive number, from 1e-6 to 1e6, got {tau!r}; useful values are 0.3 to 0.5")
+        raise ValueError(
+            f"tau must be a positive number, from 1e-6 to 1e6, got {tau!r}; useful values are 0.3 "
+            "to 0.5"
+        )
     if not isinstance(weight_by_value_norm, (bool, np.bool_)):
         raise TypeError(f"weight_by_value_norm must be True or False, got {weight_by_value_norm!r}")
     return Scorer(scorer, float(tau), bool(weight_by_value_norm))
@@ -83,18 +96,30 @@ def check_append(
     batch, n_kv_heads = index.batch, index.n_kv_heads
     if k.ndim == v.ndim == 3 and (batch is None or batch == 1):
         k, v = k[None], v[None]
-    wanted = ["B" if batch is None else str(batch), "T", "G" if n_kv_heads is None else str(n_kv_heads)]
+    wanted = [
+        "B" if batch is None else str(batch),
+        "T",
+        "G" if n_kv_heads is None else str(n_kv_heads),
+    ]
     text = f"[{', '.join([*wanted, str(index.lsh.head_dim)])}] and [{', '.join([*wanted, 'V'])}]"
     fits = k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3] and k.shape[3] == index.lsh.head_dim
-    fits = fits and (batch is None or k.shape[0] == batch) and (n_kv_heads is None or k.shape[2] == n_kv_heads)
+    fits = (
+        fits
+        and (batch is None or k.shape[0] == batch)
+        and (n_kv_heads is None or k.shape[2] == n_kv_heads)
+    )
     if not fits or 0 in (k.shape[2], v.shape[3]):
-        raise ValueError(f"key and value must have shapes {text} for this index, got {k.shape} and {v.shape}")
+        raise ValueError(
+            f"key and value must have shapes {text} for this index, got {k.shape} and {v.shape}"
+        )
     inputs.check_dtypes(key=k, value=v)
     planes = index.lsh.planes
     if planes.ndim == 4 and len(planes) != k.shape[2]:
         raise ValueError(
-            f"keys are hashed once per key/value head, of which there are {k.shape[2]}, and lsh has planes for {len(planes)} "
-            "heads: share planes among all heads (shape [L, P, D]) or give one set per key/value head"
+            f"keys are hashed once per key/value head, of which there are {k.shape[2]}, and lsh "
+            f"has planes for {len(planes)} "
+            "heads: share planes among all heads (shape [L, P, D]) or give one set per key/value "
+            "head"
         )
     if lengths is None:
         return k, v, np.full(len(k), k.shape[1], np.int64)
@@ -102,7 +127,9 @@ def check_append(
 
 
 def _brought(on_device: bool | None, **named: Any) -> list[Any]:
-    """Return arrays of any library as the operations take them, where they are or where they shall be."""
+    """Return arrays of any library as the operations take them, where they are or where they shall
+    be.
+    """
     found = [arrays.as_array(array, name) for name, array in named.items()]
     return found if on_device is None else [arrays.brought(array, on_device) for array in found]
 
@@ -114,8 +141,10 @@ def _check_place(index: SocketIndex, **named: Any) -> None:
         return
     places = [f"{place} memory" for place in ("the host's", "a GPU's")]
     raise ValueError(
-        f"the index is in {places[index.on_device]} and {name} in {places[cuda.is_array(array)]}: an index stays where the first "
-        "keys appended to it were; bring the arrays there with cupy.asarray or cupy.asnumpy, or take the index along with "
+        f"the index is in {places[index.on_device]} and {name} in {places[cuda.is_array(array)]}: "
+        "an index stays where the first "
+        "keys appended to it were; bring the arrays there with cupy.asarray or cupy.asnumpy, or "
+        "take the index along with "
         "SocketIndex.save and SocketIndex.load(path, backend=...)"
     )
 
@@ -133,12 +162,17 @@ def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
         raise ValueError(f"lengths must have shape [B] = ({batch},), got {array.shape}")
     if ((array < 0) | (array > most)).any():
         where = int(np.argmax((array < 0) | (array > most)))
-        raise ValueError(f"lengths must be from 0 to {most}, the tokens there are, got {array[where]} at index {where}")
+        raise ValueError(
+            f"lengths must be from 0 to {most}, the tokens there are, got {array[where]} at index "
+            f"{where}"
+        )
     return array.astype(np.int64)
 
 
 def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple[np.ndarray, bool]:
-    """Check the query of `SocketIndex.scores` and `select`; return it with a batch axis, and whether it had one."""
+    """Check the query of `SocketIndex.scores` and `select`; return it with a batch axis, and
+    whether it had one.
+    """
     if index.batch is None:
         raise ValueError("this index is empty: append keys and values first")
     (q,) = _brought(on_device, query=query)
@@ -148,10 +182,14 @@ def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple
         q = q[None]
     if q.ndim != 4 or (q.shape[0], q.shape[1], q.shape[3]) != (index.batch, 1, index.lsh.head_dim):
         raise ValueError(
-            f"query must have shape [{index.batch}, 1, H, {index.lsh.head_dim}] for this index, one token, got {q.shape}"
+            f"query must have shape [{index.batch}, 1, H, {index.lsh.head_dim}] for this index, "
+            f"one token, got {q.shape}"
         )
     if q.shape[2] == 0 or q.shape[2] % (index.n_kv_heads or 1):
-        raise ValueError(f"the query's heads must be a multiple of the index's {index.n_kv_heads}, got {q.shape[2]}")
+        raise ValueError(
+            f"the query's heads must be a multiple of the index's {index.n_kv_heads}, got "
+            f"{q.shape[2]}"
+        )
     inputs.check_dtypes(query=q)
     return q, had_batch
 
@@ -163,10 +201,13 @@ def check_budget(budget: Any) -> int | float:
             raise ValueError(f"budget must not be negative, got {budget}")
         return int(budget)
     if not isinstance(budget, (float, np.floating)):
-        raise TypeError(f"budget must be a number of tokens (int) or a share of them (float), got {budget!r}")
+        raise TypeError(
+            f"budget must be a number of tokens (int) or a share of them (float), got {budget!r}"
+        )
     if not 0 <= budget <= 1:
         raise ValueError(
-            f"a float budget is a share of the tokens, from 0 to 1, got {budget}; for a number pass an int"
+            f"a float budget is a share of the tokens, from 0 to 1, got {budget}; for a number "
+            "pass an int"
         )
     return float(budget)
 
@@ -180,13 +221,16 @@ def check_choice(budget: Any, sink: Any, window: Any, group_selection: Any) -> C
             raise ValueError(f"{name} must not be negative, got {size}")
     if not isinstance(group_selection, str) or group_selection not in SELECTIONS:
         raise ValueError(
-            f"group_selection must be 'head' (every query head selects for itself) or 'group' (those that share a "
+            "group_selection must be 'head' (every query head selects for itself) or 'group' "
+            "(those that share a "
             f"key/value head select together), got {group_selection!r}"
         )
     return Choice(check_budget(budget), int(sink), int(window), group_selection == "group")
 
 
-def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any, on_device: bool | None) -> Decoding:
+def check_decoding(
+    query: Any, key: Any, value: Any, index: Any, lengths: Any, on_device: bool | None
+) -> Decoding:
     """Check the arrays of `sparse_attention`, with each other and with the index."""
     q, k, v = _brought(on_device, query=query, key=key, value=value)
     inputs.check_same_place(query=q, key=k, value=v)
@@ -194,22 +238,29 @@ def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any, o
     inputs.check_dtypes(query=q, key=k, value=v)
     batch, n_tokens, n_kv_heads = k.shape[:3]
     if index is None:
-        found = np.full(batch, n_tokens, np.int64) if lengths is None else check_lengths(lengths, batch, n_tokens)
+        found = (
+            np.full(batch, n_tokens, np.int64)
+            if lengths is None
+            else check_lengths(lengths, batch, n_tokens)
+        )
         return Decoding(q, k, v, _at_least(found, q.shape[1]), had_batch)
     _check_index(index, batch, n_kv_heads, k.shape[3])
     _check_place(index, key=k)
     if lengths is None:
         if n_tokens != index.n_tokens:
             raise ValueError(
-                f"key and value have {n_tokens} tokens and the index {index.n_tokens}: append every token to the index before "
-                "attending; of a cache with room to spare, pass the part in use (key[:, :n]) or its lengths"
+                f"key and value have {n_tokens} tokens and the index {index.n_tokens}: append "
+                "every token to the index before "
+                "attending; of a cache with room to spare, pass the part in use (key[:, :n]) or "
+                "its lengths"
             )
         return Decoding(q, k, v, _at_least(index.lengths, q.shape[1]), had_batch)
     given = check_lengths(lengths, batch, n_tokens)
     if (given != index.lengths).any():
         where = int(np.argmax(given != index.lengths))
         raise ValueError(
-            f"lengths[{where}] is {given[where]}, and the index has {index.lengths[where]} tokens of that sequence: append "
+            f"lengths[{where}] is {given[where]}, and the index has {index.lengths[where]} tokens "
+            "of that sequence: append "
             "every token to the index before attending"
         )
     return Decoding(q, k, v, _at_least(given, q.shape[1]), had_batch)
@@ -218,23 +269,30 @@ def check_decoding(query: Any, key: Any, value: Any, index: Any, lengths: Any, o
 def _check_index(index: Any, batch: int, n_kv_heads: int, head_dim: int) -> None:
     if not all(hasattr(index, name) for name in ("lsh", "hashed", "n_kv_heads")):
         raise TypeError(
-            f"index must be a racecore.SocketIndex, or None for dense attention, got {type(index).__qualname__}"
+            "index must be a racecore.SocketIndex, or None for dense attention, got "
+            f"{type(index).__qualname__}"
         )
     if index.lsh.head_dim != head_dim:
-        raise ValueError(f"the index hashes rows of {index.lsh.head_dim} values, query and key have {head_dim}")
+        raise ValueError(
+            f"the index hashes rows of {index.lsh.head_dim} values, query and key have {head_dim}"
+        )
     if index.batch is None:
         raise ValueError("the index is empty: append the keys and values to it first")
     if (index.batch, index.n_kv_heads) != (batch, n_kv_heads):
         raise ValueError(
-            f"the index has (batch, key/value heads) = {(index.batch, index.n_kv_heads)}, key and value {(batch, n_kv_heads)}"
+            f"the index has (batch, key/value heads) = {(index.batch, index.n_kv_heads)}, key and "
+            f"value {(batch, n_kv_heads)}"
         )
 
 
 def _at_least(lengths: np.ndarray, n_queries: int) -> np.ndarray:
-    """Check that there are as many tokens as queries: the queries are the last of them. A single query may find none."""
+    """Check that there are as many tokens as queries: the queries are the last of them. A single
+    query may find none.
+    """
     if n_queries > 1 and (lengths < n_queries).any():
         where = int(np.argmax(lengths < n_queries))
         raise ValueError(
-            f"the {n_queries} queries are the last tokens of each sequence, but sequence {where} has only {lengths[where]}"
+            f"the {n_queries} queries are the last tokens of each sequence, but sequence {where} "
+            f"has only {lengths[where]}"
         )
     return lengths

@@ -1,4 +1,6 @@
-"""Sparse attention for decoding: score all tokens by their bits, attend exactly to the best of them."""
+"""Sparse attention for decoding: score all tokens by their bits, attend exactly to the best of
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,39 +29,47 @@ def sparse_attention(
     backend: str | None = None,
     out: Any = None,
 ) -> Any:
-    """Compute softmax attention of one token over the few tokens of a cache that matter to it (SOCKET).
+    """Compute softmax attention of one token over the few tokens of a cache that matter to it
+    (SOCKET).
 
-    Several queries at once (a prefill), and sequences of no more tokens than `budget`, get dense, causal, exact attention: the
-    queries are the last tokens of their sequences, and each sees itself and what is before it.
+    Several queries at once (a prefill), and sequences of no more tokens than `budget`, get dense,
+    causal, exact attention: the queries are the last tokens of their sequences, and each sees
+    itself and what is before it.
 
     Parameters
     ----------
     query : array, shape [B, Tq, H, D]
     key : array, shape [B, T, G, D]
     value : array, shape [B, T, G, V]
-        The cache, with the query's own token: all of one dtype, float16, bfloat16, float32 or float64. Any strides; memory
-        maps are read row by row, and nothing of size T is copied (but arrays in a foreign byte order, or not aligned).
-        Without a batch axis all three mean B = 1. H must be a multiple of G.
+        The cache, with the query's own token: all of one dtype, float16, bfloat16, float32 or
+        float64. Any strides; memory maps are read row by row, and nothing of size T is copied (but
+        arrays in a foreign byte order, or not aligned). Without a batch axis all three mean B = 1.
+        H must be a multiple of G.
     index : SocketIndex or None
-        To which every token of the cache has been appended, and which lies where the cache does. None: dense attention,
-        whatever the number of tokens.
+        To which every token of the cache has been appended, and which lies where the cache does.
+        None: dense attention, whatever the number of tokens.
     budget : int or float
         Tokens chosen by score: a number, or a share of each sequence, rounded up.
     sink, window : int
-        How many of the first and of the last tokens to attend to in any case. If both are 0, the last one.
+        How many of the first and of the last tokens to attend to in any case. If both are 0, the
+        last one.
     group_selection : {"head", "group"}
-        Whether every query head chooses tokens for itself, or those of a key/value head together; see `SocketIndex.select`.
+        Whether every query head chooses tokens for itself, or those of a key/value head together;
+        see `SocketIndex.select`.
     lengths : integers, shape [B], optional
-        How many tokens of each sequence are in use, of a cache with room to spare; must be those of the index.
+        How many tokens of each sequence are in use, of a cache with room to spare; must be those of
+        the index.
     backend : {"cpu", "cuda", "reference"}, optional
-        None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory to the GPU first.
+        None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory
+        to the GPU first.
     out : array, shape [B, Tq, H, V], optional
         Where to write the result.
 
     Returns
     -------
     array, shape [B, Tq, H, V]
-        ``softmax(q k^T / sqrt(D)) v`` over the selected tokens, in the query's dtype and library. Zero where there are none.
+        ``softmax(q k^T / sqrt(D)) v`` over the selected tokens, in the query's dtype and library.
+        Zero where there are none.
 
     Raises
     ------
@@ -105,7 +115,9 @@ def sparse_attention(
             operations.attend_dense(*rows, d.lengths[some], target[some])
         else:
             hashed = index.hashed
-            part = hashed._replace(codes=hashed.codes[some], norms=hashed.norms[some], lengths=hashed.lengths[some])
+            part = hashed._replace(
+                codes=hashed.codes[some], norms=hashed.norms[some], lengths=hashed.lengths[some]
+            )
             selected = index.chosen(operations, rows[0], part, choice)
             operations.attend_selected(*rows, selected, target[some])
     return arrays.restorer(query if out is None else out)(result)

@@ -1,4 +1,6 @@
-"""SocketIndex: some bytes per key, from which the few tokens that a query should attend to are found."""
+"""SocketIndex: some bytes per key, from which the few tokens that a query should attend to are
+found.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,30 @@ _GROWTH = 1.5
 
 
 class SocketIndex:
-    """Hashed keys of a key/value cache: which tokens deserve exact attention from a query, answered without reading the keys.
+    """Hashed keys of a key/value cache: which tokens deserve exact attention from a query, answered
+    without reading the keys.
 
-    Keys are hashed once, when they are appended, to the P signs of each of L tables; a query weighs these bits softly. What
-    is kept of a token and key/value head is L bytes for P <= 8 (L * (8 + 1, 2, 4 or 8) bits for P = 9, 10, up to 12, up to 16)
-    and its norm in 16 bits. Batch and key/value heads are those of the first keys appended, and bits and norms lie where these
-    lay: in host memory, or on a GPU. Keys and values stay with the caller.
+    Keys are hashed once, when they are appended, to the P signs of each of L tables; a query weighs
+    these bits softly. What is kept of a token and key/value head is L bytes for P <= 8 (L * (8 + 1,
+    2, 4 or 8) bits for P = 9, 10, up to 12, up to 16) and its norm in 16 bits. Batch and key/value
+    heads are those of the first keys appended, and bits and norms lie where these lay: in host
+    memory, or on a GPU. Keys and values stay with the caller.
 
     Parameters
     ----------
     lsh : SoftLSH
-        Planes [L, P, D], shared by all heads, or [G, L, P, D], a set for each *key/value* head. Its beta is not used.
+        Planes [L, P, D], shared by all heads, or [G, L, P, D], a set for each *key/value* head. Its
+        beta is not used.
     scorer : {"soft", "hamming", "signed_jl"}
-        What a query makes of a key's bits. "soft": the probability that the soft hash of the query gives to the key's
-        buckets, summed over tables. "hamming": the number of signs that agree. "signed_jl": the sum over planes of the query's
-        projection times the key's sign, times the norm of the key: an estimate of their product, and the best in the study
-        of docs/socket_study.md, as is not to weigh by values. SOCKET's own is "soft", with the norms of values.
+        What a query makes of a key's bits. "soft": the probability that the soft hash of the query
+        gives to the key's buckets, summed over tables. "hamming": the number of signs that agree.
+        "signed_jl": the sum over planes of the query's projection times the key's sign, times the
+        norm of the key: an estimate of their product, and the best in the study of
+        docs/socket_study.md, as is not to weigh by values. SOCKET's own is "soft", with the norms
+        of values.
     tau : float
-        Temperature of "soft": the hash is that of a `SoftLSH` with beta = 1/tau and tanh(u)/sqrt(D) for tanh(u).
+        Temperature of "soft": the hash is that of a `SoftLSH` with beta = 1/tau and tanh(u)/sqrt(D)
+        for tanh(u).
     weight_by_value_norm : bool
         Multiply scores by the norm of the value.
 
@@ -66,7 +74,12 @@ class SocketIndex:
     __slots__ = ("_hashed", "_lsh", "_scorer")
 
     def __init__(
-        self, lsh: SoftLSH, *, scorer: str = "signed_jl", tau: float = 0.4, weight_by_value_norm: bool = False
+        self,
+        lsh: SoftLSH,
+        *,
+        scorer: str = "signed_jl",
+        tau: float = 0.4,
+        weight_by_value_norm: bool = False,
     ) -> None:
         self._scorer = checks.check_scorer(lsh, scorer, tau, weight_by_value_norm)
         self._lsh = lsh
@@ -127,19 +140,24 @@ class SocketIndex:
         """The bits and norms themselves, as the operations take them."""
         return self._hashed
 
-    def append(self, key: Any, value: Any, *, lengths: Any = None, backend: str | None = None) -> None:
-        """Hash tokens and add them, in place. In whatever pieces tokens are appended, the index becomes the same.
+    def append(
+        self, key: Any, value: Any, *, lengths: Any = None, backend: str | None = None
+    ) -> None:
+        """Hash tokens and add them, in place. In whatever pieces tokens are appended, the index
+        becomes the same.
 
         Parameters
         ----------
         key : array, shape [B, T, G, D]
         value : array, shape [B, T, G, V]
-            Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included. Without a batch axis
-            where B is 1. Of values only norms are taken. On a GPU if the index is there.
+            Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included.
+            Without a batch axis where B is 1. Of values only norms are taken. On a GPU if the index
+            is there.
         lengths : integers, shape [B], optional
             How many of the T tokens of each sequence count; the rest is padding. None: all.
         backend : {"cpu", "cuda", "reference"}, optional
-            None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory to the GPU first.
+            None takes the fastest that runs where the arrays are. "cuda" copies arrays in host
+            memory to the GPU first.
 
         Raises
         ------
@@ -171,8 +189,8 @@ class SocketIndex:
         Returns
         -------
         array, shape [B, H, T]
-            float32, or float64 for a float64 query, in the query's library; -inf behind the end of a shorter sequence. Without
-            the batch axis if the query has none.
+            float32, or float64 for a float64 query, in the query's library; -inf behind the end of
+            a shorter sequence. Without the batch axis if the query has none.
         """
         q, had_batch = checks.check_query(self, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
@@ -190,26 +208,30 @@ class SocketIndex:
         group_selection: str = "head",
         backend: str | None = None,
     ) -> Any:
-        """Return the tokens that a query should attend to: the best by score, the first and the last.
+        """Return the tokens that a query should attend to: the best by score, the first and the
+        last.
 
         Parameters
         ----------
         query : array, shape [B, 1, H, D]
         budget : int or float
-            How many of all tokens to choose by score; a float is a share of each sequence, rounded up. Of equal scores the
-            earlier tokens come first. They are exactly those of the highest `scores`.
+            How many of all tokens to choose by score; a float is a share of each sequence, rounded
+            up. Of equal scores the earlier tokens come first. They are exactly those of the highest
+            `scores`.
         sink, window : int
-            How many of the first and of the last tokens to take in any case. If both are 0, the last one is taken.
+            How many of the first and of the last tokens to take in any case. If both are 0, the
+            last one is taken.
         group_selection : {"head", "group"}
-            "head": every query head chooses for itself. "group": the heads of a key/value head choose together, by the sum
-            of their scores; then every row is read once for all of them.
+            "head": every query head chooses for itself. "group": the heads of a key/value head
+            choose together, by the sum of their scores; then every row is read once for all of
+            them.
         backend : {"cpu", "cuda", "reference"}, optional
 
         Returns
         -------
         int64 array, shape [B, H, W], or [B, G, W] for "group"
-            Token numbers, ascending, without duplicates, padded with -1 at the end; in the query's library. On a GPU this
-            waits until W is known, as `sparse_attention` does not.
+            Token numbers, ascending, without duplicates, padded with -1 at the end; in the query's
+            library. On a GPU this waits until W is known, as `sparse_attention` does not.
         """
         choice = checks.check_choice(budget, sink, window, group_selection)
         q, had_batch = checks.check_query(self, query, backends.place(backend))
@@ -225,7 +247,9 @@ class SocketIndex:
         """Do what `select` does, of checked arguments and some sequences of this index."""
         tables = operations.query_tables(query, self._planes(hashed.codes.shape[1]), self._scorer)
         budgets = choice.budgets(hashed.lengths)
-        return operations.select(tables, hashed, self._scorer.multiplies, budgets, choice.ends, choice.is_shared)
+        return operations.select(
+            tables, hashed, self._scorer.multiplies, budgets, choice.ends, choice.is_shared
+        )
 
     def truncate(self, lengths: Any) -> None:
         """Forget tokens at the end, in place: those of drafts that were not accepted, say.
@@ -239,7 +263,10 @@ class SocketIndex:
             raise ValueError("this index is empty: there is nothing to truncate")
         kept = checks.check_lengths(lengths, len(self._hashed.codes), self.n_tokens)
         if (kept > self._hashed.lengths).any():
-            raise ValueError(f"truncate cannot lengthen: the sequences have {self._hashed.lengths} tokens, got {kept}")
+            raise ValueError(
+                f"truncate cannot lengthen: the sequences have {self._hashed.lengths} tokens, got "
+                f"{kept}"
+            )
         self._hashed = self._hashed._replace(lengths=kept)
 
     def copy(self) -> SocketIndex:
@@ -247,7 +274,8 @@ class SocketIndex:
         return self._of(None if self._hashed is None else _cut(self._hashed, slice(None)))
 
     def select_batch(self, batch_indices: Any) -> SocketIndex:
-        """Return a new index of the sequences at `batch_indices`, in that order; repeats are legal (beam search).
+        """Return a new index of the sequences at `batch_indices`, in that order; repeats are legal
+        (beam search).
 
         Raises
         ------
@@ -268,15 +296,26 @@ class SocketIndex:
         return self._of(_cut(self._hashed, indices))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write bits, norms, hash, scorer and checksum to an .npz file, which appears whole or not at all."""
-        hashed = _no_keys(self._lsh, 0, 0) if self._hashed is None else _cut(self._hashed, slice(None))
+        """Write bits, norms, hash, scorer and checksum to an .npz file, which appears whole or not
+        at all.
+        """
+        hashed = (
+            _no_keys(self._lsh, 0, 0) if self._hashed is None else _cut(self._hashed, slice(None))
+        )
         files.save(
-            path, _FILE_KIND, _FILE_VERSION,
-            planes=self._lsh.planes, beta=np.asarray(self._lsh.beta), scorer=np.array(self._scorer.kind),
-            tau=np.array(self._scorer.tau), weighs_values=np.array(self._scorer.weighs_values),
-            codes=arrays.brought(hashed.codes, False), norms=arrays.brought(hashed.norms, False), lengths=hashed.lengths,
+            path,
+            _FILE_KIND,
+            _FILE_VERSION,
+            planes=self._lsh.planes,
+            beta=np.asarray(self._lsh.beta),
+            scorer=np.array(self._scorer.kind),
+            tau=np.array(self._scorer.tau),
+            weighs_values=np.array(self._scorer.weighs_values),
+            codes=arrays.brought(hashed.codes, False),
+            norms=arrays.brought(hashed.norms, False),
+            lengths=hashed.lengths,
             is_empty=np.array(self._hashed is None),
-        )  # fmt: skip
+        )
 
     @classmethod
     def load(
@@ -295,30 +334,49 @@ class SocketIndex:
         Raises
         ------
         racecore.errors.CorruptFileError
-            The file is not such a file, is newer than this version understands, or fails its checksum.
+            The file is not such a file, is newer than this version understands, or fails its
+            checksum.
         ValueError
             It was made with another hash than `lsh`.
         """
-        names = ("planes", "beta", "scorer", "tau", "weighs_values", "codes", "norms", "lengths", "is_empty")
+        names = (
+            "planes",
+            "beta",
+            "scorer",
+            "tau",
+            "weighs_values",
+            "codes",
+            "norms",
+            "lengths",
+            "is_empty",
+        )
         content = files.load(path, _FILE_KIND, _FILE_VERSION, names)
         own = SoftLSH(content["planes"], content["beta"])
         if lsh is not None and lsh != own:
             raise ValueError(
-                f"{os.fspath(path)} was made with another hash: its fingerprint is {own.fingerprint[:12]}..., that of lsh "
+                f"{os.fspath(path)} was made with another hash: its fingerprint is "
+                f"{own.fingerprint[:12]}..., that of lsh "
                 f"{lsh.fingerprint[:12]}..."
             )
         index = cls(
-            own, scorer=str(content["scorer"]), tau=float(content["tau"]),
+            own,
+            scorer=str(content["scorer"]),
+            tau=float(content["tau"]),
             weight_by_value_norm=bool(content["weighs_values"]),
-        )  # fmt: skip
+        )
         if not content["is_empty"]:
             hashed = HashedKeys(
-                content["codes"], content["norms"], content["lengths"].astype(np.int64), own.n_tables, own.n_planes
+                content["codes"],
+                content["norms"],
+                content["lengths"].astype(np.int64),
+                own.n_tables,
+                own.n_planes,
             )
             _check_sizes(hashed, path)
             on_device = bool(backends.place(backend))
             index._hashed = hashed._replace(
-                codes=arrays.brought(hashed.codes, on_device), norms=arrays.brought(hashed.norms, on_device)
+                codes=arrays.brought(hashed.codes, on_device),
+                norms=arrays.brought(hashed.norms, on_device),
             )
         return index
 
@@ -340,20 +398,27 @@ class SocketIndex:
 
     def __repr__(self) -> str:
         return (
-            f"SocketIndex(scorer={self._scorer.kind!r}, tau={self._scorer.tau:g}, weight_by_value_norm="
-            f"{self._scorer.weighs_values}, batch={self.batch}, n_kv_heads={self.n_kv_heads}, n_tokens={self.n_tokens}, "
+            f"SocketIndex(scorer={self._scorer.kind!r}, tau={self._scorer.tau:g}, "
+            "weight_by_value_norm="
+            f"{self._scorer.weighs_values}, batch={self.batch}, n_kv_heads={self.n_kv_heads}, "
+            f"n_tokens={self.n_tokens}, "
             f"lsh={self._lsh!r})"
         )
 
 
 def _no_keys(lsh: SoftLSH, batch: int, n_kv_heads: int, on_device: bool = False) -> HashedKeys:
     shape = (batch, n_kv_heads, 0, n_rows(lsh.n_tables, lsh.n_planes), BLOCK_TOKENS)
-    codes, norms = arrays.zeros(shape, np.uint8, on_device), arrays.zeros(shape[:3], np.uint16, on_device)
+    codes, norms = (
+        arrays.zeros(shape, np.uint8, on_device),
+        arrays.zeros(shape[:3], np.uint16, on_device),
+    )
     return HashedKeys(codes, norms, np.zeros(batch, np.int64), lsh.n_tables, lsh.n_planes)
 
 
 def _with_room(hashed: HashedKeys, n_tokens: int) -> HashedKeys:
-    """Return the same keys in arrays for at least `n_tokens`: those there are, or longer ones by a constant factor."""
+    """Return the same keys in arrays for at least `n_tokens`: those there are, or longer ones by a
+    constant factor.
+    """
     has, needed = hashed.codes.shape[2], -(-n_tokens // BLOCK_TOKENS)
     if needed <= has:
         return hashed
@@ -369,7 +434,9 @@ def _with_room(hashed: HashedKeys, n_tokens: int) -> HashedKeys:
 
 def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
     """Return a copy of some sequences without room to spare."""
-    lengths = hashed.lengths[sequences].copy()  # raises where there is no such sequence; a GPU would not
+    lengths = hashed.lengths[
+        sequences
+    ].copy()  # raises where there is no such sequence; a GPU would not
     n_blocks = -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)
     if not isinstance(sequences, slice):
         sequences = arrays.brought(sequences, cuda.is_array(hashed.codes))
@@ -381,8 +448,17 @@ def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
 def _check_sizes(hashed: HashedKeys, path: str | os.PathLike[str]) -> None:
     """Raise unless the arrays of a file fit each other."""
     batch, n_kv_heads, n_blocks, rows, lanes = hashed.codes.shape
-    fits = hashed.norms.shape == (batch, n_kv_heads, n_blocks * BLOCK_TOKENS) and hashed.lengths.shape == (batch,)
+    fits = hashed.norms.shape == (
+        batch,
+        n_kv_heads,
+        n_blocks * BLOCK_TOKENS,
+    ) and hashed.lengths.shape == (batch,)
     fits = fits and (rows, lanes) == (n_rows(hashed.n_tables, hashed.n_planes), BLOCK_TOKENS)
-    fits = fits and bool(((hashed.lengths >= 0) & (hashed.lengths <= n_blocks * BLOCK_TOKENS)).all())
-    if not fits or (hashed.codes.dtype, hashed.norms.dtype) != (np.dtype(np.uint8), np.dtype(np.uint16)):
+    fits = fits and bool(
+        ((hashed.lengths >= 0) & (hashed.lengths <= n_blocks * BLOCK_TOKENS)).all()
+    )
+    if not fits or (hashed.codes.dtype, hashed.norms.dtype) != (
+        np.dtype(np.uint8),
+        np.dtype(np.uint16),
+    ):
         raise CorruptFileError(f"{os.fspath(path)} holds arrays that do not fit each other")

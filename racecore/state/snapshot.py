@@ -15,9 +15,11 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """A moment of a `RaceState`, from `RaceState.snapshot`, to come back to with `RaceState.restore`.
+    """A moment of a `RaceState`, from `RaceState.snapshot`, to come back to with
+    `RaceState.restore`.
 
-    It shares the numbers of its state until that is written to; then the state takes a copy. It never changes itself.
+    It shares the numbers of its state until that is written to; then the state takes a copy. It
+    never changes itself.
 
     Notes
     -----

@@ -1,7 +1,8 @@
 """How exact products by tensor cores are, on the CPU: python tests/cuda_on_cpu/accuracy.py
 
-Relative errors, in the root-mean-square sense, against the oracle in float64: of the kernels with tensor cores, of those without,
-and of the plain formulas in float32. The CPU adds as the least exact tensor cores may: see `cuda_mma_sum`.
+Relative errors, in the root-mean-square sense, against the oracle in float64: of the kernels with
+tensor cores, of those without, and of the plain formulas in float32. The CPU adds as the least
+exact tensor cores may: see `cuda_mma_sum`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def errors(problem: Problem) -> list[dict[str, float]]:
     for name in ("out", "d_query", "d_key", "d_value"):
         plain[name] = plain[name].astype(DTYPES["bfloat16"])
     expected = run_oracle(problem, "bfloat16")
-    return [{name: relative_error(x[name], expected[name]) for name in RESULTS} for x in (*found, plain)]
+    return [
+        {name: relative_error(x[name], expected[name]) for name in RESULTS} for x in (*found, plain)
+    ]
 
 
 def main() -> None:
@@ -39,9 +42,13 @@ def main() -> None:
     print(f"{'':20}{'':14}" + "".join(f"{name:>11}" for name in RESULTS))
     for n_tables, n_planes in ((3, 3), (4, 4)):
         for is_causal in (False, True):
-            problem = Problem(0, None, 600, 600, 2, 1, 64, 64, n_tables, n_planes, 1.0, 1.0, is_causal=is_causal)
+            problem = Problem(
+                0, None, 600, 600, 2, 1, 64, 64, n_tables, n_planes, 1.0, 1.0, is_causal=is_causal
+            )
             label = f"S={n_tables << n_planes} {'causal' if is_causal else 'bidirectional'}"
-            for how, found in zip(("tensor cores", "without", "float32"), errors(problem), strict=True):
+            for how, found in zip(
+                ("tensor cores", "without", "float32"), errors(problem), strict=True
+            ):
                 print(f"{label:20}{how:14}" + "".join(f"{found[name]:11.1e}" for name in RESULTS))
 
 

@@ -1,7 +1,8 @@
-"""As much of CuPy as racecore uses, over host memory: kernels run on the CPU, arrays refuse whatever CuPy's would.
+"""As much of CuPy as racecore uses, over host memory: kernels run on the CPU, arrays refuse
+whatever CuPy's would.
 
-`install` puts it in the place of the module `cupy`. An array of it is no NumPy array and does not become one unasked, so
-code that would copy to the host on a GPU, or fail there, fails here too.
+`install` puts it in the place of the module `cupy`. An array of it is no NumPy array and does not
+become one unasked, so code that would copy to the host on a GPU, or fail there, fails here too.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class ndarray:
         values = np.ndarray(shape, dtype, memptr.owner, low, tuple(map(abs, strides)))
         self._values = values[flipped]
 
-    data = property(lambda self: _Pointer(self._values, self._values.__array_interface__["data"][0]))
+    data = property(
+        lambda self: _Pointer(self._values, self._values.__array_interface__["data"][0])
+    )
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
@@ -83,7 +86,10 @@ class ndarray:
         return out
 
     def set(self, values: np.ndarray, stream: Any = None) -> None:
-        if not values.flags.c_contiguous or (values.shape, values.dtype) != (self.shape, self.dtype):
+        if not values.flags.c_contiguous or (values.shape, values.dtype) != (
+            self.shape,
+            self.dtype,
+        ):
             raise ValueError("set takes a contiguous array of the same shape and dtype")
         self._values[...] = values
 
@@ -174,7 +180,9 @@ def _module() -> ModuleType:
             get_current_stream=_Stream,
             alloc_pinned_memory=bytearray,
             Device=lambda device=0: SimpleNamespace(
-                id=device, compute_capability="90", attributes={"MaxSharedMemoryPerBlockOptin": 232448}
+                id=device,
+                compute_capability="90",
+                attributes={"MaxSharedMemoryPerBlockOptin": 232448},
             ),
         ),
     }

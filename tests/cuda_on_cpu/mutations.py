@@ -1,7 +1,7 @@
 """Break the kernels one line at a time and tell who noticed: python tests/cuda_on_cpu/mutations.py
 
-Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that nobody sees stands last.
-It takes half an hour; test_cuda_kernels.py does so with a few of them.
+Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that
+nobody sees stands last. It takes half an hour; test_cuda_kernels.py does so with a few of them.
 """
 
 from __future__ import annotations
@@ -47,31 +47,57 @@ def barriers() -> Iterator[Mutation]:
     for path in sorted(_OPS.rglob("*.cu*")):
         for match in re.finditer(re.escape(_BARRIER), path.read_text()):
             line = path.read_text()[: match.start()].rpartition("\n")[2]
-            if "//" not in line and "soft_hash/kernels" not in str(path):  # attention does not go through that one
-                yield Mutation(str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results"))
+            if "//" not in line and "soft_hash/kernels" not in str(
+                path
+            ):  # attention does not go through that one
+                yield Mutation(
+                    str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results")
+                )
 
 
 _BOUNDS = (
-    ("cuda/warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (column >= rows.width) return;"),
-    ("cuda/warp.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;", "if (!(rows.group.kept >> i & 1)) return;"),
+    (
+        "cuda/warp.cuh",
+        "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;",
+        "if (column >= rows.width) return;",
+    ),
+    (
+        "cuda/warp.cuh",
+        "if (!(rows.group.kept >> i & 1) || column >= rows.width) return;",
+        "if (!(rows.group.kept >> i & 1)) return;",
+    ),
     ("cuda/warp.cuh", "if (column + c < rows.width) x[c]", "x[c]"),
-    ("cuda/warp.cuh", "if (i >= rows.group.n || column >= rows.width) return;", "if (i >= rows.group.n) return;"),
-    ("cuda/warp.cuh", "if (i >= rows.group.n || column >= rows.width) return;", "if (column >= rows.width) return;"),
+    (
+        "cuda/warp.cuh",
+        "if (i >= rows.group.n || column >= rows.width) return;",
+        "if (i >= rows.group.n) return;",
+    ),
+    (
+        "cuda/warp.cuh",
+        "if (i >= rows.group.n || column >= rows.width) return;",
+        "if (column >= rows.width) return;",
+    ),
     ("cuda/warp.cuh", "if (column + c >= rows.width) continue;", ""),
     ("cuda/call.cuh", "task.end - t < TOKENS ? task.end - t : TOKENS", "TOKENS"),
     ("cuda/readout.cuh", "s < buckets && d < width ? (Real)from", "true ? (Real)from"),
     ("cuda/sums.cu", "if (column >= heads * width) return;", ""),
-    ("cuda/tensor_cores.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
-     "if (column >= rows.width) return quad;"),
-    ("cuda/tensor_cores.cuh", "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
-     "if (!(rows.group.kept >> i & 1)) return quad;"),
+    (
+        "cuda/tensor_cores.cuh",
+        "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
+        "if (column >= rows.width) return quad;",
+    ),
+    (
+        "cuda/tensor_cores.cuh",
+        "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
+        "if (!(rows.group.kept >> i & 1)) return quad;",
+    ),
     ("cuda/tensor_cores.cuh", "if (column + c < rows.width) quad", "quad"),
     ("cuda/tensor_cores.cuh", "if (r == 0 || is_whole) four =", "four ="),
     ("cuda/tensor_cores.cuh", "if (j % 4 < 2 || is_whole) *place", "*place"),
     ("cuda/tensor_cores.cuh", "row + 8 * r < width - PAD", "true"),
     ("cuda/tensor_cores.cuh", "if (row + j / 2 * 8 < m.n_rows - PAD)", ""),
     ("causal/tensor_scan.cuh", "if (j % 4 < 2 || is_whole)", ""),
-)  # fmt: skip
+)
 _TERMS = (
     ("cuda/warp.cuh", "*place = is_first ? total : *place + total;", "*place = total;"),
     ("cuda/warp.cuh", "*total = is_first ? (double)*place : *total + *place;", "*total = *place;"),
@@ -86,14 +112,34 @@ _TERMS = (
     ("bidirectional/kernels.cu", "d_phi[j] += (Real)d_state.mass[j % hash.wide_buckets];", ""),
     ("bidirectional/kernels.cu", "add_group(state, phi, phi, ", "add_group(state, phi + 1, phi, "),
     ("bidirectional/kernels.cu", "add_group(d_state, d_mass, rho, g);", ""),
-    ("causal/kernels.cu", "masses[i * wide_buckets + s] = before + sum;", "masses[i * wide_buckets + s] = sum;"),
+    (
+        "causal/kernels.cu",
+        "masses[i * wide_buckets + s] = before + sum;",
+        "masses[i * wide_buckets + s] = sum;",
+    ),
     ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// What", "}\n}\n\n// What"),
     ("causal/kernels.cu", "d_mass[s] += sum;", ""),
-    ("causal/kernels.cu", "for (int i = TOKENS - 1; i >= 0; --i) {", "for (int i = 0; i < TOKENS; ++i) {"),
+    (
+        "causal/kernels.cu",
+        "for (int i = TOKENS - 1; i >= 0; --i) {",
+        "for (int i = 0; i < TOKENS; ++i) {",
+    ),
     ("causal/kernels.cu", "g.first += call.d_out.head;", ""),
-    ("causal/kernels.cu", "(task.end - 1 - task.begin) / TOKENS", "(task.end - task.begin) / TOKENS"),
-    ("causal/kernels.cu", "if (task.head % repeats == 0) copy(hash.u", "if (task.head % repeats == 1) copy(hash.u"),
-    ("cuda/sums.cu", "parts[i * step + offset] = total;", "parts[i * step + offset] = total + sums[j];"),
+    (
+        "causal/kernels.cu",
+        "(task.end - 1 - task.begin) / TOKENS",
+        "(task.end - task.begin) / TOKENS",
+    ),
+    (
+        "causal/kernels.cu",
+        "if (task.head % repeats == 0) copy(hash.u",
+        "if (task.head % repeats == 1) copy(hash.u",
+    ),
+    (
+        "cuda/sums.cu",
+        "parts[i * step + offset] = total;",
+        "parts[i * step + offset] = total + sums[j];",
+    ),
     ("cuda/sums.cu", "for (i64 r = 1; r < repeats; ++r) sums[j] += part[r * width];", ""),
     ("soft_hash/soft_hash.cuh", "sums.beta += sums.shares[warp];", "sums.beta += 0;"),
     ("cuda/tensor_cores.cuh", "order >= 0; --order", "order > 0; --order"),
@@ -104,28 +150,63 @@ _TERMS = (
     ("cuda/tensor_cores.cuh", "<< 16 * (c % 2)", "<< 16 * (1 - c % 2)"),
     ("cuda/tensor_cores.cuh", "2 * member_id() + 8 * r", "2 * member_id() + 8 * (1 - r)"),
     ("cuda/tensor_cores.cuh", "lower_halves(first, second);", "lower_halves(second, first);"),
-    ("cuda/tensor_cores.cuh", "split(four.x[2], four.x[3], a, r + 2);", "split(four.x[3], four.x[2], a, r + 2);"),
+    (
+        "cuda/tensor_cores.cuh",
+        "split(four.x[2], four.x[3], a, r + 2);",
+        "split(four.x[3], four.x[2], a, r + 2);",
+    ),
     ("cuda/tensor_cores.cuh", "adds ? *place + sums[j / 4].x[j % 4] : ", ""),
-    ("cuda/tensor_cores.cuh", "for (int row = 0; row < m.n_rows - PAD; row += 16) {", "for (int row = 0; row < 16; row += 16) {"),
+    (
+        "cuda/tensor_cores.cuh",
+        "for (int row = 0; row < m.n_rows - PAD; row += 16) {",
+        "for (int row = 0; row < 16; row += 16) {",
+    ),
     ("cuda/tensor_cores.cuh", "i = 2 * h + r % 2;", "i = 2 * h;"),
-    ("cuda/tensor_cores.cuh", "{first.x[j % 2], first.x[j % 2 + 2],", "{first.x[j % 2 + 2], first.x[j % 2],"),
-    ("cuda/tensor_cores.cuh", "split(place[0], place[m.n_rows], b, r);", "split(place[0], place[0], b, r);"),
+    (
+        "cuda/tensor_cores.cuh",
+        "{first.x[j % 2], first.x[j % 2 + 2],",
+        "{first.x[j % 2 + 2], first.x[j % 2],",
+    ),
+    (
+        "cuda/tensor_cores.cuh",
+        "split(place[0], place[m.n_rows], b, r);",
+        "split(place[0], place[0], b, r);",
+    ),
     ("cuda/tensor_cores.cuh", "sums[i / 2].x[i % 2 * 2 + j]", "sums[i / 2].x[i % 2 + 2 * j]"),
     ("causal/tensor_scan.cuh", "backward ? j >= i : j <= i", "backward ? j >= i : j < i"),
     ("causal/tensor_scan.cuh", "backward ? j >= i : j <= i", "backward ? j > i : j <= i"),
-    ("causal/tensor_scan.cuh", "if (!sees(row, column, backward))", "if (sees(column, row, backward))"),
+    (
+        "causal/tensor_scan.cuh",
+        "if (!sees(row, column, backward))",
+        "if (sees(column, row, backward))",
+    ),
     ("causal/tensor_scan.cuh", "if (__any_sync(~0u, !finite)) {", "if (false) {"),
     ("causal/tensor_scan.cuh", "zero += sum.x[i] * 0;", "zero += 0;"),
     ("causal/tensor_scan.cuh", "sees(i, token + 1, backward) ?", "true ?"),
-    ("causal/tensor_scan.cuh", "split(square.x[1].x[2 * tile], square.x[1].x[2 * tile + 1], b[tile], 1);",
-     "split(square.x[1].x[2 * tile + 1], square.x[1].x[2 * tile], b[tile], 1);"),
+    (
+        "causal/tensor_scan.cuh",
+        "split(square.x[1].x[2 * tile], square.x[1].x[2 * tile + 1], b[tile], 1);",
+        "split(square.x[1].x[2 * tile + 1], square.x[1].x[2 * tile], b[tile], 1);",
+    ),
     ("causal/tensor_scan.cuh", "= square_of_coefficients(rho, phi, state.n_rows, false);", "= {};"),
-    ("causal/tensor_scan.cuh", "add_coefficients(square_of_rows(g, v, false), phi, state.n_rows, false, h);", ""),
+    (
+        "causal/tensor_scan.cuh",
+        "add_coefficients(square_of_rows(g, v, false), phi, state.n_rows, false, h);",
+        "",
+    ),
     ("causal/tensor_scan.cuh", "square_of_rows(v, g, true)", "square_of_rows(g, v, true)"),
     ("causal/tensor_scan.cuh", "project(d_state, v, d_phi, true);", ""),
-    ("causal/tensor_scan.cuh", "first.rho + r * step, d_state.n_rows, true, d_phi", "first.rho, d_state.n_rows, true, d_phi"),
-    ("causal/tensor_scan.cuh", "= square_of_coefficients(phi, first.rho + r * step, d_state.n_rows, true);", "= {};"),
-)  # fmt: skip
+    (
+        "causal/tensor_scan.cuh",
+        "first.rho + r * step, d_state.n_rows, true, d_phi",
+        "first.rho, d_state.n_rows, true, d_phi",
+    ),
+    (
+        "causal/tensor_scan.cuh",
+        "= square_of_coefficients(phi, first.rho + r * step, d_state.n_rows, true);",
+        "= {};",
+    ),
+)
 
 
 def changes() -> Iterator[Mutation]:
@@ -150,7 +231,9 @@ def noticed_by(mutation: Mutation) -> str | None:
         end = mutation.start + len(mutation.old)
         (ops / mutation.file).write_text(text[: mutation.start] + mutation.new + text[end:])
         of_socket = mutation.file.startswith("socket/")
-        return next((watcher for watcher in mutation.watchers if failure(watcher, ops, of_socket)), None)
+        return next(
+            (watcher for watcher in mutation.watchers if failure(watcher, ops, of_socket)), None
+        )
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Changes of SOCKET's kernels that somebody must notice; see `mutations`. Left out: what saves time and
-changes no result, the `length` of `score_block` and the `run` of `hash_keys`.
+"""Changes of SOCKET's kernels that somebody must notice; see `mutations`. Left out: what saves time
+and changes no result, the `length` of `score_block` and the `run` of `hash_keys`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ SOCKET_BOUNDS = (
     (_ROWS, "if (table < n_tables) byte |=", "byte |="),
     (_ROWS, "int n = (int)(end - t < TOKENS ? end - t : TOKENS);", "int n = TOKENS;"),
     (_ROWS, "int n = (int)(left < TOKENS ? left : TOKENS), n_tables", "int n = TOKENS, n_tables"),
-    (_ROWS, "if (lane_id() >= ROWS || row >= tile.n_rows) continue;", "if (lane_id() >= ROWS) continue;"),
+    (
+        _ROWS,
+        "if (lane_id() >= ROWS || row >= tile.n_rows) continue;",
+        "if (lane_id() >= ROWS) continue;",
+    ),
     (_ROWS, "d < column + COLUMNS && d < call.value_dim", "d < column + COLUMNS"),
     (_ROWS, "if (d < call.value_dim) value +=", "value +="),
     (_ROWS, "if (way == 0 && d < call.value_dim)", "if (way == 0)"),
@@ -38,7 +42,11 @@ SOCKET_BOUNDS = (
         "t + i < length ? product(totals[h][i], norms[i]) : -infinity.value",
         "product(totals[h][i], norms[i])",
     ),
-    (_SELECTION, "first + call.share < n_blocks ? first + call.share : n_blocks", "first + call.share"),
+    (
+        _SELECTION,
+        "first + call.share < n_blocks ? first + call.share : n_blocks",
+        "first + call.share",
+    ),
     (
         _SELECTION,
         "(int)(group - head < call.heads_at_once ? group - head : call.heads_at_once)",
@@ -48,9 +56,21 @@ SOCKET_BOUNDS = (
     (_SELECTION, "if (place < left) quads", "quads"),
     (_SELECTION, "if (j / 4 * step + (int)threadIdx.x * 4 + j % 4 >= left) continue;", ""),
     (_SELECTION, "if (i % 4 == 0 && begin + i < n) quad", "if (i % 4 == 0) quad"),
-    (_SELECTION, "if (begin + i < n_sink || begin + i >= end) takes", "if (begin + i >= end) takes"),
-    (_SELECTION, "if (begin + i < n_sink || begin + i >= end) takes", "if (begin + i < n_sink) takes"),
-    (_SELECTION, "call.budgets[sequence] < n ? call.budgets[sequence] : n", "call.budgets[sequence] + 1"),
+    (
+        _SELECTION,
+        "if (begin + i < n_sink || begin + i >= end) takes",
+        "if (begin + i >= end) takes",
+    ),
+    (
+        _SELECTION,
+        "if (begin + i < n_sink || begin + i >= end) takes",
+        "if (begin + i < n_sink) takes",
+    ),
+    (
+        _SELECTION,
+        "call.budgets[sequence] < n ? call.budgets[sequence] : n",
+        "call.budgets[sequence] + 1",
+    ),
 )
 SOCKET_TERMS = (
     (_ROWS, "row = (planes.per_head ? g * all : 0) + chunk", "row = chunk"),

@@ -25,8 +25,11 @@ def _library() -> ctypes.CDLL:
     raise ImportError("libnvrtc is not installed: pip install nvidia-cuda-nvrtc==13.0.88")
 
 
-def compiled(code: str, options: tuple[str, ...], architecture: str, kind: str = "CUBIN") -> tuple[bytes, str]:
-    """Compile to machine code of an architecture such as "sm_90". Return it, or the "PTX" of it, and the compiler's log.
+def compiled(
+    code: str, options: tuple[str, ...], architecture: str, kind: str = "CUBIN"
+) -> tuple[bytes, str]:
+    """Compile to machine code of an architecture such as "sm_90". Return it, or the "PTX" of it,
+    and the compiler's log.
 
     Raises
     ------
@@ -34,10 +37,19 @@ def compiled(code: str, options: tuple[str, ...], architecture: str, kind: str =
         With the log.
     """
     library, program = _library(), ctypes.c_void_p()
-    _check(library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None))
+    _check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), code.encode(), b"kernels.cu", 0, None, None
+        )
+    )
     try:
-        flags = [option.encode() for option in (*options, f"--gpu-architecture={architecture}", "--ptxas-options=-v")]
-        failed = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+        flags = [
+            option.encode()
+            for option in (*options, f"--gpu-architecture={architecture}", "--ptxas-options=-v")
+        ]
+        failed = library.nvrtcCompileProgram(
+            program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
+        )
         log = _text(program, "ProgramLog").decode()
         if failed:
             raise RuntimeError(f"NVRTC failed for {architecture}:\n{log}")

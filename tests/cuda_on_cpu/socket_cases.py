@@ -1,4 +1,6 @@
-"""What the watchers run of SOCKET: a few caches that reach every kernel, all that an index and attention over it can do."""
+"""What the watchers run of SOCKET: a few caches that reach every kernel, all that an index and
+attention over it can do.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,23 @@ CASES = {
         Case(1, 300, 1, 1, 70, 66, 2, 2, "hamming"),  # two warps that select, five shares
     ],
     "address": [
-        TINY, TINY._replace(n_planes=10, n_tables=3), TINY._replace(n_planes=16, scorer="signed_jl"),
-        Case(2, 150, 2, 5, 36, 33, 9, 9, "signed_jl", "group"), Case(3, 70, 1, 1, 130, 140, 3, 8),
+        TINY,
+        TINY._replace(n_planes=10, n_tables=3),
+        TINY._replace(n_planes=16, scorer="signed_jl"),
+        Case(2, 150, 2, 5, 36, 33, 9, 9, "signed_jl", "group"),
+        Case(3, 70, 1, 1, 130, 140, 3, 8),
         Case(4, 64, 1, 17, 6, 1, 17, 11, "hamming"),
     ],
     "results": [
-        TINY, Case(1, 300, 1, 5, 70, 66, 9, 9, "hamming", "group"), Case(2, 150, 2, 5, 36, 33, 10, 10, "signed_jl"),
-        Case(3, 1282, 1, 9, 130, 140, 3, 12), Case(4, 100, 1, 18, 6, 5, 9, 8, "signed_jl", "group"),
-        Case(5, 2100, 2, 2, 8, 8, 2, 8, "hamming"), Case(6, 2100, 1, 2, 8, 8, 2, 8),
+        TINY,
+        Case(1, 300, 1, 5, 70, 66, 9, 9, "hamming", "group"),
+        Case(2, 150, 2, 5, 36, 33, 10, 10, "signed_jl"),
+        Case(3, 1282, 1, 9, 130, 140, 3, 12),
+        Case(4, 100, 1, 18, 6, 5, 9, 8, "signed_jl", "group"),
+        Case(5, 2100, 2, 2, 8, 8, 2, 8, "hamming"),
+        Case(6, 2100, 1, 2, 8, 8, 2, 8),
     ],
-}  # fmt: skip
+}
 
 
 def run(watcher: str) -> None:
@@ -51,7 +60,9 @@ def run(watcher: str) -> None:
     from racecore.ops.socket import cuda as operations
 
     if watcher == "thread":
-        operations._MAX_BLOCKS = operations._ENOUGH_BLOCKS = 1  # tasks follow each other in the same shared memory
+        operations._MAX_BLOCKS = operations._ENOUGH_BLOCKS = (
+            1  # tasks follow each other in the same shared memory
+        )
     for case in CASES[watcher]:
         found = everything(case, "cuda", DTYPES["bfloat16" if watcher == "address" else "float32"])
         if watcher == "results":
@@ -68,33 +79,57 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
 
     rng = np.random.default_rng(case.seed)
     shape = (3, case.n_tokens, case.n_kv_heads)
-    key, value = (rng.standard_normal((*shape, d)).astype(dtype) for d in (case.head_dim, case.value_dim))
+    key, value = (
+        rng.standard_normal((*shape, d)).astype(dtype) for d in (case.head_dim, case.value_dim)
+    )
     n_heads, lengths = case.n_kv_heads * case.group, np.array([case.n_tokens, case.n_tokens - 3, 0])
-    query, prompt = (rng.standard_normal((3, n, n_heads, case.head_dim)).astype(dtype) for n in (1, 5))
+    query, prompt = (
+        rng.standard_normal((3, n, n_heads, case.head_dim)).astype(dtype) for n in (1, 5)
+    )
     key[1, -3:], value[1, -3:] = np.nan, np.nan
     value[:, :2] = 0  # a norm of zero, and one right between two that can be stored
     value[:, 1, :, 0] = 1 + 3 * 2.0**-11
-    lsh = racecore.SoftLSH(rng.standard_normal((case.n_kv_heads, case.n_tables, case.n_planes, case.head_dim)), 1.0)
+    lsh = racecore.SoftLSH(
+        rng.standard_normal((case.n_kv_heads, case.n_tables, case.n_planes, case.head_dim)), 1.0
+    )
     k, v, q = (put(x, backend) for x in (key, value, query))
-    index = racecore.SocketIndex(lsh, scorer=case.scorer, weight_by_value_norm=case.scorer != "hamming")
+    index = racecore.SocketIndex(
+        lsh, scorer=case.scorer, weight_by_value_norm=case.scorer != "hamming"
+    )
     for part in (slice(0, 11), slice(11, None)):
         index.append(
-            k[:, part], v[:, part], lengths=np.clip(lengths - part.start, 0, 11 if part.stop else None), backend=backend
+            k[:, part],
+            v[:, part],
+            lengths=np.clip(lengths - part.start, 0, 11 if part.stop else None),
+            backend=backend,
         )
-    options: dict[str, Any] = dict(budget=7, sink=2, window=3, group_selection=case.selection, backend=backend)
+    options: dict[str, Any] = dict(
+        budget=7, sink=2, window=3, group_selection=case.selection, backend=backend
+    )
     found: dict[str, Any] = {"codes": index.hashed.codes, "norms": index.hashed.norms}
-    found["scores"], found["selected"] = index.scores(q, backend=backend), index.select(q, **options)
+    found["scores"], found["selected"] = (
+        index.scores(q, backend=backend),
+        index.select(q, **options),
+    )
     found["sparse"] = racecore.sparse_attention(q, k, v, index, lengths=lengths, **options)
     for name, rows, keys in (("dense", query, key), ("prefill", prompt, key.copy())):
-        keys[0, -2:] = np.nan if name == "prefill" else keys[0, -2:]  # the last two queries see it, the others must not
+        keys[0, -2:] = (
+            np.nan if name == "prefill" else keys[0, -2:]
+        )  # the last two queries see it, the others must not
         n = 2 if name == "prefill" else 3  # an empty sequence has no last five tokens
-        arrays = (put(x[:n], backend) for x in (rows, keys, keys[..., :1].repeat(case.value_dim, axis=3)))
-        found[name] = racecore.sparse_attention(*arrays, None, budget=0, lengths=lengths[:n], backend=backend)
+        arrays = (
+            put(x[:n], backend) for x in (rows, keys, keys[..., :1].repeat(case.value_dim, axis=3))
+        )
+        found[name] = racecore.sparse_attention(
+            *arrays, None, budget=0, lengths=lengths[:n], backend=backend
+        )
     return {name: fetch(array) for name, array in found.items()}
 
 
 def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """End this process unless the kernels did what the reference does: of scores the same set, else nearly the same."""
+    """End this process unless the kernels did what the reference does: of scores the same set, else
+    nearly the same.
+    """
     from oracle_socket import selected_set
 
     for name in ("codes", "norms"):
@@ -104,7 +139,9 @@ def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.nda
     if not np.array_equal(scores == 0, expected["scores"] == 0):
         sys.exit(f"other scores are none in {case}")
     if case.selection == "group":
-        scores = np.add.accumulate(scores.reshape(3, case.n_kv_heads, case.group, -1), axis=2)[:, :, -1]
+        scores = np.add.accumulate(scores.reshape(3, case.n_kv_heads, case.group, -1), axis=2)[
+            :, :, -1
+        ]
     for b, length in enumerate((case.n_tokens, case.n_tokens - 3, 0)):
         for row, its in zip(found["selected"][b], scores[b], strict=True):
             tokens = selected_set(its[:length], 7, 2, 3)
@@ -123,12 +160,17 @@ def compare_best() -> None:
 
     from racecore.ops.socket import cuda as operations
 
-    n, budgets = 9000, np.array([5500, 0])  # more than a block's threads take at once; half of the zeros
+    n, budgets = (
+        9000,
+        np.array([5500, 0]),
+    )  # more than a block's threads take at once; half of the zeros
     choices = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 1.0, -1.0], np.float32)
     scores = np.random.default_rng(0).choice(choices, (2, n // 64 * 64 + 64))
     scores[:, n:] = -np.inf
     selected = operations.empty((2, 5505), np.int64)
-    operations._pick(*(put(x, "cuda") for x in (scores, np.full(2, n), budgets)), (2, 3), 0, 1, selected)
+    operations._pick(
+        *(put(x, "cuda") for x in (scores, np.full(2, n), budgets)), (2, 3), 0, 1, selected
+    )
     for row, its, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
         tokens = selected_set(np.where(np.isnan(its[:n]), np.inf, its[:n]), budget, 2, 3)
         if row != tokens + [-1] * (len(row) - len(tokens)):

@@ -1,7 +1,9 @@
-"""Run the kernels on a few problems in a process of its own, watched by a sanitiser or by the oracle.
+"""Run the kernels on a few problems in a process of its own, watched by a sanitiser or by the
+oracle.
 
-"results" compares with the oracle; "address" sees accesses outside of arrays and of the shared memory that was asked for;
-"thread", with a thread of the system for every CUDA thread, sees those that no barrier orders. `failure` starts it.
+"results" compares with the oracle; "address" sees accesses outside of arrays and of the shared
+memory that was asked for; "thread", with a thread of the system for every CUDA thread, sees those
+that no barrier orders. `failure` starts it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ _RUNTIMES = {"results": (), "address": ("libasan.so", "libubsan.so"), "thread": 
 
 
 def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> str:
-    """Return what a watcher has to say against the kernels, or against those in a changed copy of racecore/ops.
+    """Return what a watcher has to say against the kernels, or against those in a changed copy of
+    racecore/ops.
 
     Those of attention, or of SOCKET.
     """
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in _RUNTIMES[watcher]
     ]
     environment = {
@@ -40,28 +45,81 @@ def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> s
     }
     command = [sys.executable, str(_HERE), watcher, "socket" if of_socket else "attention"]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
     except subprocess.TimeoutExpired:
         return "it did not come to an end"
-    return "" if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-4000:]}"
+    return (
+        ""
+        if done.returncode == 0
+        else f"exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-4000:]}"
+    )
 
 
 def problems(watcher: str) -> list:
-    """Return problems that reach every kernel, both readouts, masks, packed sequences and all ways to share heads."""
+    """Return problems that reach every kernel, both readouts, masks, packed sequences and all ways
+    to share heads.
+    """
     from problems import PROBLEMS, Problem
 
     if watcher == "address":
         return [(problem, "bfloat16") for problem in PROBLEMS if problem.n_keys <= 150]
-    tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 3, "n_planes": 2, "beta": 1.2, "spread": 1.0}
+    tiny = {
+        "batch": None,
+        "head_dim": 5,
+        "value_dim": 3,
+        "n_tables": 3,
+        "n_planes": 2,
+        "beta": 1.2,
+        "spread": 1.0,
+    }
     # more rows and buckets than four, so that lanes meet numbers of others
     wide = tiny | {"head_dim": 70, "value_dim": 66}  # four columns for every lane
     found = [
-        Problem(0, n_queries=17, n_keys=17, n_heads=2, n_kv_heads=1, is_causal=True, mask="random", **wide),
-        Problem(1, n_queries=9, n_keys=9, n_heads=2, n_kv_heads=1, is_causal=True, readout="bucket_mean",
-                beta_per_head=True, bounds=(0, 3, 3, 9), **tiny),
-        Problem(2, n_queries=9, n_keys=17, n_heads=2, n_kv_heads=1, planes_per_head=True, has_initial_state=True, **wide),
-        Problem(3, n_queries=17, n_keys=9, n_heads=1, n_kv_heads=1, readout="bucket_mean", mask="random", **tiny),
-    ]  # fmt: skip
+        Problem(
+            0,
+            n_queries=17,
+            n_keys=17,
+            n_heads=2,
+            n_kv_heads=1,
+            is_causal=True,
+            mask="random",
+            **wide,
+        ),
+        Problem(
+            1,
+            n_queries=9,
+            n_keys=9,
+            n_heads=2,
+            n_kv_heads=1,
+            is_causal=True,
+            readout="bucket_mean",
+            beta_per_head=True,
+            bounds=(0, 3, 3, 9),
+            **tiny,
+        ),
+        Problem(
+            2,
+            n_queries=9,
+            n_keys=17,
+            n_heads=2,
+            n_kv_heads=1,
+            planes_per_head=True,
+            has_initial_state=True,
+            **wide,
+        ),
+        Problem(
+            3,
+            n_queries=17,
+            n_keys=9,
+            n_heads=1,
+            n_kv_heads=1,
+            readout="bucket_mean",
+            mask="random",
+            **tiny,
+        ),
+    ]
     if watcher == "results":
         sizes = {
             "batch": 2,
@@ -77,11 +135,15 @@ def problems(watcher: str) -> list:
             Problem(4, n_queries=1100, n_keys=1100, is_causal=True, mask="random", **sizes),
             Problem(5, n_queries=600, n_keys=1100, mask="random", **sizes),
         ]
-    return [(problem, "float32") for problem in found] + [(problem, "bfloat16") for problem in for_tensor_cores()]
+    return [(problem, "float32") for problem in found] + [
+        (problem, "bfloat16") for problem in for_tensor_cores()
+    ]
 
 
 def for_tensor_cores() -> list:
-    """Return problems in bfloat16 that tensor cores take: rows and buckets that are no multiples of 16, several warps."""
+    """Return problems in bfloat16 that tensor cores take: rows and buckets that are no multiples of
+    16, several warps.
+    """
     from problems import Problem
 
     sizes = {
@@ -93,7 +155,14 @@ def for_tensor_cores() -> list:
         "value_dim": 70,
         "n_tables": 3,
     }
-    sizes |= {"batch": None, "n_planes": 3, "beta": 1.2, "spread": 1.0, "mask": "random", "has_initial_state": True}
+    sizes |= {
+        "batch": None,
+        "n_planes": 3,
+        "beta": 1.2,
+        "spread": 1.0,
+        "mask": "random",
+        "has_initial_state": True,
+    }
     return [
         Problem(6, is_causal=True, has_d_state=True, **sizes),
         Problem(7, readout="bucket_mean", **sizes | {"head_dim": 36, "value_dim": 3}),
@@ -101,7 +170,9 @@ def for_tensor_cores() -> list:
 
 
 def past_that_changed(problem: Any, backend: str = "cuda") -> str:
-    """Return which results change where they must not, when a token late in a causal problem becomes NaN or infinite."""
+    """Return which results change where they must not, when a token late in a causal problem
+    becomes NaN or infinite.
+    """
     import numpy as np
     from devices import fetch, put
 
@@ -120,7 +191,9 @@ def past_that_changed(problem: Any, backend: str = "cuda") -> str:
             grads = racecore.attention_backward(d_out, saved)
             before = (fetch(out), fetch(grads.query))
             after = (fetch(grads.key), fetch(grads.value)) if poisoned in ("query", "d_out") else ()
-            results.append([x[..., :t, :, :] for x in before] + [x[..., t + 1 :, :, :] for x in after])
+            results.append(
+                [x[..., :t, :, :] for x in before] + [x[..., t + 1 :, :, :] for x in after]
+            )
             meets = before[1 if poisoned == "d_out" else 0][..., t, :, :].astype(np.float32)
             if value != 1 and np.isfinite(meets).all():
                 changed.append(f"nothing where {poisoned} becomes {value}")
@@ -156,10 +229,20 @@ def main() -> None:
             if watcher == "results":
                 for name, expected in run_oracle(problem, dtype).items():
                     error = relative_error(found[name], expected, 1e-2)
-                    limit = 1e-5 if dtype == "float32" else 2e-6 if found[name].dtype == "float64" else 3e-3
+                    limit = (
+                        1e-5
+                        if dtype == "float32"
+                        else 2e-6
+                        if found[name].dtype == "float64"
+                        else 3e-3
+                    )
                     if not error < limit:
                         sys.exit(f"{name} is off by {error:.1g} in {problem}")
-                if dtype == "bfloat16" and problem.is_causal and (changed := past_that_changed(problem)):
+                if (
+                    dtype == "bfloat16"
+                    and problem.is_causal
+                    and (changed := past_that_changed(problem))
+                ):
                     sys.exit(f"a later token changes {changed}")
 
 

@@ -7,20 +7,31 @@ from typing import Any
 
 import torch
 
-from racecore.adapters.torch.tensors import as_hash, as_tensor, autocast, check_tensors, same_place, target, to_array
+from racecore.adapters.torch.tensors import (
+    as_hash,
+    as_tensor,
+    autocast,
+    check_tensors,
+    same_place,
+    target,
+    to_array,
+)
 from racecore.state.race_state import RaceState
 
 __all__ = ["RaceCache"]
 
 
 class RaceCache:
-    """The decoding state of a stack of layers: one `racecore.RaceState` for each, in the order in which they first attended.
+    """The decoding state of a stack of layers: one `racecore.RaceState` for each, in the order in
+    which they first attended.
 
-    Pass the same cache to every layer, first with the prompt and then with token after token. However long the past is, a layer
-    keeps ``8 * B * G * L * R * (1 + V)`` bytes. States have no gradients: decode under ``torch.no_grad()``.
+    Pass the same cache to every layer, first with the prompt and then with token after token.
+    However long the past is, a layer keeps ``8 * B * G * L * R * (1 + V)`` bytes. States have no
+    gradients: decode under ``torch.no_grad()``.
 
-    Layers are told apart by identity, or by whatever hashable is passed for them: a layer that a model uses twice needs a
-    name for each use (`attend`), a copy of a layer starts with an empty past. One thread at a time may use a cache.
+    Layers are told apart by identity, or by whatever hashable is passed for them: a layer that a
+    model uses twice needs a name for each use (`attend`), a copy of a layer starts with an empty
+    past. One thread at a time may use a cache.
 
     For models of Hugging Face transformers, `racecore.adapters.transformers.new_cache` makes one.
 
@@ -54,11 +65,14 @@ class RaceCache:
         return len(self._states)
 
     def n_seen(self, layer: Hashable) -> int:
-        """Return the tokens that a layer has been given, padding among them: the position of the next one."""
+        """Return the tokens that a layer has been given, padding among them: the position of the
+        next one.
+        """
         return self._seen.get(layer, 0)
 
     @torch.compiler.disable(
-        reason="a RaceCache changes in place: compile the layers without it, or let the graph break here"
+        reason="a RaceCache changes in place: compile the layers without it, or let the graph "
+        "break here"
     )
     def attend(
         self,
@@ -97,9 +111,16 @@ class RaceCache:
         """
         check_tensors(query=query, key=key, value=value, key_mask=key_mask)
         query, key, value = autocast(query, key, value)
-        watched = [x for x in (query, key, value, planes, beta) if isinstance(x, torch.Tensor) and x.requires_grad]
+        watched = [
+            x
+            for x in (query, key, value, planes, beta)
+            if isinstance(x, torch.Tensor) and x.requires_grad
+        ]
         if torch.is_grad_enabled() and watched:
-            raise RuntimeError("a RaceCache keeps no gradients: decode under torch.no_grad() or torch.inference_mode()")
+            raise RuntimeError(
+                "a RaceCache keeps no gradients: decode under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
         lsh = as_hash(planes, beta)
         state = self._states.get(layer)
         if state is None:
@@ -115,8 +136,12 @@ class RaceCache:
         return as_tensor(result)
 
     def select(self, batch_indices: Any) -> None:
-        """Keep the sequences at `batch_indices`, in that order, in place; repeats are legal (beam search)."""
-        indices = batch_indices.tolist() if isinstance(batch_indices, torch.Tensor) else batch_indices
+        """Keep the sequences at `batch_indices`, in that order, in place; repeats are legal (beam
+        search).
+        """
+        indices = (
+            batch_indices.tolist() if isinstance(batch_indices, torch.Tensor) else batch_indices
+        )
         self._states = {layer: state.select(indices) for layer, state in self._states.items()}
 
     def copy(self) -> RaceCache:
@@ -131,7 +156,8 @@ class RaceCache:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a RaceCache is not pickled, as it knows layers by identity; save its `states`, each by RaceState.save"
+            "a RaceCache is not pickled, as it knows layers by identity; save its `states`, each "
+            "by RaceState.save"
         )
 
     def reset(self) -> None:

@@ -46,8 +46,9 @@ def race_attention(
     query : Tensor, shape [B, Tq, H, D]
     key : Tensor, shape [B, Tk, G, D]
     value : Tensor, shape [B, Tk, G, V]
-        Tokens come before heads. On the CPU or on one GPU, of one dtype: float16, bfloat16, float32 or float64; any strides.
-        Without a batch axis, [T, heads, dim]. Under autocast they are cast to its dtype, as for PyTorch's own attention.
+        Tokens come before heads. On the CPU or on one GPU, of one dtype: float16, bfloat16, float32
+        or float64; any strides. Without a batch axis, [T, heads, dim]. Under autocast they are cast
+        to its dtype, as for PyTorch's own attention.
     planes : Tensor, shape [L, P, D] or [H, L, P, D]
         Hyperplanes of the hash, such as ``torch.from_numpy(lsh.planes.copy())``.
     beta : Tensor, shape [] or [H], or float
@@ -84,7 +85,8 @@ def race_attention(
     check_tensors(query=query, key=key, value=value, key_mask=key_mask, cu_seqlens=cu_seqlens)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, ...): give the tensors a "
+            "race_attention does not go through the transforms of torch.func (vmap, grad, jvp, "
+            "...): give the tensors a "
             "batch axis in place of vmap, and take gradients with torch.autograd"
         )
     query, key, value = autocast(query, key, value)
@@ -115,7 +117,8 @@ def race_sdpa(
     lsh: Any,
     readout: str = "ratio",
 ) -> torch.Tensor:
-    """Compute RACE attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`.
+    """Compute RACE attention with the arguments of
+    `torch.nn.functional.scaled_dot_product_attention`.
 
     Parameters
     ----------
@@ -133,8 +136,8 @@ def race_sdpa(
     enable_gqa : bool
         Allow fewer key/value heads than query heads.
     lsh : SoftLSH, or a module
-        The hash. A module has tensors `planes` and `beta`, as `RaceAttention` does; gradients flow to them, and
-        ``torch.compile(fullgraph=True)`` can go through.
+        The hash. A module has tensors `planes` and `beta`, as `RaceAttention` does; gradients flow
+        to them, and ``torch.compile(fullgraph=True)`` can go through.
     readout : {"ratio", "bucket_mean"}
         See `racecore.attention`.
 
@@ -151,49 +154,71 @@ def race_sdpa(
     _refuse_scores(attn_mask, dropout_p, scale)
     if not isinstance(lsh, SoftLSH) and not (hasattr(lsh, "planes") and hasattr(lsh, "beta")):
         raise TypeError(
-            f"lsh must be a racecore.SoftLSH, such as SoftLSH.random(head_dim=64), got {type(lsh).__qualname__}"
+            "lsh must be a racecore.SoftLSH, such as SoftLSH.random(head_dim=64), got "
+            f"{type(lsh).__qualname__}"
         )
     shapes = [tuple(x.shape) for x in (query, key, value)]
-    if any(len(shape) not in (3, 4) for shape in shapes) or len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"query, key and value must all be [B, heads, T, dim] or all [heads, T, dim], got {shapes}")
+    if (
+        any(len(shape) not in (3, 4) for shape in shapes)
+        or len({len(shape) for shape in shapes}) > 1
+    ):
+        raise ValueError(
+            "query, key and value must all be [B, heads, T, dim] or all [heads, T, dim], got "
+            f"{shapes}"
+        )
     if shapes[0][-3] != shapes[1][-3] and not enable_gqa:
         raise ValueError(
-            f"the query has {shapes[0][-3]} heads and the key {shapes[1][-3]}: pass enable_gqa=True for grouped queries"
+            f"the query has {shapes[0][-3]} heads and the key {shapes[1][-3]}: pass "
+            "enable_gqa=True for grouped queries"
         )
     q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
     planes, beta = _tensors_of(lsh) if isinstance(lsh, SoftLSH) else (lsh.planes, lsh.beta)
-    return race_attention(q, k, v, planes, beta, is_causal=is_causal, readout=readout).transpose(-3, -2)
+    return race_attention(q, k, v, planes, beta, is_causal=is_causal, readout=readout).transpose(
+        -3, -2
+    )
 
 
 @torch.compiler.disable(
-    reason="a SoftLSH is not made of tensors: give race_sdpa a module with planes and beta to compile it"
+    reason="a SoftLSH is not made of tensors: give race_sdpa a module with planes and beta to "
+    "compile it"
 )
 def _tensors_of(lsh: SoftLSH) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(lsh.planes, dtype=torch.float64), torch.tensor(lsh.beta, dtype=torch.float64)
+    return torch.tensor(lsh.planes, dtype=torch.float64), torch.tensor(
+        lsh.beta, dtype=torch.float64
+    )
 
 
 def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> None:
     if attn_mask is not None:
         raise ValueError(
-            "attn_mask must be None: keys are summed before a query meets them, so no single pair can be masked; race_attention "
-            "takes key_mask (padding) and cu_seqlens (packed sequences), and is_causal=True is the causal mask"
+            "attn_mask must be None: keys are summed before a query meets them, so no single pair "
+            "can be masked; race_attention "
+            "takes key_mask (padding) and cu_seqlens (packed sequences), and is_causal=True is "
+            "the causal mask"
         )
     if dropout_p:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: there are no weights of single pairs to drop")
+        raise ValueError(
+            f"dropout_p must be 0, got {dropout_p}: there are no weights of single pairs to drop"
+        )
     if scale is not None:
         raise ValueError(
-            f"scale must be None, got {scale}: rows are hashed as they come; multiply the query and the key, or choose beta"
+            f"scale must be None, got {scale}: rows are hashed as they come; multiply the query "
+            "and the key, or choose beta"
         )
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:
     """Refuse forward-mode differentiation, where a tensor takes part in it."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("race_attention has no forward-mode derivative; take gradients with torch.autograd")
+        raise NotImplementedError(
+            "race_attention has no forward-mode derivative; take gradients with torch.autograd"
+        )
 
 
 def _is_traced(query: torch.Tensor) -> bool:
-    """Tell whether somebody writes down what is computed, or tensors have no numbers: that needs operators; see `operator`."""
+    """Tell whether somebody writes down what is computed, or tensors have no numbers: that needs
+    operators; see `operator`.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -212,7 +237,11 @@ def _arrays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tupl
 
 
 def _without_gradient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lsh: SoftLSH, options: tuple[Any, ...]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lsh: SoftLSH,
+    options: tuple[Any, ...],
 ) -> torch.Tensor:
     with same_place(query):
         out = target((*query.shape[:-1], value.shape[-1]), query)
@@ -221,19 +250,31 @@ def _without_gradient(
 
 
 class _Attention(torch.autograd.Function):
-    """Forward and backward of racecore. All tensors are kept by autograd, so that checkpointing can drop them."""
+    """Forward and backward of racecore. All tensors are kept by autograd, so that checkpointing can
+    drop them.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
         """Compute, and give autograd what backward needs."""
-        wrt = [name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed]
+        wrt = [
+            name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed
+        ]
         with same_place(query):
             out = target((*query.shape[:-1], value.shape[-1]), query)
             result, saved = attention_forward(
-                *_arrays(query, key, value), as_hash(planes, beta), out=out, wrt=wrt,
+                *_arrays(query, key, value),
+                as_hash(planes, beta),
+                out=out,
+                wrt=wrt,
                 **array_options(is_causal, readout, key_mask, cu_seqlens),
-            )  # fmt: skip
-            states = [as_tensor(state) for states in saved.states if states is not None for state in states]
+            )
+            states = [
+                as_tensor(state)
+                for states in saved.states
+                if states is not None
+                for state in states
+            ]
         ctx.counts = [None if states is None else len(states) for states in saved.states]
         ctx.saved = saved.without_inputs()
         kept_beta = beta if isinstance(beta, torch.Tensor) else None  # a number needs no gradient
@@ -255,8 +296,13 @@ def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.
     """Bring what forward kept together again and compute the gradients that are wanted."""
     wrt = ctx.saved.wrt
     with same_place(tensors[0]):
-        out = [target(tuple(x.shape), x) if name in wrt else None for name, x in zip(WANTED, tensors, strict=False)]
-        states = tuple(n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts)
+        out = [
+            target(tuple(x.shape), x) if name in wrt else None
+            for name, x in zip(WANTED, tensors, strict=False)
+        ]
+        states = tuple(
+            n if n is None else [to_array(next(flat)) for _ in range(n)] for n in ctx.counts
+        )
         mask = None if key_mask is None else to_array(key_mask)
         saved = ctx.saved.with_inputs(*_arrays(*tensors), mask, states)
         grads = attention_backward(to_array(d_out), saved, out=Gradients(*out))

@@ -32,8 +32,8 @@ class RaceAttention(nn.Module):
     beta : float or sequence of float
         Sharpness of the hash to begin with; one value per head gives every head its own.
     learn_beta, learn_planes : bool
-        Whether they are parameters; else they are buffers. Both are in the state dict either way, so that a loaded model
-        hashes as the saved one did, whatever `rng` was.
+        Whether they are parameters; else they are buffers. Both are in the state dict either way,
+        so that a loaded model hashes as the saved one did, whatever `rng` was.
     is_causal : bool
         Token i sees tokens 0 ... i.
     readout : {"ratio", "bucket_mean"}
@@ -43,8 +43,9 @@ class RaceAttention(nn.Module):
     rng : int or what else `numpy.random.default_rng` takes
         Draws the planes. Layers of one model want different ones.
     rope_base : float, optional
-        Rotate queries and keys by their positions (rotary embedding, in halves as in LLaMA), with wavelengths up to
-        ``2 pi rope_base``; 10,000 is usual. None means no rotation. Needs an even head dim.
+        Rotate queries and keys by their positions (rotary embedding, in halves as in LLaMA), with
+        wavelengths up to ``2 pi rope_base``; 10,000 is usual. None means no rotation. Needs an even
+        head dim.
     device, dtype
         Of the parameters, as in any module.
 
@@ -90,12 +91,22 @@ class RaceAttention(nn.Module):
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
         if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {kv_heads}"
+            )
         if readout not in READOUTS:
-            raise ValueError(f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, embed_dim // num_heads
+            raise ValueError(
+                f"readout must be one of {', '.join(map(repr, READOUTS))}, got {readout!r}"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            num_heads,
+            kv_heads,
+            embed_dim // num_heads,
+        )
         if rope_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head dim, got {self.head_dim}")
         self.is_causal, self.readout, self.rope_base = is_causal, readout, rope_base
@@ -106,12 +117,18 @@ class RaceAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **options)
         lsh = SoftLSH.random(self.head_dim, n_tables, n_planes, beta, rng)
         if lsh.n_heads not in (None, num_heads):
-            raise ValueError(f"beta has {lsh.n_heads} values, which must be 1 or num_heads = {num_heads}")
+            raise ValueError(
+                f"beta has {lsh.n_heads} values, which must be 1 or num_heads = {num_heads}"
+            )
         self._drawn = lsh  # for `reset_parameters`
-        add_hash(self, lsh, learn_beta=learn_beta, learn_planes=learn_planes, device=device, dtype=dtype)
+        add_hash(
+            self, lsh, learn_beta=learn_beta, learn_planes=learn_planes, device=device, dtype=dtype
+        )
 
     def reset_parameters(self) -> None:
-        """Draw the projections anew, and set planes and beta back to what `rng` gave: also after ``to_empty``."""
+        """Draw the projections anew, and set planes and beta back to what `rng` gave: also after
+        ``to_empty``.
+        """
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             projection.reset_parameters()
         with torch.no_grad():
@@ -137,7 +154,8 @@ class RaceAttention(nn.Module):
         cu_seqlens : integer Tensor, shape [n + 1], optional
             Boundaries of sequences packed along T; B must be 1.
         positions : integer Tensor, shape [T] or [B, T], optional
-            For the rotary embedding. None counts from 0, from where the cache ends, or from where each packed sequence begins.
+            For the rotary embedding. None counts from 0, from where the cache ends, or from where
+            each packed sequence begins.
         cache : RaceCache, optional
             What came before; these tokens are added to it. Without gradients.
 
@@ -158,34 +176,66 @@ class RaceAttention(nn.Module):
             query, key = _rotated((query, key), positions, self.rope_base)
         if cache is None:
             out = race_attention(
-                query, key, value, self.planes, self.beta, is_causal=self.is_causal, readout=self.readout,
-                key_mask=key_mask, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                self.planes,
+                self.beta,
+                is_causal=self.is_causal,
+                readout=self.readout,
+                key_mask=key_mask,
+                cu_seqlens=cu_seqlens,
+            )
         else:
             if not self.is_causal:
-                raise ValueError("cache needs a causal layer: a past that later tokens change cannot be kept")
+                raise ValueError(
+                    "cache needs a causal layer: a past that later tokens change cannot be kept"
+                )
             if cu_seqlens is not None:
                 raise ValueError(
-                    "cache and cu_seqlens were both given; decode sequences as a batch, padding behind key_mask"
+                    "cache and cu_seqlens were both given; decode sequences as a batch, padding "
+                    "behind key_mask"
                 )
-            out = cache.attend(self, query, key, value, self.planes, self.beta, readout=self.readout, key_mask=key_mask)
+            out = cache.attend(
+                self,
+                query,
+                key,
+                value,
+                self.planes,
+                self.beta,
+                readout=self.readout,
+                key_mask=key_mask,
+            )
         return self.o_proj(out.reshape(batch, n_tokens, self.num_heads * self.head_dim))
 
     def extra_repr(self) -> str:
         """Return what `print` shows beside the projections."""
         n_tables, n_planes = self.planes.shape[-3:-1]
         return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, n_tables={n_tables}, "
-            f"n_planes={n_planes}, is_causal={self.is_causal}, readout={self.readout!r}, rope_base={self.rope_base}"
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, n_tables={n_tables}, "
+            f"n_planes={n_planes}, is_causal={self.is_causal}, readout={self.readout!r}, "
+            f"rope_base={self.rope_base}"
         )
 
 
 def add_hash(
-    module: nn.Module, lsh: SoftLSH, *, learn_beta: bool, learn_planes: bool, device: Any = None, dtype: Any = None
+    module: nn.Module,
+    lsh: SoftLSH,
+    *,
+    learn_beta: bool,
+    learn_planes: bool,
+    device: Any = None,
+    dtype: Any = None,
 ) -> None:
-    """Give a module `planes` and `beta`: parameters where they are learned, else buffers of the state dict."""
+    """Give a module `planes` and `beta`: parameters where they are learned, else buffers of the
+    state dict.
+    """
     options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-    for name, array, is_learned in (("planes", lsh.planes, learn_planes), ("beta", lsh.beta, learn_beta)):
+    for name, array, is_learned in (
+        ("planes", lsh.planes, learn_planes),
+        ("beta", lsh.beta, learn_beta),
+    ):
         tensor = torch.tensor(array, **options)
         if is_learned:
             module.register_parameter(name, nn.Parameter(tensor))
@@ -193,8 +243,12 @@ def add_hash(
             module.register_buffer(name, tensor)
 
 
-def _positions(n_tokens: int, past: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Return the positions of tokens that follow `past` others, or that start afresh in every packed sequence: [T]."""
+def _positions(
+    n_tokens: int, past: int, cu_seqlens: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Return the positions of tokens that follow `past` others, or that start afresh in every
+    packed sequence: [T].
+    """
     positions = torch.arange(past, past + n_tokens, device=device)
     if cu_seqlens is None:
         return positions
@@ -203,12 +257,21 @@ def _positions(n_tokens: int, past: int, cu_seqlens: torch.Tensor | None, device
     return positions - bounds[first]
 
 
-def _rotated(rows: tuple[torch.Tensor, ...], positions: torch.Tensor, base: float) -> tuple[torch.Tensor, ...]:
-    """Rotate pairs (x[d], x[d + D/2]) of rows [B, T, heads, D] by angles that grow with their positions [T] or [B, T]."""
+def _rotated(
+    rows: tuple[torch.Tensor, ...], positions: torch.Tensor, base: float
+) -> tuple[torch.Tensor, ...]:
+    """Rotate pairs (x[d], x[d + D/2]) of rows [B, T, heads, D] by angles that grow with their
+    positions [T] or [B, T].
+    """
     half = rows[0].shape[-1] // 2
-    # float64: at position 1,000,000 angles in float32 are off by 0.03, and from 2^24 on neighbours have the same
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) * (-math.log(base) / half)
-    angles = (positions.to(torch.float64)[..., None] * exponents.exp())[..., None, :]  # [T, 1, D/2] or [B, T, 1, D/2]
+    # float64: at position 1,000,000 angles in float32 are off by 0.03, and from 2^24 on neighbours
+    # have the same
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) * (
+        -math.log(base) / half
+    )
+    angles = (positions.to(torch.float64)[..., None] * exponents.exp())[
+        ..., None, :
+    ]  # [T, 1, D/2] or [B, T, 1, D/2]
     cos, sin = angles.cos(), angles.sin()
     turned = []
     for x in rows:

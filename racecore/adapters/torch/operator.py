@@ -1,15 +1,24 @@
 """What the compiler sees: two operators whose shapes it knows and whose insides it leaves alone.
 
-`torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need operators. Backward takes
-nothing from forward but its inputs and sums the keys again, since what eager mode keeps (`function`) differs in shape from
-plan to plan. In eager mode operators would cost a hundred microseconds a call.
+`torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need
+operators. Backward takes nothing from forward but its inputs and sums the keys again, since what
+eager mode keeps (`function`) differs in shape from plan to plan. In eager mode operators would cost
+a hundred microseconds a call.
 """
 
 from __future__ import annotations
 
 import torch
 
-from racecore.adapters.torch.tensors import array_options, as_hash, as_like, as_tensor, same_place, target, to_array
+from racecore.adapters.torch.tensors import (
+    array_options,
+    as_hash,
+    as_like,
+    as_tensor,
+    same_place,
+    target,
+    to_array,
+)
 from racecore.gradients import Gradients
 from racecore.race_attention import attention, attention_backward, saved_without_forward
 
@@ -20,9 +29,16 @@ WANTED = ("query", "key", "value", "planes", "beta")
 
 @torch.library.custom_op("racecore::attention", mutates_args=())
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor, beta: torch.Tensor,
-    key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor,
+    beta: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    is_causal: bool,
+    readout: str,
+) -> torch.Tensor:
     """Compute attention."""
     with same_place(query):
         options = array_options(is_causal, readout, key_mask, cu_seqlens)
@@ -38,24 +54,41 @@ def _(query, key, value, planes, beta, key_mask, cu_seqlens, is_causal, readout)
 
 @torch.library.custom_op("racecore::attention_backward", mutates_args=())
 def attend_backward(
-    d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, planes: torch.Tensor,
-    beta: torch.Tensor, key_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, is_causal: bool, readout: str,
+    d_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    planes: torch.Tensor,
+    beta: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    is_causal: bool,
+    readout: str,
     wrt: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Compute the gradients of query, key, value, planes and beta; those that `wrt` does not name are empty."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradients of query, key, value, planes and beta; those that `wrt` does not name
+    are empty.
+    """
     names = wrt.split()
     tensors = {"query": query, "key": key, "value": value}
     with same_place(query):
         options = array_options(is_causal, readout, key_mask, cu_seqlens)
         targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
         saved = saved_without_forward(
-            to_array(query), to_array(key), to_array(value), as_hash(planes, beta), wrt=names, **options
+            to_array(query),
+            to_array(key),
+            to_array(value),
+            as_hash(planes, beta),
+            wrt=names,
+            **options,
         )
         grads = attention_backward(to_array(d_out), saved, out=Gradients(**targets))
         found = [None if grad is None else as_tensor(grad) for grad in grads[:3]]
         found += [as_like(grads.planes, planes), as_like(grads.beta, beta)]
     empty = [x.new_empty(0) for x in (query, key, value, planes, beta)]
-    d_query, d_key, d_value, d_planes, d_beta = (y if x is None else x for x, y in zip(found, empty, strict=True))
+    d_query, d_key, d_value, d_planes, d_beta = (
+        y if x is None else x for x, y in zip(found, empty, strict=True)
+    )
     return d_query, d_key, d_value, d_planes, d_beta
 
 
@@ -84,7 +117,8 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 def no_second_derivative(ctx, *d_grads):
     """Say so: what differentiating `attend_backward` comes to, and the gradients of eager mode."""
     raise NotImplementedError(
-        "racecore has first derivatives only: the gradients of race_attention cannot be differentiated again"
+        "racecore has first derivatives only: the gradients of race_attention cannot be "
+        "differentiated again"
     )
 
 

@@ -1,7 +1,9 @@
-"""From tensors to arrays and back, without copies; the stream and the number of threads that PyTorch would use.
+"""From tensors to arrays and back, without copies; the stream and the number of threads that
+PyTorch would use.
 
-The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), tensors that autograd watches are detached knowingly
-(`function` tells autograd of the results), and tensors on a GPU must be used on the stream that PyTorch works on.
+The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), tensors that autograd
+watches are detached knowingly (`function` tells autograd of the results), and tensors on a GPU must
+be used on the stream that PyTorch works on.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ _MOST_BYTES = 1 << 15  # of planes whose hash is kept for the next call
 
 
 def to_array(tensor: torch.Tensor) -> Any:
-    """View a tensor as a NumPy array, or as a CuPy array where it is on a GPU; what autograd watches is left behind."""
+    """View a tensor as a NumPy array, or as a CuPy array where it is on a GPU; what autograd
+    watches is left behind.
+    """
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.device.type == "cpu":
@@ -69,34 +73,48 @@ def as_tensor(array: Any) -> torch.Tensor:
 
 
 def as_like(gradient: Any, tensor: Any) -> torch.Tensor | None:
-    """Return a gradient of planes or beta, float64 or a float, in the dtype and on the device of what it belongs to."""
+    """Return a gradient of planes or beta, float64 or a float, in the dtype and on the device of
+    what it belongs to.
+    """
     if gradient is None:
         return None
-    found = as_tensor(gradient) if hasattr(gradient, "dtype") else torch.tensor(gradient, dtype=torch.float64)
+    found = (
+        as_tensor(gradient)
+        if hasattr(gradient, "dtype")
+        else torch.tensor(gradient, dtype=torch.float64)
+    )
     return found.to(device=tensor.device, dtype=tensor.dtype)
 
 
 def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
-    """Return an array on a GPU in memory from PyTorch's pool to write a result to; None on the host, where racecore allocates."""
+    """Return an array on a GPU in memory from PyTorch's pool to write a result to; None on the
+    host, where racecore allocates.
+    """
     if like.device.type == "cpu":
         return None
     return to_array(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
-    """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are waited for."""
+    """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are
+    waited for.
+    """
     array = to_array(planes if planes.device.type == "cpu" else planes.cpu())
     number = beta.tolist() if hasattr(beta, "tolist") else beta  # a float for one that has no axes
     if isinstance(number, list):
         number = tuple(number)
-    if array.nbytes > _MOST_BYTES or (isinstance(number, tuple) and any(isinstance(x, list) for x in number)):
+    if array.nbytes > _MOST_BYTES or (
+        isinstance(number, tuple) and any(isinstance(x, list) for x in number)
+    ):
         return SoftLSH(array, number)
     return _hash_of(array.shape, array.dtype, array.tobytes(), number)
 
 
 @lru_cache(maxsize=128)
 def _hash_of(shape: tuple[int, ...], dtype: np.dtype, planes: bytes, beta: Any) -> SoftLSH:
-    """Return the same hash for the same numbers: a `SoftLSH` keeps what kernels want of it, which takes time to make."""
+    """Return the same hash for the same numbers: a `SoftLSH` keeps what kernels want of it, which
+    takes time to make.
+    """
     return SoftLSH(np.frombuffer(planes, dtype).reshape(shape), beta)
 
 
@@ -106,7 +124,10 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in tensors)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
+        for x in tensors
+    )
 
 
 def check_tensors(**named: Any) -> None:
@@ -114,17 +135,22 @@ def check_tensors(**named: Any) -> None:
     for name, tensor in named.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(tensor).__qualname__}; torch.as_tensor makes one"
+                f"{name} must be a torch.Tensor, got {type(tensor).__qualname__}; torch.as_tensor "
+                "makes one"
             )
     query, key, value = named["query"].device, named["key"].device, named["value"].device
     if not query == key == value:
-        raise ValueError(f"query, key and value must be on one device, got {query}, {key} and {value}")
+        raise ValueError(
+            f"query, key and value must be on one device, got {query}, {key} and {value}"
+        )
 
 
 def same_place(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Compute where PyTorch does: with its number of threads, or on the current stream of the tensor's GPU.
+    """Compute where PyTorch does: with its number of threads, or on the current stream of the
+    tensor's GPU.
 
-    `racecore.threads` has precedence. A data loader's worker has one thread for PyTorch, and so for racecore.
+    `racecore.threads` has precedence. A data loader's worker has one thread for PyTorch, and so for
+    racecore.
     """
     if tensor.device.type != "cpu":
         return _on_its_stream(tensor)

@@ -1,7 +1,8 @@
-"""Bidirectional attention through a sketch: Numba kernels, one block of tokens at a time; see `reference` for the plain form.
+"""Bidirectional attention through a sketch: Numba kernels, one block of tokens at a time; see
+`reference` for the plain form.
 
-No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a few blocks are float32
-(or the dtype of the arithmetic), sums over those float64.
+No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a few
+blocks are float32 (or the dtype of the arithmetic), sums over those float64.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ from racecore.ops.cpu.states import (
     start,
 )
 from racecore.ops.simd.memory import clear_rows
-from racecore.ops.simd.products import NOTHING, Ahead, Source, expand, project, project_wide, transpose
+from racecore.ops.simd.products import (
+    NOTHING,
+    Ahead,
+    Source,
+    expand,
+    project,
+    project_wide,
+    transpose,
+)
 from racecore.ops.simd.tiles import fence
 from racecore.ops.simd.vectors import lanes
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
@@ -84,14 +93,16 @@ def sum_keys(part: Problem, sketch: Sketch) -> None:
 def _are_groups(chunk: np.ndarray, sketch: Sketch) -> bool:
     """Tell whether every sequence is one segment of one group.
 
-    A kernel then adds to every state once, and may as well do it in place: the same bits, but no states of segments.
+    A kernel then adds to every state once, and may as well do it in place: the same bits, but no
+    states of segments.
     """
     n_tokens = chunk[:, 3] - chunk[:, 2]
     return chunking.are_whole(chunk, len(sketch.flat)) and bool(n_tokens.max(initial=0) <= GROUP)
 
 
 def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
-    """Add few keys and values to `sketch` and their numbers to `lengths` [N], in one launch: no interrupt can cut that.
+    """Add few keys and values to `sketch` and their numbers to `lengths` [N], in one launch: no
+    interrupt can cut that.
 
     Returns
     -------
@@ -119,8 +130,12 @@ def sum_segments(call: Call, sums: np.ndarray) -> int:
 
 
 @kernel
-def _sum_keys(call: Call, first: int, last: int, sums: np.ndarray, add: bool, counts: np.ndarray) -> None:
-    """Write the sum of every segment to its row of `sums`, or add it there; add its keys to `counts`, unless that is empty."""
+def _sum_keys(
+    call: Call, first: int, last: int, sums: np.ndarray, add: bool, counts: np.ndarray
+) -> None:
+    """Write the sum of every segment to its row of `sums`, or add it there; add its keys to
+    `counts`, unless that is empty.
+    """
     w, partial = new_scratch(call), new_partial(call)
     straight_k, straight_v = how_to_hash(call, 0), how_to_add(w.phi_k.shape[0])
     for task in range(first, last):
@@ -157,7 +172,9 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 
 
 @kernel
-def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray) -> None:
+def _sum_keys_backward(
+    call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray
+) -> None:
     w, d_state = new_scratch(call), new_states(call)
     heads = call.beta.shape[0] // call.n_kv_heads
     straight_k = how_to_hash(call, hash_parts.shape[2])
@@ -178,13 +195,19 @@ def _sum_keys_backward(call: Call, first: int, last: int, d_states: np.ndarray, 
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
                 ask_state(d_state, i, keys.v, n, w, keys.next_v)
-                d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0)
+                d_v = rows_to_write(
+                    call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0
+                )
                 expand(w.phi_k, d_state.value_sum[i], w.phi_k.shape[0], n, d_v)
                 # mass += phi_k
                 add_mass(d_state.mass[i], w.d_phi)
                 # phi_k = hash_block(k)
-                d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m])
+                d_k = rows_to_write(
+                    call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0
+                )
+                hash_block_backward(
+                    hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m]
+                )
                 if share == heads - 1:
                     store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
                     store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
@@ -228,7 +251,9 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(states[owner, m] if at_once else state.mass[m - m0], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
-                o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, not at_once, False)
+                o = rows_to_write(
+                    call.table, OUT, (b, t, h), call.value_dim, w.o, not at_once, False
+                )
                 if at_once:
                     expand_state(w.rho, states[owner, m], n, w.o)
                 else:
@@ -245,7 +270,9 @@ def read_out_backward(
         call = make_call(part, chunk, d_out=d_out, d_query=grads.query)
         hash_parts = empty_hash_parts(part, chunk, grads.hash)
         if _are_groups(chunk, sketch):
-            n_tokens = launch(_read_out_backward, call, sketch.flat, d_sketch.flat, True, hash_parts)
+            n_tokens = launch(
+                _read_out_backward, call, sketch.flat, d_sketch.flat, True, hash_parts
+            )
         else:
             d_sums = arrays.empty((len(chunk), *sketch.flat.shape[1:]), np.float64)
             n_tokens = launch(_read_out_backward, call, sketch.flat, d_sums, False, hash_parts)
@@ -259,11 +286,20 @@ def read_out_backward(
 
 @kernel
 def _read_out_backward(
-    call: Call, first: int, last: int, states: np.ndarray, d_sums: np.ndarray, add: bool, hash_parts: np.ndarray
+    call: Call,
+    first: int,
+    last: int,
+    states: np.ndarray,
+    d_sums: np.ndarray,
+    add: bool,
+    hash_parts: np.ndarray,
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.beta.shape[0]
-    straight_q, straight_g = how_to_hash(call, hash_parts.shape[2]), WIDENED if w.rho.shape[0] == 8 else COPIED
+    straight_q, straight_g = (
+        how_to_hash(call, hash_parts.shape[2]),
+        WIDENED if w.rho.shape[0] == 8 else COPIED,
+    )
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -284,13 +320,26 @@ def _read_out_backward(
                 # out = rho.T @ value_sum
                 ask_state(state, i, g, n, w, next_g)
                 # rho = weigh(phi_q, mass)
-                weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
+                weigh_backward(
+                    w.d_phi,
+                    w.phi_q,
+                    w.mass,
+                    w.factor,
+                    w.rho,
+                    call.n_tables,
+                    call.bucket_mean,
+                    w.d_mass,
+                )
                 clear_after(n, w.d_mass)
                 add_block(w.d_mass, w.rho, g, n, i, partial, NOTHING)
                 if group_ends(t, begin, end) and h % repeats == repeats - 1:
                     flush(partial, i, d_sums[index, m])
                 # phi_q = hash_block(q)
-                d_q = rows_to_write(call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False)
-                hash_block_backward(hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, hash_parts[index, m])
+                d_q = rows_to_write(
+                    call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False
+                )
+                hash_block_backward(
+                    hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, hash_parts[index, m]
+                )
                 store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
     fence()

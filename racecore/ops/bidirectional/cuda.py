@@ -1,4 +1,6 @@
-"""Bidirectional attention through a sketch on a GPU: launches of the kernels in kernels.cu; see `reference`."""
+"""Bidirectional attention through a sketch on a GPU: launches of the kernels in kernels.cu; see
+`reference`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def sum_keys(part: Problem, sketch: Sketch) -> None:
 
 def sum_segments(part: Problem, call: Call, sums: Any) -> int:
     """Sum keys and values of each segment into sums [n, M, S*(1+V)]. Return the number of tokens."""
-    return launch(_FILE, "sum_keys", call, part.n_state_heads, Scratch(state_sums=1, weights=1), sums)
+    return launch(
+        _FILE, "sum_keys", call, part.n_state_heads, Scratch(state_sums=1, weights=1), sums
+    )
 
 
 def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
@@ -52,10 +56,21 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
     scratch = Scratch(states=1, weights=2, hash_sums=True)
     with key_gradients(part, grads, None) as (wide, sums, _):
         for chunk in chunking.chunks(part, "key"):
-            call = make_call(wide, chunk, d_key=sums.key, d_value=sums.value, hash_width=hash_width(grads.hash))
+            call = make_call(
+                wide, chunk, d_key=sums.key, d_value=sums.value, hash_width=hash_width(grads.hash)
+            )
             parts = empty_hash_parts(chunk, part.n_state_heads, grads.hash)
             for share in range(shares(part)):
-                launch(_FILE, "sum_keys_backward", call, part.n_kv_heads, scratch, d_sketch.flat, parts, share=share)
+                launch(
+                    _FILE,
+                    "sum_keys_backward",
+                    call,
+                    part.n_kv_heads,
+                    scratch,
+                    d_sketch.flat,
+                    parts,
+                    share=share,
+                )
             if grads.hash is not None:
                 scan(np.zeros_like(chunk[:, 0]), parts, grads.hash[1:])
             progress.advance(call.n_tokens)
@@ -66,7 +81,14 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
     for chunk in chunking.chunks(part, "query"):
         call = make_call(part, chunk, out=out)
         progress.advance(
-            launch(_FILE, "read_out", call, part.n_heads, Scratch(states=1, masses=1, weights=2), sketch.flat)
+            launch(
+                _FILE,
+                "read_out",
+                call,
+                part.n_heads,
+                Scratch(states=1, masses=1, weights=2),
+                sketch.flat,
+            )
         )
 
 
@@ -76,10 +98,14 @@ def read_out_backward(
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
     scratch = Scratch(states=1, state_sums=1, masses=1, weights=4, hash_sums=True)
     for chunk in chunking.chunks(part, "query"):
-        call = make_call(part, chunk, d_out=d_out, d_query=grads.query, hash_width=hash_width(grads.hash))
+        call = make_call(
+            part, chunk, d_out=d_out, d_query=grads.query, hash_width=hash_width(grads.hash)
+        )
         d_sums = new_sums(part, len(chunk), part.n_heads)
         parts = empty_hash_parts(chunk, part.n_heads, grads.hash)
-        n_tokens = launch(_FILE, "read_out_backward", call, part.n_heads, scratch, sketch.flat, d_sums, parts)
+        n_tokens = launch(
+            _FILE, "read_out_backward", call, part.n_heads, scratch, sketch.flat, d_sums, parts
+        )
         scan(chunk[:, 0], d_sums, d_sketch.flat)
         if grads.hash is not None:
             scan(np.zeros_like(chunk[:, 0]), parts, grads.hash[:1])

@@ -1,4 +1,6 @@
-"""Bidirectional attention through a sketch, in plain NumPy, each gradient right under what it inverts."""
+"""Bidirectional attention through a sketch, in plain NumPy, each gradient right under what it
+inverts.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,15 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
             # value_sum += phi_k * v
             d_phi_k = np.einsum("msv,tmv->tms", d_value_sum, v)
             if grads.value is not None:
-                store_key_rows(grads.value, batch, begin, end, np.einsum("tms,msv->tmv", phi_k, d_value_sum))
+                store_key_rows(
+                    grads.value, batch, begin, end, np.einsum("tms,msv->tmv", phi_k, d_value_sum)
+                )
             # mass += phi_k
             d_phi_k += d_sketch.mass[n].astype(part.dtype)
             # phi_k = soft_hash(k) * keep
-            d_k, d_planes, d_beta = soft_hash_backward(d_phi_k * keep[:, None, None], k, part.planes, part.beta)
+            d_k, d_planes, d_beta = soft_hash_backward(
+                d_phi_k * keep[:, None, None], k, part.planes, part.beta
+            )
             if grads.key is not None:
                 store_key_rows(grads.key, batch, begin, end, d_k)
             add_hash_gradient(None if grads.hash is None else grads.hash[1], d_planes, d_beta)

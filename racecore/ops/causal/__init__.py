@@ -1,1 +1,3 @@
-"""Every query sees the keys up to and including its own token: one walk along the tokens, and its gradient."""
+"""Every query sees the keys up to and including its own token: one walk along the tokens, and its
+gradient.
+"""

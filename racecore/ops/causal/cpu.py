@@ -1,15 +1,17 @@
 """Causal attention by segments: Numba kernels; see `reference` for the token-by-token form.
 
-There are two schedules, with the same bits. *In series*: a task takes some heads of a whole sequence, segment after
-segment, and carries the state along; everything is read once, or again while it is still in a cache. *Side by side*, where
-that would leave cores idle, as for one long sequence of one head: every segment is a task. Forward, its keys are summed
-first, a scan over these sums gives the state before each segment, and then all segments walk at once. Backward, a forward
-walk for the queries also sums what each segment adds to the gradients of earlier states; after a scan from the end, a
-backward walk is for keys and values. Either way the state before a segment is a float64 sum of segments' sums, and states are
-never recovered by subtraction.
+There are two schedules, with the same bits. *In series*: a task takes some heads of a whole
+sequence, segment after segment, and carries the state along; everything is read once, or again
+while it is still in a cache. *Side by side*, where that would leave cores idle, as for one long
+sequence of one head: every segment is a task. Forward, its keys are summed first, a scan over these
+sums gives the state before each segment, and then all segments walk at once. Backward, a forward
+walk for the queries also sums what each segment adds to the gradients of earlier states; after a
+scan from the end, a backward walk is for keys and values. Either way the state before a segment is
+a float64 sum of segments' sums, and states are never recovered by subtraction.
 
-Inside a segment the state stays in the registers, piece by piece, while the tokens of a block walk past it (`ops.causal.scan_tiles`): a
-token is added, then asks. So causality is strict by construction.
+Inside a segment the state stays in the registers, piece by piece, while the tokens of a block walk
+past it (`ops.causal.scan_tiles`): a token is added, then asks. So causality is strict by
+construction.
 """
 
 from __future__ import annotations
@@ -23,9 +25,27 @@ from racecore import chunking
 from racecore.chunking import BLOCK, SEGMENT, TOKENS, count_blocks
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
 from racecore.ops.causal.scan_tiles import walk_rows, walk_weights
-from racecore.ops.cpu.call import Call, empty_hash_parts, in_series, launch, make_call, n_buckets_of, scan
+from racecore.ops.cpu.call import (
+    Call,
+    empty_hash_parts,
+    in_series,
+    launch,
+    make_call,
+    n_buckets_of,
+    scan,
+)
 from racecore.ops.cpu.readout import weigh, weigh_backward
-from racecore.ops.cpu.row_io import COPIED, D_KEY, D_OUT, D_QUERY, D_VALUE, OUT, QUERY, rows_to_write, store
+from racecore.ops.cpu.row_io import (
+    COPIED,
+    D_KEY,
+    D_OUT,
+    D_QUERY,
+    D_VALUE,
+    OUT,
+    QUERY,
+    rows_to_write,
+    store,
+)
 from racecore.ops.cpu.scratch import (
     Scratch,
     hash_of,
@@ -53,7 +73,16 @@ from racecore.ops.cpu.states import (
 )
 from racecore.ops.simd import vectors
 from racecore.ops.simd.memory import add_rows, clear_rows, copy_rows, matrices
-from racecore.ops.simd.products import NOTHING, Ahead, Rows, Source, ask, rows_of, source_of, transpose
+from racecore.ops.simd.products import (
+    NOTHING,
+    Ahead,
+    Rows,
+    Source,
+    ask,
+    rows_of,
+    source_of,
+    transpose,
+)
 from racecore.ops.simd.tiles import fence
 from racecore.ops.simd.vectors import copy, lanes
 from racecore.ops.soft_hash.cpu import hash_again, hash_block, hash_block_backward
@@ -64,14 +93,17 @@ from racecore.runtime.jit import helper, kernel, piece
 __all__ = ["walk", "walk_backward"]
 
 
-def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool) -> list[np.ndarray]:
-    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from first to final state.
+def walk(
+    part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
+) -> list[np.ndarray]:
+    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
+    first to final state.
 
     Returns
     -------
     list of float64 arrays
-        The states before every chunk, which the backward pass starts from, or before all of its segments where that is
-        affordable; empty unless `keep_checkpoints`.
+        The states before every chunk, which the backward pass starts from, or before all of its
+        segments where that is affordable; empty unless `keep_checkpoints`.
     """
     checkpoints, keep_all = [], keep_checkpoints and part.keeps_states
     for chunk in chunking.chunks(part, "key"):
@@ -92,7 +124,9 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
 
 
 class Spare(NamedTuple):
-    """States of further query heads that share a key head: they start from nothing, and end in a place of their own."""
+    """States of further query heads that share a key head: they start from nothing, and end in a
+    place of their own.
+    """
 
     none: np.ndarray  # [S, V], zeros
     none_t: np.ndarray  # [V, S]
@@ -117,13 +151,20 @@ def _add_to(state: np.ndarray, more: np.ndarray) -> None:
 
 
 @kernel
-def _walk(call: Call, first: int, last: int, states: np.ndarray, carry: np.ndarray, in_series: bool) -> None:
+def _walk(
+    call: Call, first: int, last: int, states: np.ndarray, carry: np.ndarray, in_series: bool
+) -> None:
     """Walk along segments, each from the state before it, states [n, M, S*(1+V)].
 
-    In series, the state before a run's first segment is in carry [N, M, S*(1+V)], which moves along; `states` is written,
-    unless it is empty.
+    In series, the state before a run's first segment is in carry [N, M, S*(1+V)], which moves
+    along; `states` is written, unless it is empty.
     """
-    w, state, spare, partial = new_scratch(call), new_states(call), _new_spare(call), new_partial(call)
+    w, state, spare, partial = (
+        new_scratch(call),
+        new_states(call),
+        _new_spare(call),
+        new_partial(call),
+    )
     sums = matrices(1, partial.mass.shape[0], carry.shape[2], np.float64)
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
@@ -144,13 +185,24 @@ def _walk(call: Call, first: int, last: int, states: np.ndarray, carry: np.ndarr
 
 @piece
 def _walk_segment(
-    call: Call, index: int, m0: int, m1: int, state: Running, spare: Spare, partial: Partial, sums: np.ndarray,
-    in_series: bool, w: Scratch,
-) -> None:  # fmt: skip
+    call: Call,
+    index: int,
+    m0: int,
+    m1: int,
+    state: Running,
+    spare: Spare,
+    partial: Partial,
+    sums: np.ndarray,
+    in_series: bool,
+    w: Scratch,
+) -> None:
     """Walk along one segment; `in_series`, add what it amounts to to sums [1, m1 - m0, S*(1+V)]."""
     _, b, begin, end, _ = call.segments[index]
     repeats = call.n_heads // call.beta.shape[0]
-    straight, straight_v = how_to_hash(call, 0), how_to_add(w.phi_k.shape[0]) if repeats == 1 else COPIED
+    straight, straight_v = (
+        how_to_hash(call, 0),
+        how_to_add(w.phi_k.shape[0]) if repeats == 1 else COPIED,
+    )
     for t in range(begin, end, BLOCK):
         n = min(BLOCK, end - t)
         for m in range(m0, m1):
@@ -175,10 +227,18 @@ def _walk_segment(
 
 
 def walk_backward(
-    part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+    part: Problem,
+    checkpoints: list[np.ndarray],
+    d_out: np.ndarray,
+    d_sketch: Sketch,
+    grads: GradientBuffers,
 ) -> None:
-    """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
-    for chunk, checkpoint in zip(reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True):
+    """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the
+    first one.
+    """
+    for chunk, checkpoint in zip(
+        reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True
+    ):
         _walk_chunk_backward(part, chunk, checkpoint, d_out, d_sketch, grads)
 
 
@@ -190,7 +250,9 @@ def _walk_chunk_backward(
     d_sketch: Sketch,
     grads: GradientBuffers,
 ) -> None:
-    call = make_call(part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value)
+    call = make_call(
+        part, chunk, d_out=d_out, d_query=grads.query, d_key=grads.key, d_value=grads.value
+    )
     states = checkpoint
     if not chunking.have_own_states(part, chunk, len(checkpoint)):
         states = new_sums(part, len(chunk))
@@ -200,7 +262,9 @@ def _walk_chunk_backward(
     for rows, part_call in reversed(pieces):
         shares = _new_shares(part, part_call, grads.hash)
         no_stash = np.empty((0, BLOCK), part.dtype)
-        n_tokens = launch(_walk_backward, part_call, states[rows], d_sketch.flat, no_stash, *shares, True, True)
+        n_tokens = launch(
+            _walk_backward, part_call, states[rows], d_sketch.flat, no_stash, *shares, True, True
+        )
         _add_shares(shares, grads.hash)
         progress.advance(2 * n_tokens)
     if not pieces:
@@ -220,8 +284,12 @@ def _walk_side_by_side_backward(
     _add_shares(shares, d_hash)
 
 
-def _new_shares(part: Problem, call: Call, d_hash: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    return empty_hash_parts(part, call.segments, d_hash), empty_hash_parts(part, call.segments, d_hash)
+def _new_shares(
+    part: Problem, call: Call, d_hash: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    return empty_hash_parts(part, call.segments, d_hash), empty_hash_parts(
+        part, call.segments, d_hash
+    )
 
 
 def _add_shares(shares: tuple[np.ndarray, np.ndarray], d_hash: np.ndarray | None) -> None:
@@ -233,32 +301,47 @@ def _add_shares(shares: tuple[np.ndarray, np.ndarray], d_hash: np.ndarray | None
 
 @register_jitable
 def _lines_per_head(call: Call) -> int:
-    """Return the lines of a stash, BLOCK numbers each, for the tokens of one block and one state head.
-
-    The walk for queries leaves there what the walk for keys needs: tanh(u) of the keys, and rho and d_mass of each query
+    """Return the lines of a stash, BLOCK numbers each, for the tokens of one block and one state
     head.
+
+    The walk for queries leaves there what the walk for keys needs: tanh(u) of the keys, and rho and
+    d_mass of each query head.
     """
     return call.planes.shape[1] + 2 * (call.n_heads // call.beta.shape[0]) * n_buckets_of(call)
 
 
 @kernel
 def _walk_backward(
-    call: Call, first: int, last: int, states: np.ndarray, d_states: np.ndarray, stash: np.ndarray, hash_q: np.ndarray,
-    hash_k: np.ndarray, queries: bool, keys: bool,
-) -> None:  # fmt: skip
+    call: Call,
+    first: int,
+    last: int,
+    states: np.ndarray,
+    d_states: np.ndarray,
+    stash: np.ndarray,
+    hash_q: np.ndarray,
+    hash_k: np.ndarray,
+    queries: bool,
+    keys: bool,
+) -> None:
     """Walk along segments and back, from the states before them, states [n, M, S*(1+V)].
 
-    First for `queries`: sums into d_states [n, M, S*(1+V)] what each segment adds to the gradients of earlier states, and
-    leaves a stash for the second pass. Then for `keys`: d_states is the gradient of the state after each segment. If both
-    at once, runs go from their last segment to their first, and d_states [N, M, S*(1+V)] moves along.
+    First for `queries`: sums into d_states [n, M, S*(1+V)] what each segment adds to the gradients
+    of earlier states, and leaves a stash for the second pass. Then for `keys`: d_states is the
+    gradient of the state after each segment. If both at once, runs go from their last segment to
+    their first, and d_states [N, M, S*(1+V)] moves along.
     """
-    w, state, spare, partial = new_scratch(call), new_states(call), _new_spare(call), new_partial(call)
+    w, state, spare, partial = (
+        new_scratch(call),
+        new_states(call),
+        _new_spare(call),
+        new_partial(call),
+    )
     in_series = queries and keys
     heads = partial.mass.shape[0]
     own_sums = matrices(1, heads, d_states.shape[2], np.float64)
-    own_stash = matrices(1, SEGMENT // BLOCK * heads * _lines_per_head(call) if in_series else 0, TOKENS, stash.dtype)[
-        0
-    ]
+    own_stash = matrices(
+        1, SEGMENT // BLOCK * heads * _lines_per_head(call) if in_series else 0, TOKENS, stash.dtype
+    )[0]
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
         for index in range(call.runs[run, 1] - 1, call.runs[run, 0] - 1, -1):
@@ -273,13 +356,28 @@ def _walk_backward(
                 clear_rows(sums[line], m0 - shift, m1 - shift)
                 clear_rows(hash_q[index], m0, m1)
                 start(states[index], m0, m1, True, state)
-                _walk_queries(call, index, m0, m1, state, spare, partial, place, sums[line], shift, hash_q[index], w)
+                _walk_queries(
+                    call,
+                    index,
+                    m0,
+                    m1,
+                    state,
+                    spare,
+                    partial,
+                    place,
+                    sums[line],
+                    shift,
+                    hash_q[index],
+                    w,
+                )
             if keys:
                 clear_rows(hash_k[index], m0, m1)
                 start(d_states[owner if in_series else index], m0, m1, True, state)
                 _walk_keys(call, index, m0, m1, state, spare, place, hash_k[index], w)
             if in_series:
-                add_rows(own_sums[0], m0, m1, d_states[owner])  # every later token read the sums of this segment
+                add_rows(
+                    own_sums[0], m0, m1, d_states[owner]
+                )  # every later token read the sums of this segment
     fence()
 
 
@@ -301,10 +399,22 @@ def _part_of(stash: Stash, block: int, m: int, per_head: int, first: int, n: int
 
 @piece
 def _walk_queries(
-    call: Call, index: int, m0: int, m1: int, state: Running, spare: Spare, partial: Partial, stash: Stash,
-    d_sums: np.ndarray, shift: int, d_hash: np.ndarray, w: Scratch,
-) -> None:  # fmt: skip
-    """Walk forward again for the gradients of queries; stash rho and d_mass of every token, sum them in d_sums[m - shift]."""
+    call: Call,
+    index: int,
+    m0: int,
+    m1: int,
+    state: Running,
+    spare: Spare,
+    partial: Partial,
+    stash: Stash,
+    d_sums: np.ndarray,
+    shift: int,
+    d_hash: np.ndarray,
+    w: Scratch,
+) -> None:
+    """Walk forward again for the gradients of queries; stash rho and d_mass of every token, sum
+    them in d_sums[m - shift].
+    """
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
     straight = how_to_hash(call, d_hash.shape[1])
@@ -320,14 +430,18 @@ def _walk_queries(
             for r in range(repeats):
                 h = m * repeats + r
                 after_t = state.value_sum_t[i] if r == repeats - 1 else spare.after_t
-                q = _read_block_backward(call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w)
+                q = _read_block_backward(
+                    call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w
+                )
                 line = n_rows + 2 * r * n_buckets
                 copy(w.rho, _part_of(stash, block, m, per_head, line, n_buckets))
                 copy(w.d_mass, _part_of(stash, block, m, per_head, line + n_buckets, n_buckets))
                 # sums of these are what earlier keys and values of the sequence get
                 add_block(w.d_mass, w.rho, source_of(w.g), n, i, partial, NOTHING)
                 # phi_q = hash_block(q)
-                d_q = rows_to_write(call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False)
+                d_q = rows_to_write(
+                    call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False
+                )
                 hash_block_backward(hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, d_hash[m])
                 store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
             if group_ends(t, begin, end):
@@ -337,15 +451,27 @@ def _walk_queries(
 @helper
 def _sizes(call: Call) -> tuple[int, int, int, int]:
     """Return the query heads per state head, S, L*P, and the lines of a stash per head."""
-    return call.n_heads // call.beta.shape[0], n_buckets_of(call), call.planes.shape[1], _lines_per_head(call)
+    return (
+        call.n_heads // call.beta.shape[0],
+        n_buckets_of(call),
+        call.planes.shape[1],
+        _lines_per_head(call),
+    )
 
 
 @piece
 def _read_block_backward(
-    call: Call, place: tuple[int, int, int], n: int, before_t: np.ndarray, after_t: np.ndarray, next_v: Ahead,
-    straight: int, w: Scratch,
-) -> Source:  # fmt: skip
-    """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass and d_phi.
+    call: Call,
+    place: tuple[int, int, int],
+    n: int,
+    before_t: np.ndarray,
+    after_t: np.ndarray,
+    next_v: Ahead,
+    straight: int,
+    w: Scratch,
+) -> Source:
+    """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass
+    and d_phi.
 
     Returns the queries.
     """
@@ -358,11 +484,15 @@ def _read_block_backward(
     # o[i] = sum_s rho[s, i] * value_sum[s], after token i was added
     n_buckets = w.rho.shape[0]
     ask(next_v, 0, n // 2)
-    walk_weights(before_t, after_t, w.weights_t, w.v, w.g, w.answers_t, n_buckets, n, False, False, next_g)
+    walk_weights(
+        before_t, after_t, w.weights_t, w.v, w.g, w.answers_t, n_buckets, n, False, False, next_g
+    )
     transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
     ask(next_v, n // 2, n)
     # rho = weigh(phi_q, mass)
-    weigh_backward(w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass)
+    weigh_backward(
+        w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass
+    )
     clear_after(n, w.d_mass)
     return q
 
@@ -379,7 +509,9 @@ def _walk_keys(
     d_hash: np.ndarray,
     w: Scratch,
 ) -> None:
-    """Walk backward for the gradients of keys and values, from the gradient of the state after the segment."""
+    """Walk backward for the gradients of keys and values, from the gradient of the state after the
+    segment.
+    """
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
     heads = call.beta.shape[0] // call.n_kv_heads
@@ -391,21 +523,35 @@ def _walk_keys(
             g, share = m // heads, m % heads
             keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, straight, COPIED, w)
             ask(keys.next_k, 0, n)
-            hash_again(hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k)
+            hash_again(
+                hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k
+            )
             drop_masked(call.mask, w.keep, n, w.phi_k)
-            d_v = rows_to_write(call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False)
+            d_v = rows_to_write(
+                call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads * repeats == 1, False
+            )
             for r in range(repeats):
                 line = n_rows + 2 * r * n_buckets
-                _, next_g = read_query(call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPIED, w.g, w)
+                _, next_g = read_query(
+                    call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPIED, w.g, w
+                )
                 rho = _part_of(stash, block, m, per_head, line, n_buckets)
-                _ask_gradients(rho, d_v, d_state, m - m0, r, share == 0, n, spare, keys.next_v, next_g, w)
+                _ask_gradients(
+                    rho, d_v, d_state, m - m0, r, share == 0, n, spare, keys.next_v, next_g, w
+                )
             # what queries from this token on divide by: mass += phi_k
             for r in range(repeats):
-                d_mass = _part_of(stash, block, m, per_head, n_rows + (2 * r + 1) * n_buckets, n_buckets)
-                running_mass_backward(d_mass, r == 0, w.weights_t, d_state.mass[m - m0], w.answers_t)
+                d_mass = _part_of(
+                    stash, block, m, per_head, n_rows + (2 * r + 1) * n_buckets, n_buckets
+                )
+                running_mass_backward(
+                    d_mass, r == 0, w.weights_t, d_state.mass[m - m0], w.answers_t
+                )
             transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
             # phi_k = hash_block(k)
-            d_k = rows_to_write(call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0)
+            d_k = rows_to_write(
+                call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0
+            )
             hash_block_backward(hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, d_hash[m])
             if share == heads - 1:
                 store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
@@ -414,12 +560,23 @@ def _walk_keys(
 
 @piece
 def _ask_gradients(
-    rho: np.ndarray, d_v: Rows, d_state: Running, i: int, r: int, first_share: bool, n: int, spare: Spare, next_v: Ahead,
-    next_g: Ahead, w: Scratch,
-) -> None:  # fmt: skip
-    """Add query head r's block to the gradient of state i, and its answers to d_v and to answers_t (of d_phi).
+    rho: np.ndarray,
+    d_v: Rows,
+    d_state: Running,
+    i: int,
+    r: int,
+    first_share: bool,
+    n: int,
+    spare: Spare,
+    next_v: Ahead,
+    next_g: Ahead,
+    w: Scratch,
+) -> None:
+    """Add query head r's block to the gradient of state i, and its answers to d_v and to answers_t
+    (of d_phi).
 
-    The first query head continues from the state; each other one starts from nothing and is added to the state at last.
+    The first query head continues from the state; each other one starts from nothing and is added
+    to the state at last.
     """
     n_buckets = rho.shape[0]
     transpose(rho, n_buckets, TOKENS, w.weights_t)
@@ -430,7 +587,9 @@ def _ask_gradients(
     if r > 0 or not first_share:
         d_v = rows_of(w.d_v, True)
     walk_rows(before, after, rho, source_of(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
-    walk_weights(before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g)
+    walk_weights(
+        before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g
+    )
     if r > 0:
         _add_to(state, after)
         _add_to(state_t, after_t)

@@ -1,4 +1,6 @@
-"""Causal attention token by token, in plain NumPy: add the token's key to the state, then read the state out."""
+"""Causal attention token by token, in plain NumPy: add the token's key to the state, then read the
+state out.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,17 @@ from racecore.runtime import progress
 __all__ = ["walk", "walk_backward"]
 
 
-def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool) -> list[np.ndarray]:
-    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from first to final state.
+def walk(
+    part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
+) -> list[np.ndarray]:
+    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
+    first to final state.
 
     Returns
     -------
     list of float64 arrays
-        The states before every chunk, which the backward pass starts from; empty unless `keep_checkpoints`.
+        The states before every chunk, which the backward pass starts from; empty unless
+        `keep_checkpoints`.
     """
     checkpoints = []
     for chunk in chunking.chunks(part, "key"):
@@ -51,13 +57,23 @@ def walk(part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool)
 
 
 def walk_backward(
-    part: Problem, checkpoints: list[np.ndarray], d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
+    part: Problem,
+    checkpoints: list[np.ndarray],
+    d_out: np.ndarray,
+    d_sketch: Sketch,
+    grads: GradientBuffers,
 ) -> None:
-    """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the first one."""
-    for chunk, checkpoint in zip(reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True):
+    """Write all gradients; `d_sketch` moves from the gradient of the final state to that of the
+    first one.
+    """
+    for chunk, checkpoint in zip(
+        reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True
+    ):
         states = Sketch(checkpoint.copy(), part.n_buckets)
         read = [_read_backward(part, states, d_out, grads, *segment) for segment in chunk.tolist()]
-        for segment, (rho, d_mass, d_planes, d_beta) in zip(reversed(chunk.tolist()), reversed(read), strict=True):
+        for segment, (rho, d_mass, d_planes, d_beta) in zip(
+            reversed(chunk.tolist()), reversed(read), strict=True
+        ):
             add_hash_gradient(None if grads.hash is None else grads.hash[0], d_planes, d_beta)
             _add_backward(part, rho, d_mass, d_out, d_sketch, grads, *segment)
 
@@ -75,7 +91,8 @@ def _read_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Walk forward again, inverting the read-out of every token.
 
-    Returns what it adds to the gradients of earlier states, rho and d_mass [t, H/M, M, S], and to those of planes and beta.
+    Returns what it adds to the gradients of earlier states, rho and d_mass [t, H/M, M, S], and to
+    those of planes and beta.
     """
     k, v, keep = key_rows(part, batch, begin, end)
     q = query_rows(part, part.query, batch, begin, end)
@@ -101,9 +118,18 @@ def _read_backward(
 
 
 def _add_backward(
-    part: Problem, rho: np.ndarray, d_mass: np.ndarray, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers,
-    n: int, batch: int, begin: int, end: int, _: int,
-) -> None:  # fmt: skip
+    part: Problem,
+    rho: np.ndarray,
+    d_mass: np.ndarray,
+    d_out: np.ndarray,
+    d_sketch: Sketch,
+    grads: GradientBuffers,
+    n: int,
+    batch: int,
+    begin: int,
+    end: int,
+    _: int,
+) -> None:
     """Walk backward, inverting the addition of every token's key and value."""
     k, v, keep = key_rows(part, batch, begin, end)
     g = query_rows(part, d_out, batch, begin, end)
@@ -118,7 +144,9 @@ def _add_backward(
         d_v[i] = np.einsum("ms,msv->mv", phi_k[i], d_value_sum)
         d_phi_k[i] = np.einsum("msv,mv->ms", d_value_sum, v[i]) + d_state_mass
     # phi_k = soft_hash(k) * keep
-    d_k, d_planes, d_beta = soft_hash_backward(d_phi_k * keep[:, None, None], k, part.planes, part.beta)
+    d_k, d_planes, d_beta = soft_hash_backward(
+        d_phi_k * keep[:, None, None], k, part.planes, part.beta
+    )
     if grads.key is not None:
         store_key_rows(grads.key, batch, begin, end, d_k)
     if grads.value is not None:

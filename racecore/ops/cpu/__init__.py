@@ -1,1 +1,3 @@
-"""What the CPU kernels of all operations share: the call, rows in and out, states, scratch, readouts."""
+"""What the CPU kernels of all operations share: the call, rows in and out, states, scratch,
+readouts.
+"""

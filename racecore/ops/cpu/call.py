@@ -1,8 +1,10 @@
-"""From a problem to kernel launches: arguments in one bundle, tasks spread over threads, scans over segments.
+"""From a problem to kernel launches: arguments in one bundle, tasks spread over threads, scans over
+segments.
 
-A task is one segment, or a run of them, of one or a few key/value heads, with all state heads and query heads that belong to
-them. Tasks write to places of their own; what segments amount to is added in their order in float64, by `scan` or by the
-task that has them all. That, and not luck, is why results do not depend on the number of threads.
+A task is one segment, or a run of them, of one or a few key/value heads, with all state heads and
+query heads that belong to them. Tasks write to places of their own; what segments amount to is
+added in their order in float64, by `scan` or by the task that has them all. That, and not luck, is
+why results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,8 +23,15 @@ from racecore.runtime.jit import kernel
 from racecore.runtime.threads import count, run
 
 __all__ = [
-    "NO_MASK", "Call", "empty_hash_parts", "in_series", "launch", "make_call", "n_buckets_of", "scan",
-]  # fmt: skip
+    "NO_MASK",
+    "Call",
+    "empty_hash_parts",
+    "in_series",
+    "launch",
+    "make_call",
+    "n_buckets_of",
+    "scan",
+]
 
 _LAUNCHES = 64  # at most as many where they are long enough: a launch costs some ten microseconds
 _MIN_ROWS, _MAX_ROWS = (
@@ -38,12 +47,16 @@ NO_MASK = np.zeros((0, 0), np.uint8)
 
 
 class Call(NamedTuple):
-    """What every kernel needs. `table` holds addresses: the problem must outlive the launch, and does in `launch`."""
+    """What every kernel needs. `table` holds addresses: the problem must outlive the launch, and
+    does in `launch`.
+    """
 
     table: np.ndarray  # int64 [8, 6], see ops.cpu.row_io
     segments: np.ndarray  # int64 [n, 5], see chunking.chunks
     runs: np.ndarray  # int64 [r, 2]: a task's first segment and the one after its last
-    planes: np.ndarray  # [M or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
+    planes: (
+        np.ndarray
+    )  # [M or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros to whole vectors
     planes_t: np.ndarray  # [M or 1, D, L*P], both padded; 1 where all heads share their planes
     beta: np.ndarray  # [M], likewise
     mask: np.ndarray  # uint8 [B, Tk], or [0, 0] for none
@@ -98,7 +111,8 @@ def _runs_of_one(n: int) -> np.ndarray:
 
 
 def in_series(call: Call) -> list[tuple[slice, Call]]:
-    """Cut a call into pieces whose tasks are whole sequences of a head or a few, segment after segment.
+    """Cut a call into pieces whose tasks are whole sequences of a head or a few, segment after
+    segment.
 
     Returns
     -------
@@ -109,36 +123,65 @@ def in_series(call: Call) -> list[tuple[slice, Call]]:
     first = np.flatnonzero(np.diff(call.segments[:, 0], prepend=-1))
     lengths, n_threads = np.add.reduceat(n_tokens, first) if n else n_tokens, count()
     sizes = (h for h in range(call.kv_heads_per_task, 0, -1) if call.n_kv_heads % h == 0)
-    single = len(first) == n  # segments: each is its own sequence, and there is nothing to do side by side
+    single = (
+        len(first) == n
+    )  # segments: each is its own sequence, and there is nothing to do side by side
     heads = next((h for h in sizes if single or _fill(lengths, call.n_kv_heads // h, n_threads)), 0)
     if heads == 0:
         return []
-    step = n if len(first) > 1 else max(1, 2 * _max_rows(call) * call.n_kv_heads // (SEGMENT * heads * call.n_heads))
+    step = (
+        n
+        if len(first) > 1
+        else max(1, 2 * _max_rows(call) * call.n_kv_heads // (SEGMENT * heads * call.n_heads))
+    )
     pieces = []
     for start in range(0, n, max(step, 1)):
         rows = slice(start, min(start + step, n))
         segments = call.segments[rows].copy()
         segments[:, 4] -= segments[0, 4]
-        runs = np.stack([first, np.append(first[1:], n)], axis=1) if len(first) > 1 else np.array([[0, len(segments)]])
+        runs = (
+            np.stack([first, np.append(first[1:], n)], axis=1)
+            if len(first) > 1
+            else np.array([[0, len(segments)]])
+        )
         pieces.append((rows, call._replace(segments=segments, runs=runs, kv_heads_per_task=heads)))
     return pieces
 
 
 def _fill(lengths: np.ndarray, n_groups: int, n_threads: int) -> bool:
-    """Tell whether sequences of such lengths, times groups of heads, keep all threads busy nine tenths of the time."""
-    n_tasks, longest, total = len(lengths) * n_groups, int(lengths.max(initial=0)), int(lengths.sum()) * n_groups
+    """Tell whether sequences of such lengths, times groups of heads, keep all threads busy nine
+    tenths of the time.
+    """
+    n_tasks, longest, total = (
+        len(lengths) * n_groups,
+        int(lengths.max(initial=0)),
+        int(lengths.sum()) * n_groups,
+    )
     alike = longest * n_tasks == total
-    time = -(-n_tasks // n_threads) * longest if alike else (total + (n_threads - 1) * longest) / n_threads  # at most
+    time = (
+        -(-n_tasks // n_threads) * longest
+        if alike
+        else (total + (n_threads - 1) * longest) / n_threads
+    )  # at most
     return time * n_threads * 0.9 <= total
 
 
 def _kv_heads_per_task(part: Problem, n_segments: int) -> int:
-    """Return how many neighbouring heads to treat block by block together: then memory is read in longer runs.
+    """Return how many neighbouring heads to treat block by block together: then memory is read in
+    longer runs.
 
-    Fewer where their states would not fit the second-level cache, or where there would be too few tasks for all cores.
+    Fewer where their states would not fit the second-level cache, or where there would be too few
+    tasks for all cores.
     """
     row_bytes = part.dtype.itemsize * part.planes.shape[3]
-    state_bytes = 2 * part.n_state_heads // part.n_kv_heads * part.n_buckets * part.value_dim * part.dtype.itemsize
+    state_bytes = (
+        2
+        * part.n_state_heads
+        // part.n_kv_heads
+        * part.n_buckets
+        * part.value_dim
+        * part.dtype.itemsize
+    )
     heads = min(part.n_kv_heads, max(1, min(_RUN_BYTES // row_bytes, _STATE_BYTES // state_bytes)))
     while heads > 1 and n_segments * -(-part.n_kv_heads // heads) < _TASKS_PER_THREAD * count():
         heads //= 2
@@ -146,7 +189,8 @@ def _kv_heads_per_task(part: Problem, n_segments: int) -> int:
 
 
 def launch(function: Any, call: Call, *arguments: Any, at_once: bool = False) -> int:
-    """Run a kernel over all tasks of a call: function(call, first task, last task, *arguments). Return the tokens.
+    """Run a kernel over all tasks of a call: function(call, first task, last task, *arguments).
+    Return the tokens.
 
     `at_once` means in a single launch, by the calling thread.
     """
@@ -163,13 +207,18 @@ def launch(function: Any, call: Call, *arguments: Any, at_once: bool = False) ->
 
 
 def _max_rows(call: Call) -> int:
-    """Return how many rows of query heads a launch may have: backward, causal, a row takes some 20 S D operations."""
+    """Return how many rows of query heads a launch may have: backward, causal, a row takes some 20
+    S D operations.
+    """
     work = (20 * n_buckets_of(call) + 8 * call.planes.shape[1]) * max(call.head_dim, call.value_dim)
     return max(1, min(_MAX_ROWS, int(_MAX_WORK / work)))
 
 
-def scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, *, reverse: bool = False) -> None:
-    """Add parts [n, ...] to the carry [n_owners, ...] of their owners one by one, and leave in each what came before it.
+def scan(
+    owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, *, reverse: bool = False
+) -> None:
+    """Add parts [n, ...] to the carry [n_owners, ...] of their owners one by one, and leave in each
+    what came before it.
 
     Parameters
     ----------
@@ -182,11 +231,17 @@ def scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, *, reverse: b
     """
     if parts.size:
         rows, totals = parts.reshape(len(parts), -1), carry.reshape(len(carry), -1)
-        run(lambda first, last: _scan(owners, rows, totals, first, last, reverse), rows.shape[1], _COLUMNS_PER_LAUNCH)
+        run(
+            lambda first, last: _scan(owners, rows, totals, first, last, reverse),
+            rows.shape[1],
+            _COLUMNS_PER_LAUNCH,
+        )
 
 
 @kernel
-def _scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, first: int, last: int, reverse: bool) -> None:
+def _scan(
+    owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, first: int, last: int, reverse: bool
+) -> None:
     """Scan the columns first ... last - 1."""
     n = len(owners)
     for index in range(n):
@@ -199,5 +254,9 @@ def _scan(owners: np.ndarray, parts: np.ndarray, carry: np.ndarray, first: int, 
 
 
 def empty_hash_parts(part: Problem, segments: np.ndarray, total: np.ndarray | None) -> np.ndarray:
-    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, M, width]; width 0 if unwanted."""
-    return arrays.empty((len(segments), part.n_state_heads, 0 if total is None else total.shape[2]), np.float64)
+    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, M, width];
+    width 0 if unwanted.
+    """
+    return arrays.empty(
+        (len(segments), part.n_state_heads, 0 if total is None else total.shape[2]), np.float64
+    )

@@ -1,12 +1,14 @@
-"""The two readouts on a block: weights of the value sums from probabilities and masses, and their gradient.
+"""The two readouts on a block: weights of the value sums from probabilities and masses, and their
+gradient.
 
 Either way a token's output is ``sum_s rho[s] * value_sum[s]`` with ``rho = phi * factor``:
 
     ratio         factor = 1 / sum_s phi[s] * mass[s]      zero where the denominator vanishes
     bucket_mean   factor[s] = 1 / (L * (mass[s] + eps))
 
-`mass` has a column per token, because a causal query has masses of its own. All columns of a block are computed, also those
-past its last token, which nobody reads. The plain twins are `weights` and `weights_backward` in `ops.reference_rows`.
+`mass` has a column per token, because a causal query has masses of its own. All columns of a block
+are computed, also those past its last token, which nobody reads. The plain twins are `weights` and
+`weights_backward` in `ops.reference_rows`.
 """
 
 from __future__ import annotations
@@ -26,9 +28,16 @@ _TINY64 = float(np.finfo(np.float64).tiny)
 
 @helper
 def weigh(
-    phi: np.ndarray, mass: np.ndarray, n_tables: int, bucket_mean: bool, factor: np.ndarray, rho: np.ndarray
+    phi: np.ndarray,
+    mass: np.ndarray,
+    n_tables: int,
+    bucket_mean: bool,
+    factor: np.ndarray,
+    rho: np.ndarray,
 ) -> None:
-    """Fill rho [S, n] from phi [S, n] and mass [S, n]; and factor [S, n], of the ratio only its first row."""
+    """Fill rho [S, n] from phi [S, n] and mass [S, n]; and factor [S, n], of the ratio only its
+    first row.
+    """
     one, zero = spread(phi.dtype.type(1)), spread(phi.dtype.type(0))
     n_buckets = phi.shape[0]
     if bucket_mean:
@@ -53,9 +62,15 @@ def weigh(
 
 @helper
 def weigh_backward(
-    h: np.ndarray, phi: np.ndarray, mass: np.ndarray, factor: np.ndarray, rho: np.ndarray, n_tables: int,
-    bucket_mean: bool, d_mass: np.ndarray,
-) -> None:  # fmt: skip
+    h: np.ndarray,
+    phi: np.ndarray,
+    mass: np.ndarray,
+    factor: np.ndarray,
+    rho: np.ndarray,
+    n_tables: int,
+    bucket_mean: bool,
+    d_mass: np.ndarray,
+) -> None:
     """From h = d_rho [S, n], which becomes d_phi, fill also d_mass [S, n], token by token."""
     n_buckets, zero = phi.shape[0], spread(phi.dtype.type(0))
     if bucket_mean:

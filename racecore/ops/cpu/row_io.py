@@ -1,9 +1,10 @@
 """Rows of the caller's arrays into scratch and back, whatever their layout and dtype.
 
-Kernels never see the arrays of a caller. They get a table with one line per array, `describe` makes it: address, strides
-in elements, and a code for the dtype. `load` widens a block of rows to the dtype of the arithmetic, `store` rounds it
-back. So there is one compiled kernel per dtype of the arithmetic, not one per layout and storage dtype, and all 64-bit
-offset arithmetic stands here. The plain twin is `array.astype`.
+Kernels never see the arrays of a caller. They get a table with one line per array, `describe` makes
+it: address, strides in elements, and a code for the dtype. `load` widens a block of rows to the
+dtype of the arithmetic, `store` rounds it back. So there is one compiled kernel per dtype of the
+arithmetic, not one per layout and storage dtype, and all 64-bit offset arithmetic stands here. The
+plain twin is `array.astype`.
 
 Whoever passes addresses keeps the arrays alive: see `cpu_call.Call`.
 """
@@ -67,15 +68,19 @@ __all__ = [
 QUERY, KEY, VALUE, OUT, D_OUT, D_QUERY, D_KEY, D_VALUE = (np.int64(i) for i in range(8))
 _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
 _CODES = {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}
-# Whether a product may read rows of an input where they are: if they need no conversion, if they are bfloat16, or both.
+# Whether a product may read rows of an input where they are: if they need no conversion, if they
+# are bfloat16, or both.
 COPIED, AS_IT_IS, WIDENED, EITHER = (np.int64(i) for i in range(4))
 _LINE = 64  # bytes of a cache line, and of a vector
 _CODE = 5  # column of the dtype's code; the address is in column 0, strides of b, t, h, d in 1 to 4
 
 
 def describe(*tensors: np.ndarray | None) -> np.ndarray:
-    """Return the table, int64 [8, 6], of 4-D arrays in the order of the constants above; None for those not there."""
-    lines = []  # of plain integers: filling an array bit by bit takes longer than a call for one token may
+    """Return the table, int64 [8, 6], of 4-D arrays in the order of the constants above; None for
+    those not there.
+    """
+    # of plain integers: filling an array bit by bit takes longer than a call for one token may
+    lines = []
     for tensor in tensors:
         if tensor is None:
             lines.append((0, 0, 0, 0, 0, -1))
@@ -162,7 +167,9 @@ def _store_narrow(address: int, step: int, code: int, row: np.ndarray) -> None:
             store_bfloat16(value, address + 2 * d)
     for d in range(whole, width):
         x = np.float32(row[d])
-        _item(address + 2 * d * step, np.uint16)[0] = to_half(x) if code == _FLOAT16 else to_bfloat16(x)
+        _item(address + 2 * d * step, np.uint16)[0] = (
+            to_half(x) if code == _FLOAT16 else to_bfloat16(x)
+        )
 
 
 @helper
@@ -171,7 +178,15 @@ def _size(code: int) -> int:
 
 
 @helper
-def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray) -> None:
+def load(
+    table: np.ndarray,
+    line: int,
+    place: Any,
+    n: int,
+    width: int,
+    block: np.ndarray,
+    keep: np.ndarray,
+) -> None:
     """Fill block[:n, :width] with rows (b, t ... t + n - 1, h) of an array, place = (b, t, h).
 
     Rows that `keep` marks 0 become zeros, unread.
@@ -197,12 +212,21 @@ def load(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np
 
 @helper
 def load_scattered(
-    table: np.ndarray, line: int, b: int, g: int, tokens: np.ndarray, first: int, n: int, width: int, block: np.ndarray
+    table: np.ndarray,
+    line: int,
+    b: int,
+    g: int,
+    tokens: np.ndarray,
+    first: int,
+    n: int,
+    width: int,
+    block: np.ndarray,
 ) -> None:
-    """Fill block[:n, :width] with rows (b, tokens[first + i], g) of an array, and ask for those of the next block.
+    """Fill block[:n, :width] with rows (b, tokens[first + i], g) of an array, and ask for those of
+    the next block.
 
-    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: so it is told, one row of the
-    next block for each that it loads.
+    Rows anywhere in a large array are beyond what a core guesses, and each is some cache lines: so
+    it is told, one row of the next block for each that it loads.
     """
     code, step = table[line, _CODE], table[line, 4]
     size = _size(code)
@@ -219,16 +243,20 @@ def load_scattered(
 
 @helper
 def ask_for_row(address: int, n_bytes: int) -> None:
-    """Ask for all cache lines of a row, which need not begin with one: those of NumPy's arrays do not."""
+    """Ask for all cache lines of a row, which need not begin with one: those of NumPy's arrays do
+    not.
+    """
     for line in range(address // _LINE * _LINE, address + n_bytes, _LINE):
         tiles.prefetch(line)
 
 
 @helper
 def list_rows(start: int, step: int, tokens: int, n: int, room: int, rows: int) -> None:
-    """Write the addresses of n rows to the list at address `rows`: start + step * i, or start + step * tokens[i].
+    """Write the addresses of n rows to the list at address `rows`: start + step * i, or start +
+    step * tokens[i].
 
-    Tokens are int64 at an address, 0: there are none. The last row is repeated, so that the list is full.
+    Tokens are int64 at an address, 0: there are none. The last row is repeated, so that the list is
+    full.
     """
     like, whole = np.int64(0), n // LANES * LANES if tokens != 0 else 0
     for i in range(0, whole, LANES):
@@ -254,9 +282,13 @@ def row_bytes(table: np.ndarray, line: int) -> int:
 
 @helper
 def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
-    """Tell whether a product can read rows where they are: whole vectors of float32, or pairs of them of bfloat16."""
+    """Tell whether a product can read rows where they are: whole vectors of float32, or pairs of
+    them of bfloat16.
+    """
     whole = table[line, 4] == 1 and width == block.shape[1] and block.itemsize == 4
-    return whole and (table[line, _CODE] == _FLOAT32 or (table[line, _CODE] == _BFLOAT16 and width % 32 == 0))
+    return whole and (
+        table[line, _CODE] == _FLOAT32 or (table[line, _CODE] == _BFLOAT16 and width % 32 == 0)
+    )
 
 
 @helper
@@ -267,15 +299,30 @@ def is_narrow(table: np.ndarray, line: int) -> bool:
 
 @helper
 def read(
-    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, keep: np.ndarray, straight: int
+    table: np.ndarray,
+    line: int,
+    place: Any,
+    n: int,
+    width: int,
+    block: np.ndarray,
+    keep: np.ndarray,
+    straight: int,
 ) -> Source:
-    """Return where a product reads rows of an input, which are loaded into `block` unless it can read them `straight`.
+    """Return where a product reads rows of an input, which are loaded into `block` unless it can
+    read them `straight`.
 
-    It can if they need no conversion and no padding. That pays where it reads them once: copies cost more than they save.
+    It can if they need no conversion and no padding. That pays where it reads them once: copies
+    cost more than they save.
     """
     code, whole = table[line, _CODE], table[line, 4] == 1 and width == block.shape[1]
     as_it_is = straight & AS_IT_IS != 0 and _size(code) == block.itemsize
-    widens = straight & WIDENED != 0 and code == _BFLOAT16 and block.itemsize == 4 and n == BLOCK and width % 32 == 0
+    widens = (
+        straight & WIDENED != 0
+        and code == _BFLOAT16
+        and block.itemsize == 4
+        and n == BLOCK
+        and width % 32 == 0
+    )
     if whole and (as_it_is or widens):
         return Source(_address(table, line, place), table[line, 2], _size(code))
     load(table, line, place, n, width, block, keep)
@@ -296,13 +343,16 @@ def rows_to_write(
 ) -> Rows:
     """Return where a product writes the rows of an output; `store` finishes them.
 
-    A product that is `alone` goes straight to the output, around the caches, if rows are whole cache lines there: nobody
-    reads them soon. Otherwise several can `add` up in `block`.
+    A product that is `alone` goes straight to the output, around the caches, if rows are whole
+    cache lines there: nobody reads them soon. Otherwise several can `add` up in `block`.
     """
     if alone and _fills_lines(table, line, place, width, block):
         size = _size(table[line, _CODE])
         return Rows(
-            _address(table, line, place), table[line, 2], tiles.STREAM if size == block.itemsize else tiles.NARROW, size
+            _address(table, line, place),
+            table[line, 2],
+            tiles.STREAM if size == block.itemsize else tiles.NARROW,
+            size,
         )
     return rows_of(block, add)
 
@@ -320,15 +370,24 @@ def _fills_lines(table: np.ndarray, line: int, place: Any, width: int, block: np
     """Tell whether the rows of an output are whole cache lines, and as they are or bfloat16."""
     code, size = table[line, _CODE], _size(table[line, _CODE])
     narrow = code == _BFLOAT16 and block.itemsize == 4 and width % 32 == 0
-    fits = code >= 0 and table[line, 4] == 1 and (size == block.itemsize or narrow) and width == block.shape[1]
+    fits = (
+        code >= 0
+        and table[line, 4] == 1
+        and (size == block.itemsize or narrow)
+        and width == block.shape[1]
+    )
     return fits and _address(table, line, place) % _LINE == 0 and size * table[line, 2] % _LINE == 0
 
 
 @helper
-def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, written: Rows) -> None:
-    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array, unless they are `written` there already.
+def store(
+    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, written: Rows
+) -> None:
+    """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array, unless they are
+    `written` there already.
 
-    Nothing happens where the array is absent. A kernel ends with `tiles.fence` before another thread may look.
+    Nothing happens where the array is absent. A kernel ends with `tiles.fence` before another
+    thread may look.
     """
     code, step = table[line, _CODE], table[line, 4]
     if code < 0 or written.mode >= tiles.STREAM:
@@ -341,9 +400,13 @@ def store(table: np.ndarray, line: int, place: Any, n: int, width: int, block: n
         if fills_lines and code == _BFLOAT16:
             tiles.narrow_row(address, block.ctypes.data + i * block.strides[0], width // 32)
         elif fills_lines:
-            tiles.stream_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)
+            tiles.stream_row(
+                address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE
+            )
         elif as_it_is:
-            tiles.copy_row(address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE)
+            tiles.copy_row(
+                address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE
+            )
         else:
             _store_row(address, step, code, block[i, :width])
         address += row_step

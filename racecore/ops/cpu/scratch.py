@@ -1,8 +1,9 @@
-"""The arrays of one block of tokens that a kernel works in: made once per launch, small enough for the nearest caches.
+"""The arrays of one block of tokens that a kernel works in: made once per launch, small enough for
+the nearest caches.
 
-All begin on a cache line, so that no vector crosses one. Some have room past their end, for transpositions write whole
-squares of a vector's lanes. Fresh memory is not cleared: coefficients past a block's last token hold anything, and where
-that matters `states.clear_after` zeroes them.
+All begin on a cache line, so that no vector crosses one. Some have room past their end, for
+transpositions write whole squares of a vector's lanes. Fresh memory is not cleared: coefficients
+past a block's last token hold anything, and where that matters `states.clear_after` zeroes them.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "Keys", "Scratch", "hash_of", "how_to_add", "how_to_hash", "new_partial", "new_scratch", "new_states",
-    "read_keys", "read_query", "task_of",
-]  # fmt: skip
+    "Keys",
+    "Scratch",
+    "hash_of",
+    "how_to_add",
+    "how_to_hash",
+    "new_partial",
+    "new_scratch",
+    "new_states",
+    "read_keys",
+    "read_query",
+    "task_of",
+]
 
 
 class Scratch(NamedTuple):
-    """Rows have the token first, [BLOCK, D] or [BLOCK, V]; coefficients have it last, [planes or buckets, BLOCK].
+    """Rows have the token first, [BLOCK, D] or [BLOCK, V]; coefficients have it last, [planes or
+    buckets, BLOCK].
 
-    D and V are padded to whole vectors here; the padding is zero and stays zero. So is S in transposed arrays, ..._t, where
-    the padding holds anything.
+    D and V are padded to whole vectors here; the padding is zero and stays zero. So is S in
+    transposed arrays, ..._t, where the padding holds anything.
     """
 
     q: np.ndarray  # [BLOCK, D]
@@ -64,8 +75,15 @@ def hash_of(call: Call, m: int, w: Scratch) -> Hash:
     """Return the hash of state head m with the arrays that it works in."""
     own = m if call.planes.shape[0] > 1 else 0
     return Hash(
-        call.planes[own], call.planes_t[own], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes, w.u_t
-    )  # fmt: skip
+        call.planes[own],
+        call.planes_t[own],
+        call.beta[m],
+        call.n_tables,
+        w.factors,
+        w.d_u,
+        w.d_planes,
+        w.u_t,
+    )
 
 
 @helper
@@ -92,12 +110,22 @@ class Keys(NamedTuple):
 
 @helper
 def read_keys(
-    call: Call, b: int, t: int, m: int, n: int, step: int, needs_k: bool, straight_k: Any, straight_v: Any, w: Scratch
+    call: Call,
+    b: int,
+    t: int,
+    m: int,
+    n: int,
+    step: int,
+    needs_k: bool,
+    straight_k: Any,
+    straight_v: Any,
+    w: Scratch,
 ) -> Keys:
-    """Read n keys and values of a block for state head m, zeros where they are masked, and which those are.
+    """Read n keys and values of a block for state head m, zeros where they are masked, and which
+    those are.
 
-    Copies stay for the other state heads that share them. The next block is `step` tokens on. Without `needs_k`, keys are
-    left alone.
+    Copies stay for the other state heads that share them. The next block is `step` tokens on.
+    Without `needs_k`, keys are left alone.
     """
     heads = call.beta.shape[0] // call.n_kv_heads
     g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
@@ -106,7 +134,16 @@ def read_keys(
     if masked or n % _TOKENS_AT_ONCE != 0:
         straight_k, straight_v = COPIED, COPIED
     n_loads = n if first else 0
-    k = read(call.table, KEY, (b, t, g), n_loads if needs_k else 0, call.head_dim, w.k, w.keep[0], straight_k)
+    k = read(
+        call.table,
+        KEY,
+        (b, t, g),
+        n_loads if needs_k else 0,
+        call.head_dim,
+        w.k,
+        w.keep[0],
+        straight_k,
+    )
     v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v)
     if not first:
         return Keys(k, v, NOTHING, NOTHING)
@@ -116,7 +153,16 @@ def read_keys(
 
 @helper
 def read_query(
-    call: Call, line: int, b: int, t: int, h: int, n: int, step: int, straight: int, x: np.ndarray, w: Scratch
+    call: Call,
+    line: int,
+    b: int,
+    t: int,
+    h: int,
+    n: int,
+    step: int,
+    straight: int,
+    x: np.ndarray,
+    w: Scratch,
 ) -> tuple[Source, Ahead]:
     """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
     width = call.head_dim if line == QUERY else call.value_dim
@@ -127,7 +173,9 @@ def read_query(
 
 @helper
 def how_to_hash(call: Call, d_hash_width: int) -> Any:
-    """Tell whether to read rows for their hash where they are: if once, with one pass over the planes and no gradient of them."""
+    """Tell whether to read rows for their hash where they are: if once, with one pass over the
+    planes and no gradient of them.
+    """
     n_rows = call.planes.shape[1]
     one_pass = n_rows <= 4 or (is_wide(n_rows) and n_rows <= 2 * lanes(call.planes))
     if d_hash_width > 1 or not one_pass:
@@ -137,7 +185,9 @@ def how_to_hash(call: Call, d_hash_width: int) -> Any:
 
 @helper
 def how_to_add(n_buckets: int) -> Any:
-    """Tell whether to read rows where they are that are added up, by weights, for so many buckets: if in one pass."""
+    """Tell whether to read rows where they are that are added up, by weights, for so many buckets:
+    if in one pass.
+    """
     return EITHER if n_buckets == 8 else (AS_IT_IS if n_buckets < 8 else COPIED)
 
 
@@ -175,7 +225,24 @@ def new_scratch(call: Call) -> Scratch:
     c, mass = matrices(6, n_buckets, TOKENS, dtype), matrices(1, n_buckets, TOKENS, dtype)[0]
     c_t = matrices(2, TOKENS, wide_s, dtype)
     return Scratch(
-        x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], ones[0], ones[1][0],
-        c[0], c[1], c[5], mass, c[2], c[3], c[4],  # d_phi and mass end their memory: transpositions write past them
-        c_t[0], c_t[1], *new_hash_arrays(n_rows, wide_d, dtype),
-    )  # fmt: skip
+        x[0],
+        x[1],
+        x[2],
+        x[3],
+        y[0],
+        y[1],
+        y[2],
+        y[3],
+        ones[0],
+        ones[1][0],
+        c[0],
+        c[1],
+        c[5],
+        mass,
+        c[2],
+        c[3],
+        c[4],  # d_phi and mass end their memory: transpositions write past them
+        c_t[0],
+        c_t[1],
+        *new_hash_arrays(n_rows, wide_d, dtype),
+    )

@@ -1,4 +1,6 @@
-"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, running masses, masked keys."""
+"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, running
+masses, masked keys.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,37 @@ import numpy as np
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.simd.memory import clear_columns, clear_rows, cleared_matrices, matrices
 from racecore.ops.simd.products import Ahead, Source, accumulate, padded, transpose
-from racecore.ops.simd.vectors import fma, lanes, load, load_rounded, spread, store, total, widen_add
+from racecore.ops.simd.vectors import (
+    fma,
+    lanes,
+    load,
+    load_rounded,
+    spread,
+    store,
+    total,
+    widen_add,
+)
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "GROUP", "Partial", "Running", "add_block", "add_mass", "clear_after", "count_kept", "drop_masked", "expand_state",
-    "flush", "group_ends", "load_keep", "new_running", "running_mass", "running_mass_backward", "spread_mass", "start",
-]  # fmt: skip
+    "GROUP",
+    "Partial",
+    "Running",
+    "add_block",
+    "add_mass",
+    "clear_after",
+    "count_kept",
+    "drop_masked",
+    "expand_state",
+    "flush",
+    "group_ends",
+    "load_keep",
+    "new_running",
+    "running_mass",
+    "running_mass_backward",
+    "spread_mass",
+    "start",
+]
 
 GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
 
@@ -29,7 +55,9 @@ class Partial(NamedTuple):
 
 @helper
 def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> None:
-    """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it is, ones."""
+    """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it
+    is, ones.
+    """
     if mask.shape[0] > 0:
         for i in range(n):
             keep[0, i] = 1 if mask[b, t + i] != 0 else 0  # any other byte is True too
@@ -64,8 +92,11 @@ def clear_after(n: int, c: np.ndarray) -> None:
 
 
 @helper
-def add_block(mass_terms: np.ndarray, c: np.ndarray, x: Source, n: int, j: int, partial: Partial, ahead: Ahead) -> None:
-    """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its value sums.
+def add_block(
+    mass_terms: np.ndarray, c: np.ndarray, x: Source, n: int, j: int, partial: Partial, ahead: Ahead
+) -> None:
+    """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its
+    value sums.
 
     Coefficients past token n must be zero.
     """
@@ -105,7 +136,9 @@ def flush(partial: Partial, j: int, state: np.ndarray) -> None:
 
 
 class Running(NamedTuple):
-    """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic but for the masses."""
+    """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic
+    but for the masses.
+    """
 
     mass: np.ndarray  # [heads, S], float64, S padded
     value_sum: np.ndarray  # [heads, S, V], V padded
@@ -116,7 +149,10 @@ class Running(NamedTuple):
 def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Running:
     """Make room for the states of so many heads."""
     wide_s, wide_v = padded(n_buckets), padded(value_dim)
-    rows, columns = matrices(heads, n_buckets, wide_v, dtype), matrices(heads, wide_v, wide_s, dtype)
+    rows, columns = (
+        matrices(heads, n_buckets, wide_v, dtype),
+        matrices(heads, wide_v, wide_s, dtype),
+    )
     return Running(cleared_matrices(1, heads, wide_s, np.float64)[0], rows, columns)
 
 
@@ -131,7 +167,9 @@ def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) 
             run.mass[i, s] = state[s]
             for d in range(width):
                 run.value_sum[i, s, d] = state[n_buckets + s * width + d]
-        clear_columns(run.value_sum[i], width)  # a NaN of the task before must not stay in the padding
+        clear_columns(
+            run.value_sum[i], width
+        )  # a NaN of the task before must not stay in the padding
         if transposed:
             transpose(run.value_sum[i], n_buckets, run.value_sum.shape[2], run.value_sum_t[i])
 
@@ -147,7 +185,9 @@ def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
 
 @helper
 def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> None:
-    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` has it, from a float64 state [S*(1+V)]; V whole vectors."""
+    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` has it, from a float64 state [S*(1+V)]; V
+    whole vectors.
+    """
     n_buckets, width = c.shape[0], x.shape[1]
     like = x.dtype.type(0)
     clear_rows(x, 0, n)
@@ -172,10 +212,11 @@ def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
 def running_mass(
     phi: np.ndarray, mass: np.ndarray, phi_t: np.ndarray, masses_t: np.ndarray, masses: np.ndarray
 ) -> None:
-    """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64, by the block.
+    """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64,
+    by the block.
 
-    phi [S, BLOCK] is zero past the block's last token. It is left transposed in phi_t [BLOCK, S]: buckets in lanes make a
-    running sum one addition per vector.
+    phi [S, BLOCK] is zero past the block's last token. It is left transposed in phi_t [BLOCK, S]:
+    buckets in lanes make a running sum one addition per vector.
     """
     n_buckets = phi.shape[0]
     transpose(phi, n_buckets, TOKENS, phi_t)
@@ -191,12 +232,16 @@ def running_mass(
 
 @helper
 def running_mass_backward(
-    d_masses: np.ndarray, from_later: bool, mass_t: np.ndarray, d_mass: np.ndarray, d_phi_t: np.ndarray
+    d_masses: np.ndarray,
+    from_later: bool,
+    mass_t: np.ndarray,
+    d_mass: np.ndarray,
+    d_phi_t: np.ndarray,
 ) -> None:
     """Add to d_phi_t[j] what tokens i >= j of this block ask of mass, d_masses [S, BLOCK].
 
-    d_mass, float64, is what later blocks ask: it is added too where `from_later` says so, and moves to before this block.
-    mass_t [BLOCK, S] is for use meanwhile.
+    d_mass, float64, is what later blocks ask: it is added too where `from_later` says so, and moves
+    to before this block. mass_t [BLOCK, S] is for use meanwhile.
     """
     n_buckets = d_masses.shape[0]
     transpose(d_masses, n_buckets, TOKENS, mass_t)

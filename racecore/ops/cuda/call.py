@@ -1,9 +1,11 @@
-"""From a problem to CUDA launches: arguments in one structure, scratch of the right size, sums over segments.
+"""From a problem to CUDA launches: arguments in one structure, scratch of the right size, sums over
+segments.
 
-A block takes one segment and head after another. It is one warp, or several where tensor cores do the products, in blocks of
-tokens and columns of another size: `Tiling` says which. It needs scratch for states and for the numbers of a group of tokens:
-shared memory, or global memory where a state is too large for that. The pieces are counted here and handed out in
-`ops/cuda/call.cuh`; both lists must agree.
+A block takes one segment and head after another. It is one warp, or several where tensor cores do
+the products, in blocks of tokens and columns of another size: `Tiling` says which. It needs scratch
+for states and for the numbers of a group of tokens: shared memory, or global memory where a state
+is too large for that. The pieces are counted here and handed out in `ops/cuda/call.cuh`; both lists
+must agree.
 """
 
 from __future__ import annotations
@@ -20,9 +22,22 @@ from racecore.problem import GradientBuffers, Problem
 from racecore.runtime import cuda
 
 __all__ = [
-    "Call", "Scratch", "Tiling", "array_fields", "empty", "empty_hash_parts", "hash_width", "key_gradients", "launch",
-    "make_call", "new_sums", "scan", "shares", "stash_numbers", "tiling_of",
-]  # fmt: skip
+    "Call",
+    "Scratch",
+    "Tiling",
+    "array_fields",
+    "empty",
+    "empty_hash_parts",
+    "hash_width",
+    "key_gradients",
+    "launch",
+    "make_call",
+    "new_sums",
+    "scan",
+    "shares",
+    "stash_numbers",
+    "tiling_of",
+]
 
 TENSOR_CORES_FROM = 16  # buckets: with fewer, products are not what takes the time
 _ASKING_BYTES = 48 << 10  # shared memory that a block can have without asking
@@ -55,19 +70,30 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(part: Problem) -> Tiling:
-    """Return how the kernels of a problem cut it: all of them alike, as they leave numbers for each other."""
+    """Return how the kernels of a problem cut it: all of them alike, as they leave numbers for each
+    other.
+    """
     stored: Any = part.query if part.query is not None else part.key
-    # shared keys add up their gradients in float32, so these arrays have another dtype: see `key_gradients`
-    suits = stored.dtype.name == "bfloat16" and part.n_buckets >= TENSOR_CORES_FROM and shares(part) == 1
+    # shared keys add up their gradients in float32, so these arrays have another dtype: see
+    # `key_gradients`
+    suits = (
+        stored.dtype.name == "bfloat16"
+        and part.n_buckets >= TENSOR_CORES_FROM
+        and shares(part) == 1
+    )
     if suits and cuda.has_bfloat16_products():
         return Tiling(True, warps=4, tokens=16, columns=4, slab=32, row_step=8, pad=4)
     longest = max(part.planes.shape[3], part.value_dim)
     columns = 1 if longest <= 32 else 2 if longest <= 64 else 4
-    return Tiling(False, warps=1, tokens=8, columns=columns, slab=cuda.LANES * columns, row_step=4, pad=0)
+    return Tiling(
+        False, warps=1, tokens=8, columns=columns, slab=cuda.LANES * columns, row_step=4, pad=0
+    )
 
 
 class Call(NamedTuple):
-    """What every kernel needs. `record` holds addresses: the arrays in `kept` must outlive the launch."""
+    """What every kernel needs. `record` holds addresses: the arrays in `kept` must outlive the
+    launch.
+    """
 
     record: np.ndarray
     kept: tuple[Any, ...]
@@ -138,11 +164,15 @@ def make_call(
     ]
     kept = (*arrays, segments, planes, beta, mask)
     n_tokens = int((chunk[:, 3] - chunk[:, 2]).sum())
-    return Call(cuda.structure(fields), kept, stored.dtype, part.dtype, tiling, len(chunk), n_tokens)
+    return Call(
+        cuda.structure(fields), kept, stored.dtype, part.dtype, tiling, len(chunk), n_tokens
+    )
 
 
 def _segments(chunk: np.ndarray, tokens: int) -> Any:
-    """Return a chunk's table on the device, its last column counting groups of tokens in place of blocks."""
+    """Return a chunk's table on the device, its last column counting groups of tokens in place of
+    blocks.
+    """
     table = chunk.copy()
     n_groups = -(-(table[:, 3] - table[:, 2]) // tokens)
     table[:, 4] = np.cumsum(n_groups) - n_groups
@@ -159,8 +189,14 @@ def _planes(part: Problem, tiling: Tiling) -> Any:
 
 
 def _is_wide(array: Any, columns: int) -> bool:
-    """Tell whether a lane can read its columns at once: neighbours in memory, at a multiple of their size."""
-    if array is None or array.shape[-1] % columns or (array.shape[-1] > 1 and array.strides[-1] != array.itemsize):
+    """Tell whether a lane can read its columns at once: neighbours in memory, at a multiple of
+    their size.
+    """
+    if (
+        array is None
+        or array.shape[-1] % columns
+        or (array.shape[-1] > 1 and array.strides[-1] != array.itemsize)
+    ):
         return False
     size = min(columns * array.itemsize, 16)
     return array.data.ptr % size == 0 and all(stride % size == 0 for stride in array.strides[:-1])
@@ -173,11 +209,21 @@ def _up(n: int, step: int) -> int:
 def array_fields(name: str, array: Any, columns: int) -> list[tuple[str, int]]:
     """Return the fields of an `Array` of ops/cuda/warp.cuh; None is a null pointer."""
     labels = ("data", "batch", "token", "head", "dim")
-    fields = [(f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)]
+    fields = [
+        (f"{name}.{label}", x) for label, x in zip(labels, cuda.addresses(array), strict=True)
+    ]
     return [*fields, (f"{name}.is_wide", _is_wide(array, columns))]
 
 
-def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *arguments: Any, share: int = 0) -> int:
+def launch(
+    file: str,
+    name: str,
+    call: Call,
+    n_heads: int,
+    scratch: Scratch,
+    *arguments: Any,
+    share: int = 0,
+) -> int:
     """Run a kernel over all segments of a call and `n_heads` heads. Return the number of tokens."""
     n_tasks = call.n_segments * n_heads
     if n_tasks == 0:
@@ -201,7 +247,10 @@ def launch(file: str, name: str, call: Call, n_heads: int, scratch: Scratch, *ar
 
 def _scratch_numbers(call: Call, scratch: Scratch) -> int:
     """Count what a block takes, in numbers of the arithmetic's dtype."""
-    size = {name: int(call.record[name][0]) for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")}
+    size = {
+        name: int(call.record[name][0])
+        for name in ("n_tables", "n_planes", "head_dim", "value_dim", "hash_width")
+    }
     tiling, doubles = call.tiling, 8 // call.real.itemsize
     n_buckets, n_rows = size["n_tables"] << size["n_planes"], size["n_tables"] * size["n_planes"]
     buckets, rows = tiling.wide(n_buckets), tiling.wide(n_rows)
@@ -220,7 +269,9 @@ def stash_numbers(part: Problem, chunk: np.ndarray) -> int:
     """Count what `walk_queries_backward` leaves for `walk_keys_backward`."""
     tiling, (n_tables, n_planes) = tiling_of(part), part.planes.shape[1:3]
     n_groups = int((-(-(chunk[:, 3] - chunk[:, 2]) // tiling.tokens)).sum())
-    per_token = part.n_state_heads * tiling.wide(n_tables * n_planes) + 2 * part.n_heads * tiling.wide(part.n_buckets)
+    per_token = part.n_state_heads * tiling.wide(
+        n_tables * n_planes
+    ) + 2 * part.n_heads * tiling.wide(part.n_buckets)
     return n_groups * tiling.tokens * per_token
 
 
@@ -230,17 +281,26 @@ def shares(part: Problem) -> int:
 
 
 @contextmanager
-def key_gradients(part: Problem, grads: GradientBuffers, d_out: Any) -> Iterator[tuple[Problem, GradientBuffers, Any]]:
-    """Yield the problem, the gradients and d_out in a dtype in which the state heads of a key/value head can be added up.
+def key_gradients(
+    part: Problem, grads: GradientBuffers, d_out: Any
+) -> Iterator[tuple[Problem, GradientBuffers, Any]]:
+    """Yield the problem, the gradients and d_out in a dtype in which the state heads of a key/value
+    head can be added up.
 
-    Where planes or beta are per query head and queries are grouped, several state heads add to one row of `grads.key` and
-    `grads.value`. In 16 bits every addition would be rounded: then this is done in copies of the dtype of the arithmetic.
+    Where planes or beta are per query head and queries are grouped, several state heads add to one
+    row of `grads.key` and `grads.value`. In 16 bits every addition would be rounded: then this is
+    done in copies of the dtype of the arithmetic.
     """
     if shares(part) == 1 or part.key is None or part.key.dtype == part.dtype:
         yield part, grads, d_out
         return
-    wide = replace(part, **{name: _widened(getattr(part, name), part.dtype) for name in ("query", "key", "value")})
-    targets = {name: getattr(grads, name) for name in ("key", "value") if getattr(grads, name) is not None}
+    wide = replace(
+        part,
+        **{name: _widened(getattr(part, name), part.dtype) for name in ("query", "key", "value")},
+    )
+    targets = {
+        name: getattr(grads, name) for name in ("key", "value") if getattr(grads, name) is not None
+    }
     sums = {name: empty(target.shape, part.dtype) for name, target in targets.items()}
     for name, target in targets.items():
         sums[name][...] = target  # rows of other parts and chunks
@@ -264,12 +324,15 @@ def hash_width(total: Any) -> int:
 
 
 def empty_hash_parts(chunk: np.ndarray, n_heads: int, total: Any) -> Any:
-    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, heads, width]."""
+    """Return where tasks put their shares of `total`, gradients of planes and beta: [n, heads,
+    width].
+    """
     return empty((len(chunk), n_heads, hash_width(total)), np.float64)
 
 
 def scan(owners: np.ndarray, parts: Any, carry: Any, *, reverse: bool = False) -> None:
-    """Add parts [n, heads * repeats, width] to the carry [n_owners, heads, width] of their owners one by one.
+    """Add parts [n, heads * repeats, width] to the carry [n_owners, heads, width] of their owners
+    one by one.
 
     Leaves in the first of `repeats` neighbours what came before them.
     """

@@ -1,9 +1,11 @@
-"""One token at a time: a Numba kernel that reads and writes each number of a state once; see `reference`.
+"""One token at a time: a Numba kernel that reads and writes each number of a state once; see
+`reference`.
 
-A state is far larger than everything else of a token, so its memory sets the time. While a row of the state passes through
-the registers, the key's value is added to it and all query heads of its group ask it. Hashes of a token's heads are taken
-in one block, as those of a head's tokens are elsewhere: here "tokens" of the table are heads. Sums and products are the same,
-in the same order, as those of `bidirectional.sum_keys` followed by `read_out`, and so are the bits.
+A state is far larger than everything else of a token, so its memory sets the time. While a row of
+the state passes through the registers, the key's value is added to it and all query heads of its
+group ask it. Hashes of a token's heads are taken in one block, as those of a head's tokens are
+elsewhere: here "tokens" of the table are heads. Sums and products are the same, in the same order,
+as those of `bidirectional.sum_keys` followed by `read_out`, and so are the bits.
 """
 
 from __future__ import annotations
@@ -39,12 +41,15 @@ _NO_RUNS = np.zeros((0, 2), np.int64)
 
 
 def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Add the key and value of every sequence that has one to `sketch`, and answer its query into out [B, 1, H, V].
+    """Add the key and value of every sequence that has one to `sketch`, and answer its query into
+    out [B, 1, H, V].
 
-    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys that take part.
-    Sequences without a token keep their bits; their rows of `out` are left alone.
+    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys
+    that take part. Sequences without a token keep their bits; their rows of `out` are left alone.
     """
-    progress.advance(len(part.sequences))  # before: should the listener raise, nothing has happened yet
+    progress.advance(
+        len(part.sequences)
+    )  # before: should the listener raise, nothing has happened yet
     if len(part.sequences) == 0:
         return
     hashed_at_once, call = _make_call(part, sketch, out)
@@ -59,7 +64,9 @@ def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) ->
 
 
 def _run_to_the_end(work: Callable[[int, int], object], n_tasks: int, per_launch: int) -> None:
-    """Run all tasks; where a signal raises something in between, do the others before it goes on: a step is never half done."""
+    """Run all tasks; where a signal raises something in between, do the others before it goes on: a
+    step is never half done.
+    """
     try:
         run(work, n_tasks, per_launch)
     except BaseException:
@@ -68,12 +75,16 @@ def _run_to_the_end(work: Callable[[int, int], object], n_tasks: int, per_launch
 
 
 def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Call]:
-    """Return how many state heads are hashed together, and the arguments, with heads where other calls have tokens."""
+    """Return how many state heads are hashed together, and the arguments, with heads where other
+    calls have tokens.
+    """
     if part.query is None or part.key is None or part.value is None:
         raise TypeError("a step needs a query, a key and a value")
     shared = part.planes.strides[0] == 0 and part.beta.strides[0] == 0
     head_bytes = sketch.flat.nbytes // (len(part.sequences) * part.n_kv_heads)
-    fit = min(BLOCK * part.n_kv_heads // part.n_heads, _BYTES_AT_ONCE // head_bytes, part.n_kv_heads)
+    fit = min(
+        BLOCK * part.n_kv_heads // part.n_heads, _BYTES_AT_ONCE // head_bytes, part.n_kv_heads
+    )
     heads = max(1, fit) if shared else 1
     planes, planes_t, beta = padded_planes(part)
     by_head = (x.swapaxes(1, 2) for x in (part.query, part.key, part.value, out))
@@ -84,7 +95,9 @@ def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Cal
         planes=planes,
         planes_t=planes_t,
         beta=beta,
-        mask=NO_MASK if part.key_mask is None else np.ascontiguousarray(part.key_mask).view(np.uint8),
+        mask=NO_MASK
+        if part.key_mask is None
+        else np.ascontiguousarray(part.key_mask).view(np.uint8),
         n_tables=part.planes.shape[1],
         head_dim=part.planes.shape[3],
         n_heads=part.n_heads,
@@ -96,7 +109,9 @@ def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Cal
 
 
 class Room(NamedTuple):
-    """The arrays of one launch, with heads as their rows [BLOCK, D or V] and last axis [S, BLOCK]; D and V are padded."""
+    """The arrays of one launch, with heads as their rows [BLOCK, D or V] and last axis [S, BLOCK];
+    D and V are padded.
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -127,15 +142,34 @@ def _new_room(call: Call) -> Room:
     for i in range(BLOCK):
         ones[0, 0, i] = ones[1, 0, i] = 1
     return Room(
-        x[0], x[1], y[0], y[1], ones[0], ones[1][0], c[0], c[1], c[2], c[3], c[4], *new_hash_arrays(n_rows, wide_d, dtype)
-    )  # fmt: skip
+        x[0],
+        x[1],
+        y[0],
+        y[1],
+        ones[0],
+        ones[1][0],
+        c[0],
+        c[1],
+        c[2],
+        c[3],
+        c[4],
+        *new_hash_arrays(n_rows, wide_d, dtype),
+    )
 
 
 @kernel
 def _step(
-    call: Call, first: int, last: int, hashed_at_once: int, states: np.ndarray, lengths: np.ndarray, done: np.ndarray
+    call: Call,
+    first: int,
+    last: int,
+    hashed_at_once: int,
+    states: np.ndarray,
+    lengths: np.ndarray,
+    done: np.ndarray,
 ) -> None:
-    """Take tasks first ... last - 1, each some heads of a sequence, that are not `done` [tasks] yet; states [N, M, S*(1+V)]."""
+    """Take tasks first ... last - 1, each some heads of a sequence, that are not `done` [tasks]
+    yet; states [N, M, S*(1+V)].
+    """
     w = _new_room(call)
     tail = cleared_matrices(1, 2, TOKENS, states.dtype)[0]
     for task in range(first, last):
@@ -154,10 +188,21 @@ def _step(
 
 
 @piece
-def _step_heads(call: Call, b: int, m: int, n: int, states: np.ndarray, tail: np.ndarray, w: Room) -> None:
+def _step_heads(
+    call: Call, b: int, m: int, n: int, states: np.ndarray, tail: np.ndarray, w: Room
+) -> None:
     """Take n state heads from m on, whose keys share a hash and are neighbours."""
     own = m if call.planes.shape[0] > 1 else 0
-    f = Hash(call.planes[own], call.planes_t[own], call.beta[m], call.n_tables, w.factors, w.d_u, w.d_planes, w.u_t)
+    f = Hash(
+        call.planes[own],
+        call.planes_t[own],
+        call.beta[m],
+        call.n_tables,
+        w.factors,
+        w.d_u,
+        w.d_planes,
+        w.u_t,
+    )
     g, repeats = m // (call.beta.shape[0] // call.n_kv_heads), call.n_heads // call.beta.shape[0]
     keep = w.keep[0, 0]
     for i in range(n):
@@ -177,8 +222,12 @@ def _step_heads(call: Call, b: int, m: int, n: int, states: np.ndarray, tail: np
         weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
         for i in range(n):
             _step_values(states[m + i], i, rows // n, tail, w)
-        store(call.table, OUT, (b, m * repeats + h, 0), rows, call.value_dim, w.o, rows_of(w.o, False))
-        for s in range(w.phi_k.shape[0]):  # a group of more heads than a block has asks again, and must not add again
+        store(
+            call.table, OUT, (b, m * repeats + h, 0), rows, call.value_dim, w.o, rows_of(w.o, False)
+        )
+        for s in range(
+            w.phi_k.shape[0]
+        ):  # a group of more heads than a block has asks again, and must not add again
             w.phi_k[s, 0] = 0
 
 
@@ -194,7 +243,9 @@ def _gather_mass(states: np.ndarray, m: int, n: int, per_state: int, mass: np.nd
 
 @helper
 def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w: Room) -> None:
-    """value_sum += phi_k[:, i] * v[i], and o[j] = sum_s rho[s, j] * value_sum[s] for its query heads j; state [S*(1+V)]."""
+    """value_sum += phi_k[:, i] * v[i], and o[j] = sum_s rho[s, j] * value_sum[s] for its query
+    heads j; state [S*(1+V)].
+    """
     n_buckets, wide = w.phi_k.shape[0], w.o.shape[1]
     width = state.shape[0] // n_buckets - 1
     whole = width // lanes(w.o) * lanes(w.o)
@@ -208,7 +259,14 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
         start, step = state.ctypes.data, state.itemsize
         for d in range(0, whole, lanes(w.o)):
             _step_vector(
-                start + step * (first + d), start + step * (second + d), state.dtype.type(0), i, per_state, s, d, w
+                start + step * (first + d),
+                start + step * (second + d),
+                state.dtype.type(0),
+                i,
+                per_state,
+                s,
+                d,
+                w,
             )
         if whole < width:
             for d in range(whole, width):
@@ -220,8 +278,12 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
 
 
 @helper
-def _step_vector(address: int, next_address: int, like: Any, i: int, per_state: int, s: int, d: int, w: Room) -> None:
-    """Add to and ask the columns from d on of buckets s and s + 1, at two addresses: two answer for one read of the output."""
+def _step_vector(
+    address: int, next_address: int, like: Any, i: int, per_state: int, s: int, d: int, w: Room
+) -> None:
+    """Add to and ask the columns from d on of buckets s and s + 1, at two addresses: two answer for
+    one read of the output.
+    """
     v, zero = load_lanes(w.v, i, d), spread(w.o.dtype.type(0))
     # c * v + 0 and not c * v: a product might fuse with the sum, and `append` rounds it first
     sums = add_at(fma(spread(w.phi_k[s, i]), v, zero), address, like)

@@ -13,10 +13,11 @@ __all__ = ["step"]
 
 
 def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Add the key and value of every sequence that has one to `sketch`, and answer its query into out [B, 1, H, V].
+    """Add the key and value of every sequence that has one to `sketch`, and answer its query into
+    out [B, 1, H, V].
 
-    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys that take part.
-    Sequences without a token keep their bits; their rows of `out` are left alone.
+    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys
+    that take part. Sequences without a token keep their bits; their rows of `out` are left alone.
     """
     progress.advance(len(part.sequences))
     before = sketch.flat.copy(), lengths.copy()
@@ -28,7 +29,9 @@ def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) ->
         raise
 
 
-def _step_sequence(part: Problem, n: int, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
+def _step_sequence(
+    part: Problem, n: int, sketch: Sketch, lengths: np.ndarray, out: np.ndarray
+) -> None:
     batch, begin, end = part.sequences[n, :3].tolist()
     if begin == end:
         return

@@ -1,1 +1,3 @@
-"""Vectors in compiled code: types, elementary functions, half precision, code generation, tiles, products."""
+"""Vectors in compiled code: types, elementary functions, half precision, code generation, tiles,
+products.
+"""

@@ -1,8 +1,9 @@
 """exp, tanh and sigmoids of vectors.
 
-The C library's versions cost 2 to 8 ns a number, because calls to them stay scalar inside compiled loops. In float32
-these polynomials err by about 1e-7 relative and cost a few instructions for 16 numbers; in float64 the C library's are
-used, lane by lane. The plain twins are `numpy.exp` and `numpy.tanh`.
+The C library's versions cost 2 to 8 ns a number, because calls to them stay scalar inside compiled
+loops. In float32 these polynomials err by about 1e-7 relative and cost a few instructions for 16
+numbers; in float64 the C library's are used, lane by lane. The plain twins are `numpy.exp` and
+`numpy.tanh`.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ def _exp32(x: Any) -> Any:
 
 @inlined
 def _tanh32(x: Any) -> Any:
-    """Return tanh(x) = x * p(x^2) / q(x^2), where |x| is less than 7.9; then 1 - 2e-7, and from 9 on 1."""
+    """Return tanh(x) = x * p(x^2) / q(x^2), where |x| is less than 7.9; then 1 - 2e-7, and from 9
+    on 1.
+    """
     one, limit, far = spread(np.float32(1.0)), spread(_TANH_LIMIT), spread(np.float32(9.0))
-    y = select(at_least(x, limit), limit, select(at_least(spread(-_TANH_LIMIT), x), spread(-_TANH_LIMIT), x))
+    y = select(
+        at_least(x, limit),
+        limit,
+        select(at_least(spread(-_TANH_LIMIT), x), spread(-_TANH_LIMIT), x),
+    )
     s = y * y
     p = spread(np.float32(-2.76076847742355e-16))  # coefficients: Eigen's fast tanh
     p = fma(p, s, spread(np.float32(2.00018790482477e-13)))
@@ -69,10 +76,13 @@ def _tanh32(x: Any) -> Any:
     q = fma(q, s, spread(np.float32(1.18534705686654e-04)))
     q = fma(q, s, spread(np.float32(2.26843463243900e-03)))
     q = fma(q, s, spread(np.float32(4.89352518554385e-03)))
-    return select(at_least(x, far), one, select(at_least(one - one - far, x), one - one - one, p * y / q))
+    return select(
+        at_least(x, far), one, select(at_least(one - one - far, x), one - one - one, p * y / q)
+    )
 
 
-# Numba compares the signatures of the next functions with those of their overloads, annotations included: so none here.
+# Numba compares the signatures of the next functions with those of their overloads, annotations
+# included: so none here.
 def exp_of_nonpositive(x):
     """Return exp(x) of a vector x <= 0."""
     raise NotImplementedError("only compiled code has vectors")
@@ -83,17 +93,24 @@ def tanh(x):
     raise NotImplementedError("only compiled code has vectors")
 
 
-@overload(exp_of_nonpositive, jit_options={"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+@overload(
+    exp_of_nonpositive,
+    jit_options={"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True},
+)
 def _exp_by_type(x):
     if isinstance(x, Vector):
         return (lambda x: _exp32(x)) if x.element == types.float32 else (lambda x: exp_by_lanes(x))
     return None
 
 
-@overload(tanh, jit_options={"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+@overload(
+    tanh, jit_options={"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+)
 def _tanh_by_type(x):
     if isinstance(x, Vector):
-        return (lambda x: _tanh32(x)) if x.element == types.float32 else (lambda x: tanh_by_lanes(x))
+        return (
+            (lambda x: _tanh32(x)) if x.element == types.float32 else (lambda x: tanh_by_lanes(x))
+        )
     return None
 
 

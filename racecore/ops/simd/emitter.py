@@ -1,7 +1,8 @@
-"""What LLVM code for tiles is written with: loads and stores at addresses, counted loops, totals of lanes.
+"""What LLVM code for tiles is written with: loads and stores at addresses, counted loops, totals of
+lanes.
 
-Why it is a module: `tiles`, `walks`, and SOCKET's `listed`, `lookup` and `coarse` all write such code. Vectors are generic, of 64
-bytes; LLVM splits them where registers are narrower.
+Why it is a module: `tiles`, `walks`, and SOCKET's `listed`, `lookup` and `coarse` all write such
+code. Vectors are generic, of 64 bytes; LLVM splits them where registers are narrower.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from racecore.ops.simd.vectors import VECTOR_BYTES, in_every_lane
 
 __all__ = ["ADD", "NARROW", "OVERWRITE", "STREAM", "Emitter", "store_totals"]
 
-# What a tile does with its sums. STREAM writes whole vectors around the caches, and NARROW whole cache lines of bfloat16.
+# What a tile does with its sums. STREAM writes whole vectors around the caches, and NARROW whole
+# cache lines of bfloat16.
 OVERWRITE, ADD, STREAM, NARROW = 0, 1, 2, 3
 _FLAGS = ("contract",)  # lets multiply and add fuse, and nothing else
 
 
 class Emitter:
-    """LLVM code for one tile: typed loads and stores at addresses, and a counted loop that carries the sums."""
+    """LLVM code for one tile: typed loads and stores at addresses, and a counted loop that carries
+    the sums.
+    """
 
     def __init__(self, builder: Any, element: Any) -> None:
         self.builder = builder
@@ -48,7 +52,9 @@ class Emitter:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=self.size)
 
     def store(self, value: Any, address: Any) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=self.size)
+        self.builder.store(
+            value, self.builder.inttoptr(address, value.type.as_pointer()), align=self.size
+        )
 
     def stream(self, value: Any, address: Any) -> None:
         """Store a whole vector around the caches, at an address on a cache line."""
@@ -63,18 +69,26 @@ class Emitter:
         kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
         function = self.builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
         read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
-        self.builder.call(function, [self.builder.inttoptr(address, pointer), read, second_level, data])
+        self.builder.call(
+            function, [self.builder.inttoptr(address, pointer), read, second_level, data]
+        )
 
     def load_row(self, base: Any, offset: int, kind: Any, narrow: bool) -> Any:
-        """Load numbers of a row from an element on; `narrow` rows are bfloat16, and widened (in float64 there are none)."""
+        """Load numbers of a row from an element on; `narrow` rows are bfloat16, and widened (in
+        float64 there are none).
+        """
         if not narrow or self.size == 8:
             return self.load(self.address(base, offset), kind)
-        return load_widened(self.builder, self.builder.add(base, ir.Constant(self.word, 2 * offset)))
+        return load_widened(
+            self.builder, self.builder.add(base, ir.Constant(self.word, 2 * offset))
+        )
 
     def store_rows(self, rows: list[list[Any]], base: Any, stride: Any, mode: Any) -> None:
         """Store rows of vectors from an address on, `stride` elements of the target apart."""
         builder = self.builder
-        stream, narrow = (builder.icmp_signed("==", mode, ir.Constant(self.word, m)) for m in (STREAM, NARROW))
+        stream, narrow = (
+            builder.icmp_signed("==", mode, ir.Constant(self.word, m)) for m in (STREAM, NARROW)
+        )
 
         def write(how: Any) -> None:
             for r, row in enumerate(rows):
@@ -113,10 +127,14 @@ class Emitter:
     def kept(self, keep: Any, value: Any) -> Any:
         """Return `value` where the number `keep` is ADD, else zero."""
         zero = ir.Constant(value.type, [0.0] * value.type.count)
-        return self.builder.select(self.builder.icmp_signed("==", keep, ir.Constant(self.word, ADD)), value, zero)
+        return self.builder.select(
+            self.builder.icmp_signed("==", keep, ir.Constant(self.word, ADD)), value, zero
+        )
 
     def kept_at(self, mode: Any, address: Any, elsewhere: Any, kind: Any) -> Any:
-        """Return what is at an address if `mode` is ADD, else zero; NARROW rows are shorter: it looks `elsewhere`."""
+        """Return what is at an address if `mode` is ADD, else zero; NARROW rows are shorter: it
+        looks `elsewhere`.
+        """
         narrows = self.builder.icmp_signed("==", mode, ir.Constant(self.word, NARROW))
         return self.kept(mode, self.load(self.builder.select(narrows, elsewhere, address), kind))
 
@@ -127,11 +145,17 @@ class Emitter:
         product = self.builder.fmul(a, b, flags=_FLAGS)
         return self.builder.fadd(product, total, flags=_FLAGS)
 
-    def loop(self, count: Any, start: list[Any], addresses: list[Any], steps: list[Any], body: Any) -> list[Any]:
-        """Run `body(addresses, sums) -> sums` `count` times, addresses growing by `steps`; return the last sums."""
+    def loop(
+        self, count: Any, start: list[Any], addresses: list[Any], steps: list[Any], body: Any
+    ) -> list[Any]:
+        """Run `body(addresses, sums) -> sums` `count` times, addresses growing by `steps`; return
+        the last sums.
+        """
         builder = self.builder
         before = builder.block
-        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        head, inside, after = (
+            builder.append_basic_block(name) for name in ("head", "inside", "after")
+        )
         builder.branch(head)
         builder.position_at_end(head)
         index = builder.phi(self.word)
@@ -143,7 +167,9 @@ class Emitter:
         builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
         builder.position_at_end(inside)
         new_sums = body(moving, sums)
-        new_addresses = [builder.add(address, step) for address, step in zip(moving, steps, strict=True)]
+        new_addresses = [
+            builder.add(address, step) for address, step in zip(moving, steps, strict=True)
+        ]
         end = builder.block
         index.add_incoming(builder.add(index, ir.Constant(self.word, 1)), end)
         for phi, value in zip(moving + sums, new_addresses + new_sums, strict=True):
@@ -153,24 +179,34 @@ class Emitter:
         return sums
 
 
-def store_totals(emit: Emitter, sums: list[Any], n_columns: int, c: Any, c_row: Any, scale: Any = None) -> None:
-    """Store the totals of vectors, `n_columns` in a row, to c[r * c_row + i], times `scale` if there is one."""
+def store_totals(
+    emit: Emitter, sums: list[Any], n_columns: int, c: Any, c_row: Any, scale: Any = None
+) -> None:
+    """Store the totals of vectors, `n_columns` in a row, to c[r * c_row + i], times `scale` if
+    there is one.
+    """
     at_once = max(n_columns, min(len(sums), emit.lanes))
     for start in range(0, len(sums), at_once):
         values = totals(emit, sums[start : start + at_once])
-        values = values if scale is None else emit.builder.fmul(values, emit.splat(scale, values.type))
+        values = (
+            values if scale is None else emit.builder.fmul(values, emit.splat(scale, values.type))
+        )
         for i in range(0, at_once, n_columns):
-            part = ir.Constant(ir.VectorType(ir.IntType(32), n_columns), list(range(i, i + n_columns)))
+            part = ir.Constant(
+                ir.VectorType(ir.IntType(32), n_columns), list(range(i, i + n_columns))
+            )
             row = emit.times(c_row, (start + i) // n_columns)
             emit.store(emit.builder.shuffle_vector(values, values, part), emit.address(c, row))
 
 
 def totals(emit: Emitter, vectors: list[Any]) -> Any:
-    """Add up the lanes of each of 1, 2, 4, ... vectors, at most as many as lanes; return the totals as one vector.
+    """Add up the lanes of each of 1, 2, 4, ... vectors, at most as many as lanes; return the totals
+    as one vector.
 
-    Neighbours are added first, then their sums, ..., however many vectors there are: a total has the same bits in every size of
-    tile. Two vectors become one while there are two. As long as there are, the first rounds stay within 128 bits, since shuffles
-    that do not leave those cost least; the others move whole ones.
+    Neighbours are added first, then their sums, ..., however many vectors there are: a total has
+    the same bits in every size of tile. Two vectors become one while there are two. As long as
+    there are, the first rounds stay within 128 bits, since shuffles that do not leave those cost
+    least; the others move whole ones.
     """
     near, added, n = 16 // emit.size, 1, len(vectors)
     while added < emit.lanes:
@@ -198,5 +234,8 @@ def _add_neighbours(emit: Emitter, a: Any, b: Any | None, unit: int, chunk: int)
         for first in (0, unit)
     )
     index = ir.VectorType(ir.IntType(32), len(even))
-    parts = [emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, lanes)) for lanes in (even, odd)]
+    parts = [
+        emit.builder.shuffle_vector(a, a if b is None else b, ir.Constant(index, lanes))
+        for lanes in (even, odd)
+    ]
     return emit.builder.fadd(*parts)

@@ -1,7 +1,7 @@
 """The 16-bit formats: float16 and bfloat16 to float32 and back, as vectors and one by one.
 
-Widening is exact; narrowing rounds to nearest, ties to even. Integer operations do both, so this needs no special instructions
-and no rounding mode. The plain twin is `array.astype`.
+Widening is exact; narrowing rounds to nearest, ties to even. Integer operations do both, so this
+needs no special instructions and no rounding mode. The plain twin is `array.astype`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from racecore.ops.simd.vectors import Vector
 from racecore.runtime import processor
 
 __all__ = [
-    "LANES", "from_bfloat16", "from_half", "has_subnormal", "load_bfloat16", "load_half", "load_widened", "load_widened_pairs",
-    "narrow_pair", "store_bfloat16", "store_half", "to_bfloat16", "to_half",
-]  # fmt: skip
+    "LANES",
+    "from_bfloat16",
+    "from_half",
+    "has_subnormal",
+    "load_bfloat16",
+    "load_half",
+    "load_widened",
+    "load_widened_pairs",
+    "narrow_pair",
+    "store_bfloat16",
+    "store_half",
+    "to_bfloat16",
+    "to_half",
+]
 
 LANES = 16  # numbers that a vector operation of this module converts
 
@@ -63,11 +74,16 @@ class _Words:
 
 
 def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
-    """Return LLVM code for whether any float32 of some vectors is subnormal; None unless `narrow_pair` has its instruction."""
+    """Return LLVM code for whether any float32 of some vectors is subnormal; None unless
+    `narrow_pair` has its instruction.
+    """
     if not processor.has("avx512bf16"):
         return None
     kind = ir.FunctionType(ir.IntType(16), [vectors[0].type])
-    masks = [builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False) for vector in vectors]
+    masks = [
+        builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False)
+        for vector in vectors
+    ]
     found = masks[0]
     for mask in masks[1:]:
         found = builder.or_(found, mask)
@@ -75,7 +91,8 @@ def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
 
 
 def narrow_pair(builder: Any, first: Any, second: Any, by_instruction: bool) -> Any:
-    """Return LLVM code for two vectors of float32 rounded to bfloat16: the bits of 32 numbers, a whole cache line.
+    """Return LLVM code for two vectors of float32 rounded to bfloat16: the bits of 32 numbers, a
+    whole cache line.
 
     The one instruction for it, AVX512-BF16, takes subnormal numbers for zero.
     """
@@ -84,7 +101,9 @@ def narrow_pair(builder: Any, first: Any, second: Any, by_instruction: bool) -> 
     if by_instruction:
         kind = ir.FunctionType(halves, [w.floats, w.floats])
         return builder.asm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", [first, second], False)
-    high = [builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves) for value in (first, second)]
+    high = [
+        builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves) for value in (first, second)
+    ]
     index = ir.VectorType(ir.IntType(32), 2 * LANES)
     return builder.shuffle_vector(*high, ir.Constant(index, list(range(1, 4 * LANES, 2))))
 
@@ -94,14 +113,17 @@ def _widen_bfloat16(w: _Words, bits: Any) -> Any:
 
 
 def load_widened(builder: Any, address: Any, widen: Any = _widen_bfloat16) -> Any:
-    """Return LLVM code for 16 numbers from an address on, bfloat16 if nothing else is said, as float32."""
+    """Return LLVM code for 16 numbers from an address on, bfloat16 if nothing else is said, as
+    float32.
+    """
     w = _Words(builder, LANES)
     bits = builder.load(builder.inttoptr(address, w.halves.as_pointer()), align=2)
     return widen(w, builder.zext(bits, w.words))
 
 
 def load_widened_pairs(builder: Any, address: Any) -> tuple[Any, Any]:
-    """Return LLVM code for 32 bfloat16 numbers from an address on, as two vectors of float32: those of even places, then the odd.
+    """Return LLVM code for 32 bfloat16 numbers from an address on, as two vectors of float32: those
+    of even places, then the odd.
 
     So a whole cache line takes two instructions; to keep the order of the numbers would take four.
     """
@@ -114,7 +136,9 @@ def _widen_half(w: _Words, bits: Any) -> Any:
     size = w.left(w.both(bits, 0x7FFF), 13)
     value = w.builder.fmul(w.as_float(size), w.real(2.0**112))  # moves the exponent's bias; exact
     special = w.above(w.both(bits, 0x7C00), 0x7BFF)  # infinity and NaN
-    value = w.builder.select(special, w.builder.or_(size, w.constant(0x7F800000)), w.as_words(value))
+    value = w.builder.select(
+        special, w.builder.or_(size, w.constant(0x7F800000)), w.as_words(value)
+    )
     return w.as_float(w.builder.or_(value, w.left(w.both(bits, 0x8000), 16)))
 
 
@@ -138,7 +162,9 @@ def _narrow_half(w: _Words, bits: Any) -> Any:
     # below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
     small = w.plus(w.as_words(w.builder.fadd(w.as_float(size), w.real(0.5))), -0x3F000000)
     result = w.builder.select(w.above(size, 0x387FFFFF), normal, small)
-    result = w.builder.select(w.above(size, 0x477FEFFF), w.constant(0x7C00), result)  # from 65,520 on: infinity
+    result = w.builder.select(
+        w.above(size, 0x477FEFFF), w.constant(0x7C00), result
+    )  # from 65,520 on: infinity
     result = w.builder.select(w.above(size, 0x7F800000), w.constant(0x7E00), result)  # NaN
     return w.builder.or_(result, w.both(w.right(bits, 16), 0x8000))
 
@@ -159,7 +185,9 @@ def _loading(widen: Any) -> Any:
 
 
 def _storing(narrow: Any) -> Any:
-    """Return an intrinsic that narrows the 16 numbers of a vector of float32 and writes them from an address on."""
+    """Return an intrinsic that narrows the 16 numbers of a vector of float32 and writes them from
+    an address on.
+    """
 
     @intrinsic
     def store(typing_context, value, address):
@@ -203,7 +231,9 @@ def _storing_one(narrow: Any) -> Any:
             one = builder.insert_element(
                 ir.Constant(w.floats, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0)
             )
-            bits = builder.extract_element(narrow(w, w.as_words(one)), ir.Constant(ir.IntType(32), 0))
+            bits = builder.extract_element(
+                narrow(w, w.as_words(one)), ir.Constant(ir.IntType(32), 0)
+            )
             return builder.trunc(bits, ir.IntType(16))
 
         return types.uint16(types.float32), code

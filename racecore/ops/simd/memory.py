@@ -1,6 +1,7 @@
 """Memory inside kernels: scratch, and rows of matrices cleared, copied and added.
 
-Loops, where an assignment to a slice would say the same: Numba takes a tenth of a second to compile each of those.
+Loops, where an assignment to a slice would say the same: Numba takes a tenth of a second to compile
+each of those.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _SLACK = 16  # rows past the end: a transposition reads and writes whole squares
 
 @helper
 def matrices(count: int, rows: int, columns: int, dtype: Any) -> np.ndarray:
-    """Return uninitialised matrices [count, rows, columns] that begin on a cache line, so that no vector crosses one.
+    """Return uninitialised matrices [count, rows, columns] that begin on a cache line, so that no
+    vector crosses one.
 
     The memory goes on for some rows past the last matrix.
     """

@@ -1,15 +1,17 @@
 """The small matrix products that everything else is made of.
 
-Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the nearest caches:
+Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the
+nearest caches:
 
     project         C = M @ X.T       projections on planes                               [K, n]
     project_wide    C.T = X @ M.T     the same from a transposed M: better for many rows  [n, K]
     expand          X = C.T @ M       outputs from states, rows from their coefficients   [n, D]
     accumulate      M += C @ X        sums over the tokens of a block                     [K, D]
 
-K counts planes or buckets, n tokens, D columns of a row. Coefficients C are stored with the token as the last axis, so that
-element-wise work on them is vector code too. The plain twins are the NumPy expressions above. Here matrices are covered
-with the register tiles of `ops.simd.tiles`; scratch arrays are padded (`padded`) to whole vectors, with zeros where it matters.
+K counts planes or buckets, n tokens, D columns of a row. Coefficients C are stored with the token
+as the last axis, so that element-wise work on them is vector code too. The plain twins are the
+NumPy expressions above. Here matrices are covered with the register tiles of `ops.simd.tiles`;
+scratch arrays are padded (`padded`) to whole vectors, with zeros where it matters.
 """
 
 from __future__ import annotations
@@ -24,9 +26,21 @@ from racecore.ops.simd.vectors import VECTOR_BYTES, lanes
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "NOTHING", "Ahead", "Rows", "Source", "accumulate", "ask", "expand", "is_wide", "padded", "project", "project_wide",
-    "rows_of", "source_of", "transpose",
-]  # fmt: skip
+    "NOTHING",
+    "Ahead",
+    "Rows",
+    "Source",
+    "accumulate",
+    "ask",
+    "expand",
+    "is_wide",
+    "padded",
+    "project",
+    "project_wide",
+    "rows_of",
+    "source_of",
+    "transpose",
+]
 
 _PADDING = 16  # columns: a vector of float32, two of float64
 _HALF = 8  # of them
@@ -40,7 +54,9 @@ def padded(width: int) -> int:
 
 @helper
 def is_wide(n_rows: int) -> bool:
-    """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows up to half vectors."""
+    """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows
+    up to half vectors.
+    """
     return n_rows >= _HALF and -n_rows % _HALF * 2 < n_rows
 
 
@@ -61,8 +77,9 @@ def source_of(x: np.ndarray) -> Source:
 class Ahead(NamedTuple):
     """Rows of an input that the next block of tokens will read.
 
-    A core has few requests to memory under way at a time, so asking for all of them at once would stall it. Products
-    ask for a few rows between their tiles: then memory works while the core calculates.
+    A core has few requests to memory under way at a time, so asking for all of them at once would
+    stall it. Products ask for a few rows between their tiles: then memory works while the core
+    calculates.
     """
 
     address: int
@@ -83,7 +100,9 @@ def ask(ahead: Ahead, first: int, last: int) -> None:
 
 @helper
 def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
-    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples of 4."""
+    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples
+    of 4.
+    """
     size, like = m.itemsize, m.dtype.type(0)
     m_row, c_row = m.shape[1], c.shape[1]
     count = m.shape[1] * size // VECTOR_BYTES
@@ -112,11 +131,14 @@ def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead:
 
 
 @helper
-def project_wide(m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead) -> None:
+def project_wide(
+    m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead
+) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
-    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must be there. So rows are
-    read from an input only in blocks of a multiple of 8 tokens; beyond its last row there may be no memory at all.
+    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must
+    be there. So rows are read from an input only in blocks of a multiple of 8 tokens; beyond its
+    last row there may be no memory at all.
     """
     size, like = m_t.itemsize, m_t.dtype.type(0)
     half = lanes(m_t) // 2
@@ -140,15 +162,20 @@ def project_wide(m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarra
 
 @helper
 def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarray) -> None:
-    """target = source.T, square by square: both must have room for whole squares of a vector's lanes."""
+    """target = source.T, square by square: both must have room for whole squares of a vector's
+    lanes.
+    """
     size, like, step = source.itemsize, source.dtype.type(0), lanes(source)
     row, target_row = source.shape[1], target.shape[1]
     for r in range(0, n_rows, step):
         for c in range(0, n_columns, step):
             tiles.transpose(
-                source.ctypes.data + size * (r * row + c), row, target.ctypes.data + size * (c * target_row + r),
-                target_row, like,
-            )  # fmt: skip
+                source.ctypes.data + size * (r * row + c),
+                row,
+                target.ctypes.data + size * (c * target_row + r),
+                target_row,
+                like,
+            )
 
 
 class Rows(NamedTuple):
@@ -163,13 +190,19 @@ class Rows(NamedTuple):
 @helper
 def rows_of(x: np.ndarray, add: bool) -> Rows:
     """Return where the rows of a scratch array are, to be added to or overwritten."""
-    return Rows(np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE, x.itemsize)
+    return Rows(
+        np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE, x.itemsize
+    )
 
 
 @helper
 def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
     """x[i] = sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
-    a, b, y = (c.ctypes.data, 1, c.shape[1]), (m.ctypes.data, m.shape[1], m.itemsize), (x.address, x.row, x.size)
+    a, b, y = (
+        (c.ctypes.data, 1, c.shape[1]),
+        (m.ctypes.data, m.shape[1], m.itemsize),
+        (x.address, x.row, x.size),
+    )
     _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NOTHING)
 
 
@@ -179,27 +212,44 @@ def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahe
 
     Rows x may be bfloat16 if there are a multiple of 4 rows k and of 32 columns.
     """
-    a, b, y = (c.ctypes.data, c.shape[1], 1), (x.address, x.row, x.size), (m.ctypes.data, m.shape[1], m.itemsize)
+    a, b, y = (
+        (c.ctypes.data, c.shape[1], 1),
+        (x.address, x.row, x.size),
+        (m.ctypes.data, m.shape[1], m.itemsize),
+    )
     _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, ahead)
 
 
 @helper
 def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
-    """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode` as for a tile.
+    """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode`
+    as for a tile.
 
-    a, b and c are (address, strides in elements): of rows and columns for a; of rows for b and c, and the size of an element.
+    a, b and c are (address, strides in elements): of rows and columns for a; of rows for b and c,
+    and the size of an element.
     """
     step = VECTOR_BYTES // size
     r = 0
-    while r < n_rows:  # rows outside, columns inside: what is streamed out leaves a whole row at a time
+    while (
+        r < n_rows
+    ):  # rows outside, columns inside: what is streamed out leaves a whole row at a time
         left, d = n_rows - r, 0
         while d < width:
             two = d + 2 * step <= width
             if r == 0:
                 ask(ahead, count * d // width, count * min(d + 2 * step, width) // width)
             tile = (
-                a[0] + size * r * a[1], a[1], a[2], b[0] + b[2] * d, b[1], c[0] + c[2] * (r * c[1] + d), c[1], count, mode, like,
-            )  # fmt: skip
+                a[0] + size * r * a[1],
+                a[1],
+                a[2],
+                b[0] + b[2] * d,
+                b[1],
+                c[0] + c[2] * (r * c[1] + d),
+                c[1],
+                count,
+                mode,
+                like,
+            )
             if left >= 8:
                 if b[2] < size:
                     tiles.outer_8x2_narrow(*tile)

@@ -1,15 +1,17 @@
-"""The one room where vector code is written by hand: register tiles for the small products in `ops.simd.products`.
+"""The one room where vector code is written by hand: register tiles for the small products in
+`ops.simd.products`.
 
-Why: the compiler's own vector loops reach a third of what a core can do, because they load and store every sum at every
-step. A tile keeps its sums in registers while the contraction runs past them. What a tile does is said in plain Python
-beside it; `ops.simd.products` puts tiles together.
+Why: the compiler's own vector loops reach a third of what a core can do, because they load and
+store every sum at every step. A tile keeps its sums in registers while the contraction runs past
+them. What a tile does is said in plain Python beside it; `ops.simd.products` puts tiles together.
 
-How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code for one size of tile.
-The code uses generic vectors of 64 bytes, so it is right on every processor: LLVM splits them where registers are
-narrower. Sums are fused multiply-adds in a fixed order, so results keep their bits. `emitter` has what it is written with.
+How: each `_..._tile(...)` below is a factory; it returns a Numba intrinsic whose body is LLVM code
+for one size of tile. The code uses generic vectors of 64 bytes, so it is right on every processor:
+LLVM splits them where registers are narrower. Sums are fused multiply-adds in a fixed order, so
+results keep their bits. `emitter` has what it is written with.
 
-Tiles take addresses and strides instead of arrays, since an array argument is seven words and a tile a few nanoseconds.
-Strides count elements.
+Tiles take addresses and strides instead of arrays, since an array argument is seven words and a
+tile a few nanoseconds. Strides count elements.
 """
 
 from __future__ import annotations
@@ -53,10 +55,13 @@ __all__ = [
     "widen_row",
 ]
 
-def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
-    """Return a tile that adds a product to n_rows x (n_halves * lanes / 2) numbers; n_halves is 1 or even.
 
-    The rows of b are bfloat16 if `narrow`. In plain Python, for every row r and column d of the tile::
+def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
+    """Return a tile that adds a product to n_rows x (n_halves * lanes / 2) numbers; n_halves is 1
+    or even.
+
+    The rows of b are bfloat16 if `narrow`. In plain Python, for every row r and column d of the
+    tile::
 
         total = sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
         c[r * c_row + d] = (c[r * c_row + d] if mode == ADD else 0) + total
@@ -70,22 +75,35 @@ def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
             kind = emit.vector if n_halves > 1 else ir.VectorType(emit.element, emit.lanes // 2)
             n_vectors = max(1, n_halves // 2)
             places = [
-                emit.address(c, emit.times(c_row, r), v * emit.lanes) for r in range(n_rows) for v in range(n_vectors)
+                emit.address(c, emit.times(c_row, r), v * emit.lanes)
+                for r in range(n_rows)
+                for v in range(n_vectors)
             ]
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                row = [emit.load_row(addresses[1], v * emit.lanes, kind, narrow) for v in range(n_vectors)]
+                row = [
+                    emit.load_row(addresses[1], v * emit.lanes, kind, narrow)
+                    for v in range(n_vectors)
+                ]
                 new = []
                 for r in range(n_rows):
-                    factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element), kind)
-                    new += [emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)]
+                    factor = emit.splat(
+                        emit.load(emit.address(addresses[0], emit.times(a_row, r)), emit.element),
+                        kind,
+                    )
+                    new += [
+                        emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)
+                    ]
                 return new
 
             start = [ir.Constant(kind, [0.0] * kind.count)] * len(places)
             steps = [emit.times(a_step, emit.size), emit.times(b_step, 2 if narrow else emit.size)]
             sums = emit.loop(count, start, [a, b], steps, step)
             # what was there is added last: shorter chains of additions lose less
-            sums = [builder.fadd(emit.kept_at(mode, p, b, kind), s) for p, s in zip(places, sums, strict=True)]
+            sums = [
+                builder.fadd(emit.kept_at(mode, p, b, kind), s)
+                for p, s in zip(places, sums, strict=True)
+            ]
             if n_halves > 1:
                 rows = [sums[r * n_vectors : (r + 1) * n_vectors] for r in range(n_rows)]
                 emit.store_rows(rows, c, c_row, mode)
@@ -114,17 +132,25 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
             emit = Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                rows = [emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector) for r in range(n_rows)]
+                rows = [
+                    emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector)
+                    for r in range(n_rows)
+                ]
                 new = list(sums)
                 for i in range(n_columns):
-                    start = builder.add(addresses[1], emit.times(x_row, i * (2 if narrow else emit.size)))
+                    start = builder.add(
+                        addresses[1], emit.times(x_row, i * (2 if narrow else emit.size))
+                    )
                     column = emit.load_row(start, 0, emit.vector, narrow)
                     for r in range(n_rows):
                         new[r * n_columns + i] = emit.fma(rows[r], column, sums[r * n_columns + i])
                 return new
 
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            steps = [ir.Constant(emit.word, size) for size in (VECTOR_BYTES, VECTOR_BYTES // (2 if narrow else 1))]
+            steps = [
+                ir.Constant(emit.word, size)
+                for size in (VECTOR_BYTES, VECTOR_BYTES // (2 if narrow else 1))
+            ]
             sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], steps, step)
             store_totals(emit, sums, n_columns, c, c_row)
             return context.get_dummy_value()
@@ -136,14 +162,23 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
 
 @intrinsic
 def scale_words(typing_context, words, factor, offset, out):
-    """Write LANES int64 of `narrow`, offset + factor * words[i], to an address, given that of the words."""
+    """Write LANES int64 of `narrow`, offset + factor * words[i], to an address, given that of the
+    words.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, factor, offset, out = arguments
         emit = Emitter(builder, ir.FloatType())
         kind = ir.VectorType(emit.word, LANES)
-        value = builder.mul(builder.load(builder.inttoptr(words, kind.as_pointer()), align=8), emit.splat(factor, kind))
-        builder.store(builder.add(value, emit.splat(offset, kind)), builder.inttoptr(out, kind.as_pointer()), align=8)
+        value = builder.mul(
+            builder.load(builder.inttoptr(words, kind.as_pointer()), align=8),
+            emit.splat(factor, kind),
+        )
+        builder.store(
+            builder.add(value, emit.splat(offset, kind)),
+            builder.inttoptr(out, kind.as_pointer()),
+            align=8,
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), code
@@ -151,12 +186,17 @@ def scale_words(typing_context, words, factor, offset, out):
 
 @intrinsic
 def transpose(typing_context, source, source_row, target, target_row, like):
-    """Write a square of lanes x lanes numbers transposed: target[j * target_row + i] = source[i * source_row + j]."""
+    """Write a square of lanes x lanes numbers transposed: target[j * target_row + i] = source[i *
+    source_row + j].
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, source_row, target, target_row, _ = arguments
         emit = Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
-        rows = [emit.load(emit.address(source, emit.times(source_row, i)), emit.vector) for i in range(emit.lanes)]
+        rows = [
+            emit.load(emit.address(source, emit.times(source_row, i)), emit.vector)
+            for i in range(emit.lanes)
+        ]
         step = 1
         while step < emit.lanes:  # swap off-diagonal squares of step x step numbers
             for i in range(emit.lanes):
@@ -175,13 +215,17 @@ def _swap_squares(emit: Emitter, a: Any, b: Any, step: int) -> tuple[Any, Any]:
     n, index = emit.lanes, ir.VectorType(ir.IntType(32), emit.lanes)
     first = [i if i & step == 0 else n + i - step for i in range(n)]
     second = [i + step if i & step == 0 else n + i for i in range(n)]
-    return tuple(emit.builder.shuffle_vector(a, b, ir.Constant(index, picks)) for picks in (first, second))
+    return tuple(
+        emit.builder.shuffle_vector(a, b, ir.Constant(index, picks)) for picks in (first, second)
+    )
 
 
 def _row_copy(mode: int, widen: bool = False) -> Any:
-    """Return a copy of `count` whole cache lines of the target, by a `mode` as above; `widen` reads bfloat16.
+    """Return a copy of `count` whole cache lines of the target, by a `mode` as above; `widen` reads
+    bfloat16.
 
-    Streaming saves reading the target first. Follow the last one with `fence` before another thread may look.
+    Streaming saves reading the target first. Follow the last one with `fence` before another thread
+    may look.
     """
     vectors_per_line = 2 if mode == NARROW else 1
 
@@ -193,7 +237,8 @@ def _row_copy(mode: int, widen: bool = False) -> Any:
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 values = [
-                    emit.load_row(addresses[1], v * emit.lanes, emit.vector, widen) for v in range(vectors_per_line)
+                    emit.load_row(addresses[1], v * emit.lanes, emit.vector, widen)
+                    for v in range(vectors_per_line)
                 ]
                 if mode == NARROW:
                     emit.narrow_rows([values], addresses[0], ir.Constant(emit.word, 0))
@@ -226,7 +271,9 @@ def fence(typing_context):
 
 @intrinsic
 def prefetch(typing_context, address):
-    """Ask for the cache line at an address to be brought into the second-level cache. Any address is legal."""
+    """Ask for the cache line at an address to be brought into the second-level cache. Any address
+    is legal.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         Emitter(builder, ir.FloatType()).prefetch(arguments[0])
@@ -241,6 +288,15 @@ widen_row, narrow_row = _row_copy(OVERWRITE, widen=True), _row_copy(NARROW)
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
 outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 4) for rows in (8, 4, 1))
 outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
-outer_8xhalf, outer_8x2_narrow, outer_4x2_narrow = _outer_tile(8, 1), _outer_tile(8, 4, True), _outer_tile(4, 4, True)
-dot_4x4, dot_1x4, dot_4x1, dot_1x1 = _dot_tile(4, 4), _dot_tile(1, 4), _dot_tile(4, 1), _dot_tile(1, 1)
+outer_8xhalf, outer_8x2_narrow, outer_4x2_narrow = (
+    _outer_tile(8, 1),
+    _outer_tile(8, 4, True),
+    _outer_tile(4, 4, True),
+)
+dot_4x4, dot_1x4, dot_4x1, dot_1x1 = (
+    _dot_tile(4, 4),
+    _dot_tile(1, 4),
+    _dot_tile(4, 1),
+    _dot_tile(1, 1),
+)
 dot_4x4_narrow = _dot_tile(4, 4, narrow=True)

@@ -1,14 +1,16 @@
 """A vector of numbers as a value in compiled code: load it, calculate with it, store it.
 
-Why: left to itself the compiler turns about half of the element-wise loops of a block into vector code, and that at a half or
-a quarter of the width. With this type the loops say what they mean: ``store(a, r, i, load(b, r, i) * load(c, r, i))``
-works on 64 bytes at once. Everything element-wise in the kernels is written with it; the products are in `ops.simd.tiles`.
+Why: left to itself the compiler turns about half of the element-wise loops of a block into vector
+code, and that at a half or a quarter of the width. With this type the loops say what they mean:
+``store(a, r, i, load(b, r, i) * load(c, r, i))`` works on 64 bytes at once. Everything element-wise
+in the kernels is written with it; the products are in `ops.simd.tiles`.
 
-How: `Vector` is a Numba type over an LLVM vector of 16 float32 or 8 float64; each operation below is an intrinsic of one
-or a few LLVM instructions. LLVM splits the vectors where registers are narrower, so this is right on every processor.
-Multiply and add may fuse, nothing is reordered.
+How: `Vector` is a Numba type over an LLVM vector of 16 float32 or 8 float64; each operation below
+is an intrinsic of one or a few LLVM instructions. LLVM splits the vectors where registers are
+narrower, so this is right on every processor. Multiply and add may fuse, nothing is reordered.
 
-Matrices are C-contiguous scratch arrays whose rows are whole vectors (`lanes` numbers); positions are not checked.
+Matrices are C-contiguous scratch arrays whose rows are whole vectors (`lanes` numbers); positions
+are not checked.
 """
 
 from __future__ import annotations
@@ -25,12 +27,40 @@ from numba.extending import intrinsic, overload, register_model
 from racecore.runtime.jit import helper, inlined
 
 __all__ = [
-    "VECTOR_BYTES", "Vector", "absolute", "add_at", "at", "at_least", "bits_of", "copy", "exp_by_lanes",
-    "first_interleaved", "float_of", "floor", "fma", "highest",
-    "in_every_lane", "lanes", "load", "load_number", "load_rounded", "load_vector", "maximum", "power_of_two", "scale_add",
-    "second_interleaved", "select", "size_of", "spread",
-    "store", "store_number", "store_vector", "tanh_by_lanes", "total", "widen_add",
-]  # fmt: skip
+    "VECTOR_BYTES",
+    "Vector",
+    "absolute",
+    "add_at",
+    "at",
+    "at_least",
+    "bits_of",
+    "copy",
+    "exp_by_lanes",
+    "first_interleaved",
+    "float_of",
+    "floor",
+    "fma",
+    "highest",
+    "in_every_lane",
+    "lanes",
+    "load",
+    "load_number",
+    "load_rounded",
+    "load_vector",
+    "maximum",
+    "power_of_two",
+    "scale_add",
+    "second_interleaved",
+    "select",
+    "size_of",
+    "spread",
+    "store",
+    "store_number",
+    "store_vector",
+    "tanh_by_lanes",
+    "total",
+    "widen_add",
+]
 
 VECTOR_BYTES = 64
 _FUSE = ("contract",)  # lets multiply and add fuse, and nothing else
@@ -70,7 +100,8 @@ class _ConditionModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.lanes))
 
 
-# Loading and storing -------------------------------------------------------------------------------------------------
+# Loading and storing
+# -------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -91,7 +122,11 @@ def store_vector(typing_context, value, address):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[1], arguments[0].type.as_pointer())
-        builder.store(arguments[0], pointer, align=_element(signature.args[0]).get_abi_size(context.target_data))
+        builder.store(
+            arguments[0],
+            pointer,
+            align=_element(signature.args[0]).get_abi_size(context.target_data),
+        )
         return context.get_dummy_value()
 
     return types.void(value, types.int64), code
@@ -199,7 +234,8 @@ def copy(source: Any, target: Any) -> None:
             store(target, r, c, load(source, r, c))
 
 
-# Arithmetic ----------------------------------------------------------------------------------------------------------
+# Arithmetic
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _binary(name: str) -> Any:
@@ -244,7 +280,9 @@ def _by_intrinsic(name: str, n_arguments: int) -> Any:
             value = context.get_value_type(kind)
             full_name = f"llvm.{name}.v{kind.lanes}f{kind.element.bitwidth}"
             signature = ir.FunctionType(value, [value] * n_arguments)
-            return builder.call(cgutils.get_or_insert_function(builder.module, signature, full_name), arguments)
+            return builder.call(
+                cgutils.get_or_insert_function(builder.module, signature, full_name), arguments
+            )
 
         return kind(*vectors), code
 
@@ -292,18 +330,25 @@ def power_of_two(typing_context, n):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words = ir.VectorType(ir.IntType(32), n.lanes)
-        biased = builder.add(builder.fptosi(arguments[0], words), ir.Constant(words, [127] * n.lanes))
-        return builder.bitcast(builder.shl(biased, ir.Constant(words, [23] * n.lanes)), arguments[0].type)
+        biased = builder.add(
+            builder.fptosi(arguments[0], words), ir.Constant(words, [127] * n.lanes)
+        )
+        return builder.bitcast(
+            builder.shl(biased, ir.Constant(words, [23] * n.lanes)), arguments[0].type
+        )
 
     return n(n), code
 
 
-# Across lanes and dtypes ---------------------------------------------------------------------------------------------
+# Across lanes and dtypes
+# ---------------------------------------------------------------------------------------------
 
 
 def _picked(builder: Any, a: Any, b: Any, picks: list[int]) -> Any:
     """Return a shuffle of two vectors."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(picks)), picks))
+    return builder.shuffle_vector(
+        a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(picks)), picks)
+    )
 
 
 @intrinsic
@@ -314,7 +359,9 @@ def total(typing_context, a):
         value, n = arguments[0], a.lanes
         while n > 1:
             n //= 2
-            low, high = (_picked(builder, value, value, list(range(first, first + n))) for first in (0, n))
+            low, high = (
+                _picked(builder, value, value, list(range(first, first + n))) for first in (0, n)
+            )
             value = builder.fadd(low, high)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
@@ -329,7 +376,9 @@ def highest(typing_context, a):
         value, n = arguments[0], a.lanes
         while n > 1:
             n //= 2
-            low, high = (_picked(builder, value, value, list(range(first, first + n))) for first in (0, n))
+            low, high = (
+                _picked(builder, value, value, list(range(first, first + n))) for first in (0, n)
+            )
             value = builder.select(builder.fcmp_ordered(">", high, low), high, low)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
@@ -344,7 +393,9 @@ def load_rounded(typing_context, address, like):
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide = ir.VectorType(ir.DoubleType(), kind.lanes)
         value = builder.load(builder.inttoptr(arguments[0], wide.as_pointer()), align=8)
-        return builder.fptrunc(value, context.get_value_type(kind)) if like == types.float32 else value
+        return (
+            builder.fptrunc(value, context.get_value_type(kind)) if like == types.float32 else value
+        )
 
     return kind(types.int64, like), code
 
@@ -365,14 +416,18 @@ def widen_add(typing_context, a, address):
 
 @intrinsic
 def scale_add(typing_context, address, past, a, present):
-    """Let the float64 numbers from an address on be `past` times what they are, plus `present` times the lanes."""
+    """Let the float64 numbers from an address on be `past` times what they are, plus `present`
+    times the lanes.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, past, value, present = arguments
         kind = ir.VectorType(ir.DoubleType(), a.lanes)
         pointer = builder.inttoptr(address, kind.as_pointer())
         wide = builder.fpext(value, kind) if a.element == types.float32 else value
-        old = builder.fmul(builder.load(pointer, align=8), in_every_lane(builder, past, kind), flags=_FUSE)
+        old = builder.fmul(
+            builder.load(pointer, align=8), in_every_lane(builder, past, kind), flags=_FUSE
+        )
         new = builder.fmul(wide, in_every_lane(builder, present, kind), flags=_FUSE)
         added = builder.fadd(old, new, flags=_FUSE)
         builder.store(added, pointer, align=8)
@@ -382,13 +437,20 @@ def scale_add(typing_context, address, past, a, present):
 
 
 def _interleaved(half: int) -> Any:
-    """Return an intrinsic for the first or the second lanes of two vectors: even[0], odd[0], even[1], ..."""
+    """Return an intrinsic for the first or the second lanes of two vectors: even[0], odd[0],
+    even[1], ...
+    """
 
     @intrinsic
     def interleaved(typing_context, even, odd):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             n = even.lanes
-            return _picked(builder, arguments[0], arguments[1], [n // 2 * half + i // 2 + n * (i % 2) for i in range(n)])
+            return _picked(
+                builder,
+                arguments[0],
+                arguments[1],
+                [n // 2 * half + i // 2 + n * (i % 2) for i in range(n)],
+            )
 
         return even(even, odd), code
 
@@ -400,14 +462,17 @@ first_interleaved, second_interleaved = _interleaved(0), _interleaved(1)
 
 @intrinsic
 def add_at(typing_context, a, address, like):
-    """Add the lanes to the numbers of the type of `like` from an address on; return the sums as stored, as `a` has them.
+    """Add the lanes to the numbers of the type of `like` from an address on; return the sums as
+    stored, as `a` has them.
 
     Sums are float64, and rounded once where the numbers are float32.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide = ir.VectorType(ir.DoubleType(), a.lanes)
-        stored = ir.VectorType(ir.DoubleType() if like == types.float64 else ir.FloatType(), a.lanes)
+        stored = ir.VectorType(
+            ir.DoubleType() if like == types.float64 else ir.FloatType(), a.lanes
+        )
         pointer, align = builder.inttoptr(arguments[1], stored.as_pointer()), like.bitwidth // 8
 
         def widened(value: Any) -> Any:
@@ -419,6 +484,10 @@ def add_at(typing_context, a, address, like):
         target = context.get_value_type(a)
         if value.type == target:
             return value
-        return builder.fptrunc(value, target) if a.element == types.float32 else builder.fpext(value, target)
+        return (
+            builder.fptrunc(value, target)
+            if a.element == types.float32
+            else builder.fpext(value, target)
+        )
 
     return a(a, types.int64, like), code

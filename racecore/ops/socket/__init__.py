@@ -1,1 +1,3 @@
-"""SOCKET: bits of keys, scores of a query, the best tokens, exact attention over them (arXiv 2602.06283)."""
+"""SOCKET: bits of keys, scores of a query, the best tokens, exact attention over them (arXiv
+2602.06283).
+"""

@@ -1,7 +1,8 @@
 """How a SOCKET index lies in memory, and the bundles that its operations share; plain NumPy.
 
-A key's code in a table is P bits. They are cut into *digits* of four bits, the lowest first: P = 8 has two, P = 10 three, of
-which the last is 2 bits wide. A query has a table of 16 numbers per digit, which is one vector register of float32.
+A key's code in a table is P bits. They are cut into *digits* of four bits, the lowest first: P = 8
+has two, P = 10 three, of which the last is 2 bits wide. A query has a table of 16 numbers per
+digit, which is one vector register of float32.
 
 Tokens are stored in blocks of 64, a cache line for each row of a block::
 
@@ -18,9 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
-    "BLOCK_TOKENS", "DIGIT_BITS", "DIGIT_VALUES", "HashedKeys", "Scorer", "from_norm16", "high_bits", "n_digits", "n_rows",
+    "BLOCK_TOKENS",
+    "DIGIT_BITS",
+    "DIGIT_VALUES",
+    "HashedKeys",
+    "Scorer",
+    "from_norm16",
+    "high_bits",
+    "n_digits",
+    "n_rows",
     "to_norm16",
-]  # fmt: skip
+]
 
 BLOCK_TOKENS = 64
 DIGIT_BITS, DIGIT_VALUES = 4, 16
@@ -50,14 +59,18 @@ class HashedKeys(NamedTuple):
     """What is kept of the keys and values of a batch. There is room for more tokens than there are."""
 
     codes: np.ndarray  # uint8 [B, G, blocks, rows, 64]
-    norms: np.ndarray  # uint16 [B, G, blocks * 64]: what the scorer multiplies scores with, see `to_norm16`
+    norms: (
+        np.ndarray
+    )  # uint16 [B, G, blocks * 64]: what the scorer multiplies scores with, see `to_norm16`
     lengths: np.ndarray  # int64 [B]
     n_tables: int  # L
     n_planes: int  # P
 
 
 def high_bits(n_planes: int) -> int:
-    """Return how many bits a code takes in the rows above the bytes: those beyond 8, rounded up to 1, 2, 4 or 8."""
+    """Return how many bits a code takes in the rows above the bytes: those beyond 8, rounded up to
+    1, 2, 4 or 8.
+    """
     more = max(0, n_planes - _LOW_BITS)
     return more if more <= 2 else (4 if more <= 4 else 8)
 
@@ -75,8 +88,9 @@ def n_digits(n_planes: int) -> int:
 def to_norm16(norm: np.ndarray) -> np.ndarray:
     """Round float64 norms to 16 bits: 6 of exponent and 10 of fraction, to nearest, ties to even.
 
-    The relative error is at most 2^-11, as in float16, but from 2^-32 to 2^32. Smaller norms become 0, larger ones the largest
-    number; so do infinity and NaN, for a token that holds them should be seen.
+    The relative error is at most 2^-11, as in float16, but from 2^-32 to 2^32. Smaller norms become
+    0, larger ones the largest number; so do infinity and NaN, for a token that holds them should be
+    seen.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         bits = np.asarray(norm, np.float64).astype(np.float32).view(np.uint32).astype(np.int64)

@@ -1,7 +1,8 @@
-"""SOCKET in plain NumPy: hash keys to bits, look up scores, select, attend exactly. Source: arXiv 2602.06283; docs/math.md.
+"""SOCKET in plain NumPy: hash keys to bits, look up scores, select, attend exactly. Source: arXiv
+2602.06283; docs/math.md.
 
-Letters: B batch, T tokens, H query heads, G key/value heads, D and V head and value dim, L tables, P planes, N digits of a
-code (`layout`). Query head h belongs to key/value head h // (H // G).
+Letters: B batch, T tokens, H query heads, G key/value heads, D and V head and value dim, L tables,
+P planes, N digits of a code (`layout`). Query head h belongs to key/value head h // (H // G).
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ __all__ = ["attend_dense", "attend_selected", "hash_keys", "query_tables", "scor
 
 
 def hash_keys(
-    key: np.ndarray, value: np.ndarray, planes: np.ndarray, scorer: Scorer, keys: HashedKeys, counts: np.ndarray
+    key: np.ndarray,
+    value: np.ndarray,
+    planes: np.ndarray,
+    scorer: Scorer,
+    keys: HashedKeys,
+    counts: np.ndarray,
 ) -> None:
-    """Write bits and norms of new tokens behind those that `keys` has; its lengths stay as they are.
+    """Write bits and norms of new tokens behind those that `keys` has; its lengths stay as they
+    are.
 
     Parameters
     ----------
@@ -60,7 +67,9 @@ def hash_keys(
 
 
 def _packed(code: np.ndarray, n_planes: int) -> np.ndarray:
-    """Return the bytes [T, G, rows] of codes [T, G, L]: the low eight bits of each, then the bits above, table after table."""
+    """Return the bytes [T, G, rows] of codes [T, G, L]: the low eight bits of each, then the bits
+    above, table after table.
+    """
     low, high = (code & 0xFF).astype(np.uint8), code >> 8
     width = high_bits(n_planes)
     if width == 0:
@@ -75,7 +84,9 @@ def _packed(code: np.ndarray, n_planes: int) -> np.ndarray:
 
 
 def _digits(rows: np.ndarray, n_tables: int, n_planes: int) -> np.ndarray:
-    """Return the digits [..., L, N] of codes, lowest first, from their bytes [..., rows]; inverts `_packed`."""
+    """Return the digits [..., L, N] of codes, lowest first, from their bytes [..., rows]; inverts
+    `_packed`.
+    """
     code, width = rows[..., :n_tables].astype(np.int64), high_bits(n_planes)
     if width:
         table = np.arange(n_tables)
@@ -85,11 +96,13 @@ def _digits(rows: np.ndarray, n_tables: int, n_planes: int) -> np.ndarray:
 
 
 def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.ndarray:
-    """Return what every digit of a key's code is worth to a query, [B, H, L, N, 16] in the dtype of the arithmetic.
+    """Return what every digit of a key's code is worth to a query, [B, H, L, N, 16] in the dtype of
+    the arithmetic.
 
-    Of "soft" the probability of a bucket is the *product* of its digits' entries: a softmax over corners is a product of
-    sigmoids, sigma(2 y_p c_p) with y_p = tanh(u_p) / (sqrt(D) tau). Of "hamming" (agreeing signs) and "signed_jl"
-    (sum of u_p times the sign of the key's) the score is the *sum* of the digits' entries.
+    Of "soft" the probability of a bucket is the *product* of its digits' entries: a softmax over
+    corners is a product of sigmoids, sigma(2 y_p c_p) with y_p = tanh(u_p) / (sqrt(D) tau). Of
+    "hamming" (agreeing signs) and "signed_jl" (sum of u_p times the sign of the key's) the score is
+    the *sum* of the digits' entries.
 
     Parameters
     ----------
@@ -101,7 +114,9 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
     batch, _, n_heads, dim = query.shape
     n_kv_heads, n_tables, n_planes, _ = planes.shape
     q = query.astype(dtype).reshape(batch, n_kv_heads, n_heads // n_kv_heads, dim)
-    u = np.einsum("bgid,glpd->bgilp", q, planes.astype(dtype)).reshape(batch, n_heads, n_tables, n_planes)
+    u = np.einsum("bgid,glpd->bgilp", q, planes.astype(dtype)).reshape(
+        batch, n_heads, n_tables, n_planes
+    )
     one, zero = _worth_of_bits(u, dim, scorer)
     values = np.arange(DIGIT_VALUES)
     shape = (batch, n_heads, n_tables, n_digits(n_planes), DIGIT_VALUES)
@@ -117,7 +132,9 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
 
 
 def _worth_of_bits(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a set and an unset bit of a key are worth, given the query's projections u [..., P]."""
+    """Return what a set and an unset bit of a key are worth, given the query's projections u [...,
+    P].
+    """
     if scorer.kind == "soft":
         y2 = np.tanh(u) * u.dtype.type(2 / (dim**0.5 * scorer.tau))
         return 1 / (1 + np.exp(-y2)), 1 / (1 + np.exp(y2))
@@ -127,7 +144,8 @@ def _worth_of_bits(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray,
 
 
 def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray:
-    """Return what queries think of every key, [B, H, T]: (sum over tables) * norm, and -inf behind the end of a sequence.
+    """Return what queries think of every key, [B, H, T]: (sum over tables) * norm, and -inf behind
+    the end of a sequence.
 
     Parameters
     ----------
@@ -144,19 +162,32 @@ def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray
     for b in range(batch):
         length = int(keys.lengths[b])
         for h in range(n_heads):
-            rows = keys.codes[b, h // group].swapaxes(1, 2).reshape(-1, keys.codes.shape[3])[:length]  # [T, rows]
-            entries = tables[b, h, table, digit, _digits(rows, keys.n_tables, keys.n_planes)]  # [T, L, N]
+            rows = (
+                keys.codes[b, h // group].swapaxes(1, 2).reshape(-1, keys.codes.shape[3])[:length]
+            )  # [T, rows]
+            entries = tables[
+                b, h, table, digit, _digits(rows, keys.n_tables, keys.n_planes)
+            ]  # [T, L, N]
             worth = entries.prod(axis=-1) if multiplies else entries.sum(axis=-1)
-            result[b, h, :length] = worth.sum(axis=-1) * from_norm16(keys.norms[b, h // group, :length])
+            result[b, h, :length] = worth.sum(axis=-1) * from_norm16(
+                keys.norms[b, h // group, :length]
+            )
     return result
 
 
 def select(
-    tables: np.ndarray, keys: HashedKeys, multiplies: bool, budgets: np.ndarray, ends: tuple[int, int], is_shared: bool
+    tables: np.ndarray,
+    keys: HashedKeys,
+    multiplies: bool,
+    budgets: np.ndarray,
+    ends: tuple[int, int],
+    is_shared: bool,
 ) -> np.ndarray:
-    """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with -1 at the end.
+    """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with
+    -1 at the end.
 
-    The `budgets` best by score (of equal ones the earlier; NaN counts as infinite), the first and the last tokens.
+    The `budgets` best by score (of equal ones the earlier; NaN counts as infinite), the first and
+    the last tokens.
 
     Parameters
     ----------
@@ -174,8 +205,10 @@ def select(
         grouped = score.reshape(len(score), n_kv_heads, -1, score.shape[2])
         score = np.add.accumulate(grouped, axis=2)[:, :, -1]  # one after the other
     score = np.where(np.isnan(score), np.inf, score)
-    chosen = [[_chosen(row[:length], budget, ends) for row in heads]
-              for heads, length, budget in zip(score, keys.lengths, budgets, strict=True)]  # fmt: skip
+    chosen = [
+        [_chosen(row[:length], budget, ends) for row in heads]
+        for heads, length, budget in zip(score, keys.lengths, budgets, strict=True)
+    ]
     width = max((len(tokens) for heads in chosen for tokens in heads), default=0)
     selected = np.full((*score.shape[:2], width), -1, np.int64)
     for b, heads in enumerate(chosen):
@@ -197,7 +230,8 @@ def _chosen(score: np.ndarray, budget: int, ends: tuple[int, int]) -> np.ndarray
 def attend_selected(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, selected: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write exact softmax attention, scale 1/sqrt(D), of one query over selected tokens; zeros where there are none.
+    """Write exact softmax attention, scale 1/sqrt(D), of one query over selected tokens; zeros
+    where there are none.
 
     Parameters
     ----------
@@ -215,12 +249,18 @@ def attend_selected(
         for h in range(n_heads):
             tokens = selected[b, h // sharing]
             tokens = tokens[tokens >= 0]
-            k, v = key[b, tokens, h // group].astype(dtype), value[b, tokens, h // group].astype(dtype)
+            k, v = (
+                key[b, tokens, h // group].astype(dtype),
+                value[b, tokens, h // group].astype(dtype),
+            )
             out[b, 0, h] = _softmax_mean(query[b, 0, h].astype(dtype), k, v)
 
 
-def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Write exact causal softmax attention, scale 1/sqrt(D), of the last Tq tokens of every sequence.
+def attend_dense(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray
+) -> None:
+    """Write exact causal softmax attention, scale 1/sqrt(D), of the last Tq tokens of every
+    sequence.
 
     Parameters
     ----------
@@ -236,14 +276,19 @@ def attend_dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths:
     group = query.shape[2] // key.shape[2]
     for b, length in enumerate(lengths):
         for h in range(query.shape[2]):
-            k, v = key[b, :length, h // group].astype(dtype), value[b, :length, h // group].astype(dtype)
+            k, v = (
+                key[b, :length, h // group].astype(dtype),
+                value[b, :length, h // group].astype(dtype),
+            )
             for i in range(n_queries):
                 seen = max(0, length - n_queries + i + 1)
                 out[b, i, h] = _softmax_mean(query[b, i, h].astype(dtype), k[:seen], v[:seen])
 
 
 def _softmax_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the mean of the values v [W, V] under the softmax of <q, k> / sqrt(D); zeros if there are none."""
+    """Return the mean of the values v [W, V] under the softmax of <q, k> / sqrt(D); zeros if there
+    are none.
+    """
     if len(k) == 0:
         return np.zeros(v.shape[1], q.dtype)
     logits = k @ (q * q.dtype.type(len(q) ** -0.5))

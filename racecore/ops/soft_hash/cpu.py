@@ -1,8 +1,9 @@
 """The soft hash of a block of tokens, by the factorised softmax; Numba.
 
-The logits are linear in the corner, so the softmax over corners is a product over planes,
-``phi[r] = prod_p sigmoid(2 * beta * c_r[p] * tanh(u_p))``: P sigmoids and about 2R products in place of R exponentials
-(derived in docs/math). Arrays of a block are laid out [planes or buckets, tokens], so that all of it is vector code.
+The logits are linear in the corner, so the softmax over corners is a product over planes, ``phi[r]
+= prod_p sigmoid(2 * beta * c_r[p] * tanh(u_p))``: P sigmoids and about 2R products in place of R
+exponentials (derived in docs/math). Arrays of a block are laid out [planes or buckets, tokens], so
+that all of it is vector code.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ __all__ = ["soft_hash", "soft_hash_backward"]
 
 
 class Hash(NamedTuple):
-    """The hash of one state head, and the arrays of a block that it works in. D and the planes of the last three are padded."""
+    """The hash of one state head, and the arrays of a block that it works in. D and the planes of
+    the last three are padded.
+    """
 
     planes: np.ndarray  # [L*P, D]
     planes_t: np.ndarray  # [D, L*P]
     beta: float
     n_tables: int  # L
-    factors: np.ndarray  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), 1 - that; kept for the way back
+    factors: (
+        np.ndarray
+    )  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), 1 - that; kept for the way back
     d_u: np.ndarray  # [L*P, BLOCK]
     d_planes: np.ndarray  # [L*P, D]
     u_t: np.ndarray  # [BLOCK, L*P]
@@ -71,7 +76,9 @@ def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, ahead: Ahead) -> Non
 
 @helper
 def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
-    """Fill phi [S, n] from tanh(u) [L*P, n] that `hash_block` left in f.factors[0], or from a copy of it."""
+    """Fill phi [S, n] from tanh(u) [L*P, n] that `hash_block` left in f.factors[0], or from a copy
+    of it.
+    """
     kept, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
     n_rows = f.planes.shape[0]
@@ -89,9 +96,17 @@ def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
 
 @helper
 def _corner_products(
-    plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int, row: int, n: int, phi: np.ndarray
+    plus: np.ndarray,
+    minus: np.ndarray,
+    first: int,
+    n_planes: int,
+    row: int,
+    n: int,
+    phi: np.ndarray,
 ) -> None:
-    """Fill the rows of one table from `row` on, plane by plane from the least significant bit: every plane doubles them."""
+    """Fill the rows of one table from `row` on, plane by plane from the least significant bit:
+    every plane doubles them.
+    """
     last_plane = first + n_planes - 1
     for i in range(0, n, lanes(phi)):
         store(phi, row, i, load(minus, last_plane, i))
@@ -109,9 +124,11 @@ def _corner_products(
 def hash_block_backward(
     f: Hash, d_phi: np.ndarray, x: Source, n: int, phi: np.ndarray, d_x: Rows, d_hash: np.ndarray
 ) -> None:
-    """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes and one for beta.
+    """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes
+    and one for beta.
 
-    `f` is as `hash_block` left it. An empty d_hash means that this gradient is not wanted. d_phi [S, n] is overwritten.
+    `f` is as `hash_block` left it. An empty d_hash means that this gradient is not wanted. d_phi
+    [S, n] is overwritten.
     """
     tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     n_rows, one = f.planes.shape[0], spread(phi.dtype.type(1))
@@ -119,7 +136,9 @@ def hash_block_backward(
     wants_hash = d_hash.shape[0] > 0
     # phi[s] = prod_p plus[p] or minus[p]
     for table in range(f.n_tables):
-        _corner_products_backward(d_phi, phi, table << n_planes, plus, minus, table * n_planes, n_planes, f.d_u)
+        _corner_products_backward(
+            d_phi, phi, table << n_planes, plus, minus, table * n_planes, n_planes, f.d_u
+        )
     # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
     if wants_hash:
         _add_d_beta(f.d_u, tanh_u, n_rows, n, d_hash)
@@ -141,7 +160,9 @@ def hash_block_backward(
 
 
 @helper
-def _add_d_beta(d_y: np.ndarray, tanh_u: np.ndarray, n_rows: int, n: int, d_hash: np.ndarray) -> None:
+def _add_d_beta(
+    d_y: np.ndarray, tanh_u: np.ndarray, n_rows: int, n: int, d_hash: np.ndarray
+) -> None:
     """Add <d_y, tanh(u)> over the n tokens of a block to the last number of d_hash."""
     if n < BLOCK:
         clear_columns(d_y, n)
@@ -155,13 +176,21 @@ def _add_d_beta(d_y: np.ndarray, tanh_u: np.ndarray, n_rows: int, n: int, d_hash
 
 @helper
 def _corner_products_backward(
-    d_phi: np.ndarray, phi: np.ndarray, row: int, plus: np.ndarray, minus: np.ndarray, first: int, n_planes: int,
+    d_phi: np.ndarray,
+    phi: np.ndarray,
+    row: int,
+    plus: np.ndarray,
+    minus: np.ndarray,
+    first: int,
+    n_planes: int,
     d_y: np.ndarray,
-) -> None:  # fmt: skip
-    """From d_phi of one table, rows from `row` on, overwritten, to d_y [P, BLOCK], y = beta * tanh(u).
+) -> None:
+    """From d_phi of one table, rows from `row` on, overwritten, to d_y [P, BLOCK], y = beta *
+    tanh(u).
 
-    With w = d_phi * phi, and s1, s0 its sums over corners that have the plane's bit set or not,
-    d_y = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after plane.
+    With w = d_phi * phi, and s1, s0 its sums over corners that have the plane's bit set or not, d_y
+    = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after
+    plane.
     """
     zero = spread(phi.dtype.type(0))
     for i in range(0, BLOCK, lanes(phi)):
@@ -179,18 +208,31 @@ def _corner_products_backward(
 
 
 @helper
-def new_hash_arrays(n_rows: int, wide_d: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def new_hash_arrays(
+    n_rows: int, wide_d: int, dtype: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Make the arrays of a `Hash`: factors, d_u, d_planes and u_t."""
     wide_rows = padded(n_rows)
     rows = matrices(4, wide_rows, TOKENS, dtype)
-    return rows[:3], rows[3], matrices(1, n_rows, wide_d, dtype)[0], matrices(1, TOKENS, wide_rows, dtype)[0]
+    return (
+        rows[:3],
+        rows[3],
+        matrices(1, n_rows, wide_d, dtype)[0],
+        matrices(1, TOKENS, wide_rows, dtype)[0],
+    )
 
 
 @kernel
 def _hash_rows(
-    x: np.ndarray, planes: np.ndarray, planes_t: np.ndarray, beta: np.ndarray, n_tables: int, first: int, last: int,
+    x: np.ndarray,
+    planes: np.ndarray,
+    planes_t: np.ndarray,
+    beta: np.ndarray,
+    n_tables: int,
+    first: int,
+    last: int,
     out: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Hash rows first ... last - 1 of x [N, M, D] into out [N, M, S]."""
     head_dim, n_buckets = x.shape[2], out.shape[2]
     block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
@@ -212,14 +254,28 @@ def _hash_rows(
 
 @kernel
 def _hash_rows_backward(
-    d_out: np.ndarray, x: np.ndarray, planes: np.ndarray, planes_t: np.ndarray, beta: np.ndarray, n_tables: int, first: int,
-    last: int, d_x: np.ndarray, d_hash: np.ndarray,
-) -> None:  # fmt: skip
+    d_out: np.ndarray,
+    x: np.ndarray,
+    planes: np.ndarray,
+    planes_t: np.ndarray,
+    beta: np.ndarray,
+    n_tables: int,
+    first: int,
+    last: int,
+    d_x: np.ndarray,
+    d_hash: np.ndarray,
+) -> None:
     """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
     head_dim, n_buckets = x.shape[2], d_out.shape[2]
-    block, d_block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0], matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
+    block, d_block = (
+        matrices(1, TOKENS, planes.shape[2], x.dtype)[0],
+        matrices(1, TOKENS, planes.shape[2], x.dtype)[0],
+    )
     clear_rows(block, 0, BLOCK)
-    phi, d_phi = matrices(1, n_buckets, TOKENS, x.dtype)[0], matrices(1, n_buckets, TOKENS, x.dtype)[0]
+    phi, d_phi = (
+        matrices(1, n_buckets, TOKENS, x.dtype)[0],
+        matrices(1, n_buckets, TOKENS, x.dtype)[0],
+    )
     arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
         f = Hash(planes[m], planes_t[m], beta[m], n_tables, *arrays)
@@ -232,7 +288,15 @@ def _hash_rows_backward(
                 for s in range(n_buckets):
                     d_phi[s, i] = d_out[start + i, m, s]
             hash_block(f, source_of(block), n, phi, NOTHING)
-            hash_block_backward(f, d_phi, source_of(block), n, phi, rows_of(d_block, False), d_hash[start // BLOCK, m])
+            hash_block_backward(
+                f,
+                d_phi,
+                source_of(block),
+                n,
+                phi,
+                rows_of(d_block, False),
+                d_hash[start // BLOCK, m],
+            )
             for i in range(n):
                 for d in range(head_dim):
                     d_x[start + i, m, d] = d_block[i, d]
@@ -243,7 +307,9 @@ def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray
     rows, (w, w_t), b, n_tables = _flat(x, planes, beta)
     out = np.empty((*rows.shape[:2], n_tables << planes.shape[2]), x.dtype)
     run(
-        lambda i, j: _hash_rows(rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out),
+        lambda i, j: _hash_rows(
+            rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out
+        ),
         -(-len(rows) // BLOCK),
         64,
     )
@@ -263,13 +329,16 @@ def soft_hash_backward(
         lambda i, j: _hash_rows_backward(
             d_rows, rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash
         ),
-        n_blocks, 64,
-    )  # fmt: skip
+        n_blocks,
+        64,
+    )
     total = d_hash.sum(axis=0)
     return d_x.reshape(x.shape), total[:, :-1].reshape(planes.shape), total[:, -1]
 
 
-def _flat(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray, int]:
+def _flat(
+    x: np.ndarray, planes: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, Any, np.ndarray, int]:
     """Return x [N, M, D], planes as `pad_planes` gives them and beta [M] in the dtype of x, and L."""
     rows = np.ascontiguousarray(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return rows, pad_planes(planes, x.dtype), np.ascontiguousarray(beta, x.dtype), planes.shape[1]

@@ -1,4 +1,6 @@
-"""The soft hash of rows on a GPU, and its gradient; see `reference`. Attention hashes inside its own kernels."""
+"""The soft hash of rows on a GPU, and its gradient; see `reference`. Attention hashes inside its
+own kernels.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,15 @@ def soft_hash_backward(
     d_rows = d_x.reshape(1, -1, *x.shape[-2:])
     call = make_call(problem, chunk, d_query=d_rows, hash_width=total.shape[2])
     scratch = Scratch(weights=2, hash_sums=True)
-    launch(_FILE, "hash_rows_backward", call, problem.n_state_heads, scratch, cuda.to_device(d_phi, x.dtype), parts)
+    launch(
+        _FILE,
+        "hash_rows_backward",
+        call,
+        problem.n_state_heads,
+        scratch,
+        cuda.to_device(d_phi, x.dtype),
+        parts,
+    )
     scan(np.zeros_like(chunk[:, 0]), parts, total)
     return d_x, total[0, :, :-1].reshape(planes.shape), total[0, :, -1]
 
@@ -47,7 +57,18 @@ def _as_problem(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> Problem:
     """Return rows as the queries of a problem that has no keys."""
     n_rows, n_heads = math.prod(x.shape[:-2]), x.shape[-2]
     return Problem(
-        query=x.reshape(1, n_rows, *x.shape[-2:]), key=None, value=None, planes=planes, beta=beta, key_mask=None,
-        sequences=np.array([[0, 0, n_rows, 0, 0]]), n_heads=n_heads, n_kv_heads=n_heads, value_dim=1, is_causal=False,
-        readout="ratio", dtype=x.dtype, chunk_tokens=max(n_rows, 1),
-    )  # fmt: skip
+        query=x.reshape(1, n_rows, *x.shape[-2:]),
+        key=None,
+        value=None,
+        planes=planes,
+        beta=beta,
+        key_mask=None,
+        sequences=np.array([[0, 0, n_rows, 0, 0]]),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        value_dim=1,
+        is_causal=False,
+        readout="ratio",
+        dtype=x.dtype,
+        chunk_tokens=max(n_rows, 1),
+    )

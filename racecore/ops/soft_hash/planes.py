@@ -17,10 +17,11 @@ _padded: dict[tuple[int, int, str], tuple[Any, Any, tuple[np.ndarray, np.ndarray
 
 
 def padded_planes(part: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the planes of a problem as `pad_planes` does, one for all heads where they share them, and beta [M].
+    """Return the planes of a problem as `pad_planes` does, one for all heads where they share them,
+    and beta [M].
 
-    A hash gives the same arrays every time (`SoftLSH.per_head`), and making these takes longer than decoding a token may:
-    they are kept for as long as the hash lives.
+    A hash gives the same arrays every time (`SoftLSH.per_head`), and making these takes longer than
+    decoding a token may: they are kept for as long as the hash lives.
     """
     key = id(part.planes), id(part.beta), part.dtype.char
     kept = _padded.get(key)
@@ -35,7 +36,9 @@ def padded_planes(part: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def pad_planes(planes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return planes [M, L, P, D] as [M, L*P, D] and transposed, with D and the other's L*P padded with zeros."""
+    """Return planes [M, L, P, D] as [M, L*P, D] and transposed, with D and the other's L*P padded
+    with zeros.
+    """
     m, n_tables, n_planes, head_dim = planes.shape
     n_rows = n_tables * n_planes
     wide = arrays.zeros((m, n_rows, padded(head_dim)), dtype)

@@ -1,4 +1,6 @@
-"""The soft hash as the paper defines it, in plain NumPy: a softmax over all corners of the cube {-1, +1}^P."""
+"""The soft hash as the paper defines it, in plain NumPy: a softmax over all corners of the cube
+{-1, +1}^P.
+"""
 
 from __future__ import annotations
 
@@ -47,5 +49,7 @@ def soft_hash_backward(
     d_x = np.einsum("...mlp,mlpd->...md", d_u, w)
     n_tokens = math.prod(x.shape[:-2])
     rows = d_u.reshape(n_tokens, *d_u.shape[-3:]).astype(np.float64)
-    d_planes = np.einsum("tmlp,tmd->mlpd", rows, x.reshape(n_tokens, *x.shape[-2:]).astype(np.float64))
+    d_planes = np.einsum(
+        "tmlp,tmd->mlpd", rows, x.reshape(n_tokens, *x.shape[-2:]).astype(np.float64)
+    )
     return d_x, d_planes, d_beta

@@ -1,8 +1,10 @@
-"""Softmax attention of one query per sequence: keys and values are read where they lie, by lists of their addresses.
+"""Softmax attention of one query per sequence: keys and values are read where they lie, by lists of
+their addresses.
 
-Why: when one token is decoded every row of the cache meets only the query heads of its group, so there is little arithmetic to
-hide anything behind: neither copies nor calls with many arguments nor views of arrays. This is what `softmax.attend_shares` does,
-for that case, as one loop over plain addresses. While a block is worked on, the rows of the next one are asked for.
+Why: when one token is decoded every row of the cache meets only the query heads of its group, so
+there is little arithmetic to hide anything behind: neither copies nor calls with many arguments nor
+views of arrays. This is what `softmax.attend_shares` does, for that case, as one loop over plain
+addresses. While a block is worked on, the rows of the next one are asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.chunking import SEGMENT
-from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, ask_for_row, can_list, first_row, is_narrow, list_rows, row_bytes
+from racecore.ops.cpu.row_io import (
+    KEY,
+    QUERY,
+    VALUE,
+    ask_for_row,
+    can_list,
+    first_row,
+    is_narrow,
+    list_rows,
+    row_bytes,
+)
 from racecore.ops.simd.vectors import load_number
 from racecore.ops.socket.attend.gathered_products import (
     CAN_DOT,
@@ -27,11 +39,21 @@ from racecore.ops.socket.attend.gathered_products import (
 from racecore.ops.socket.attend.online_softmax import RowSums, flush, weigh_row
 from racecore.runtime.jit import helper
 
-__all__ = ["LISTED", "LISTS", "ListedSums", "arrange_queries", "attend_listed", "can_attend_listed", "scale_of"]
+__all__ = [
+    "LISTED",
+    "LISTS",
+    "ListedSums",
+    "arrange_queries",
+    "attend_listed",
+    "can_attend_listed",
+    "scale_of",
+]
 
 LISTS = 3  # of a tile
 _FIRST, _SECOND, _ASKED = np.int64(0), np.int64(1), np.int64(2)
-LISTED = 64  # tokens of a block: more than elsewhere, as nothing is copied, and every block has to begin and to end
+# tokens of a block: more than elsewhere, as nothing is copied, and every block has to begin and to
+# end
+LISTED = 64
 _LIST = 8 * LISTED  # bytes
 
 
@@ -48,7 +70,9 @@ class ListedSums(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile by addresses: arrays as arguments have their references counted, which takes longer than a row of a block does."""
+    """A tile by addresses: arrays as arguments have their references counted, which takes longer
+    than a row of a block does.
+    """
 
     q: Matrix
     c: Matrix
@@ -71,9 +95,15 @@ class Where(NamedTuple):
 
 
 @helper
-def can_attend_listed(table: np.ndarray, n_queries: int, dims: tuple[int, int], k: np.ndarray, v: np.ndarray) -> bool:
-    """Tell whether there is one query, and rows are whole vectors of float32, or pairs of them of bfloat16."""
-    return n_queries == 1 and can_list(table, KEY, dims[0], k) and can_list(table, VALUE, dims[1], v)
+def can_attend_listed(
+    table: np.ndarray, n_queries: int, dims: tuple[int, int], k: np.ndarray, v: np.ndarray
+) -> bool:
+    """Tell whether there is one query, and rows are whole vectors of float32, or pairs of them of
+    bfloat16.
+    """
+    return (
+        n_queries == 1 and can_list(table, KEY, dims[0], k) and can_list(table, VALUE, dims[1], v)
+    )
 
 
 @helper
@@ -84,7 +114,9 @@ def dots_bfloat16(table: np.ndarray) -> bool:
 
 @helper
 def arrange_queries(table: np.ndarray, q: np.ndarray, head_dim: int) -> None:
-    """Scale queries by 1/sqrt(D), and bring their columns into paired order if keys are bfloat16; or keep just their bits."""
+    """Scale queries by 1/sqrt(D), and bring their columns into paired order if keys are bfloat16;
+    or keep just their bits.
+    """
     if dots_bfloat16(table):
         for r in range(q.shape[0]):
             bits, words = q[r].view(np.uint16), q[r].view(np.uint32)
@@ -118,14 +150,17 @@ def _pair_columns(x: np.ndarray) -> None:
 
 @helper
 def attend_listed(table, places, selected, ends, shape, s, out):
-    """Add tokens ends[0] ... ends[1] - 1, or these places of lists of tokens, to float64 sums out [tiles, R, 2 + V].
+    """Add tokens ends[0] ... ends[1] - 1, or these places of lists of tokens, to float64 sums out
+    [tiles, R, 2 + V].
 
-    places [tiles, 3] are sequences, rows of selected [B, ., W] (W = 0: all tokens) and key/value heads; shape = (heads of a
-    tile, V). If tokens are selected, there is one tile.
+    places [tiles, 3] are sequences, rows of selected [B, ., W] (W = 0: all tokens) and key/value
+    heads; shape = (heads of a tile, V). If tokens are selected, there is one tile.
     """
     n_heads, value_dim = shape
     rows = _where(table, places, selected, s)
-    tile = Tile(_matrix(s.q), _matrix(s.c), _sums(s), s.scale, dots_bfloat16(table), n_heads, s.q.shape[1])
+    tile = Tile(
+        _matrix(s.q), _matrix(s.c), _sums(s), s.scale, dots_bfloat16(table), n_heads, s.q.shape[1]
+    )
     if rows.tokens == 0:
         _list_a_block(table, places, rows, s.rows)
     for segment in range(ends[0], ends[1], SEGMENT):
@@ -138,7 +173,15 @@ def attend_listed(table, places, selected, ends, shape, s, out):
         else:
             _add_chosen(rows, segment, last, ends, tile)
         for j in range(places.shape[0]):
-            flush(n_heads, value_dim, is_narrow(table, VALUE), s.peak[j], s.weight[j], s.sums[j], out[j])
+            flush(
+                n_heads,
+                value_dim,
+                is_narrow(table, VALUE),
+                s.peak[j],
+                s.weight[j],
+                s.sums[j],
+                out[j],
+            )
 
 
 @helper
@@ -149,7 +192,9 @@ def _matrix(x):
 
 @helper
 def _address(x):
-    """Return the address of an array with the sign that all other addresses have: else functions would be compiled for both."""
+    """Return the address of an array with the sign that all other addresses have: else functions
+    would be compiled for both.
+    """
     return np.int64(x.ctypes.data)
 
 
@@ -166,28 +211,47 @@ def _where(table, places, selected, s):
     steps, narrow = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_narrow(table, KEY)
     starts = (first_row(table, KEY, b, g), first_row(table, VALUE, b, g))
     size = 2 if narrow else 4
-    return Where(_address(s.rows), tokens, starts, steps, (size * s.q.shape[2], size * s.sums.shape[2]), narrow)
+    return Where(
+        _address(s.rows),
+        tokens,
+        starts,
+        steps,
+        (size * s.q.shape[2], size * s.sums.shape[2]),
+        narrow,
+    )
 
 
 @helper
 def _add_run(rows, first, last, n_tiles, tile):
-    """Add tokens first ... last - 1 to all tiles, block by block: neighbouring heads are neighbours in memory."""
+    """Add tokens first ... last - 1 to all tiles, block by block: neighbouring heads are neighbours
+    in memory.
+    """
     for t in range(first, last, LISTED):
-        n, ahead = min(LISTED, last - t), (rows.steps[0] * (t + LISTED), rows.steps[1] * (t + LISTED))
+        n, ahead = (
+            min(LISTED, last - t),
+            (rows.steps[0] * (t + LISTED), rows.steps[1] * (t + LISTED)),
+        )
         for j in range(n_tiles):
             this, base = _list_at(rows, j, _FIRST), (rows.steps[0] * t, rows.steps[1] * t)
             if n < LISTED:  # beyond the last token there may be no memory
-                start_k, start_v = load_number(this, np.int64(0)), load_number(this + _LIST, np.int64(0))
+                start_k, start_v = (
+                    load_number(this, np.int64(0)),
+                    load_number(this + _LIST, np.int64(0)),
+                )
                 this = _list_at(rows, j, _SECOND)
                 list_rows(start_k + base[0], rows.steps[0], 0, n, LISTED, this)
                 list_rows(start_v + base[1], rows.steps[1], 0, n, LISTED, this + _LIST)
                 base = (0, 0)
-            _add_block(_tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), ahead))
+            _add_block(
+                _tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), ahead)
+            )
 
 
 @helper
 def _add_chosen(rows, first, last, ends, tile):
-    """Add places first ... last - 1 of a list of tokens, of which these and others up to ends[1] are asked for in order."""
+    """Add places first ... last - 1 of a list of tokens, of which these and others up to ends[1]
+    are asked for in order.
+    """
     for t in range(first, last, LISTED):
         n, left = min(LISTED, last - t), ends[1] - t - LISTED
         this, ahead = _list_at(rows, 0, t // LISTED % 2), _list_at(rows, 0, 1 - t // LISTED % 2)
@@ -228,7 +292,9 @@ def _tile_at(tile, j):
     """Return the addresses of tile j, given those of the first."""
     q, c, sums, scale, dots, n_heads, n_rows = tile
     first = 4 * j * n_rows  # bytes of a number of every row before it
-    own = RowSums(sums.peak + first, sums.weight + first, sums.values + first * sums.width, sums.width)
+    own = RowSums(
+        sums.peak + first, sums.weight + first, sums.values + first * sums.width, sums.width
+    )
     return Tile(Matrix(q.address + first * q.row, q.row), c, own, scale, dots, n_heads, n_rows)
 
 
@@ -242,22 +308,37 @@ def _add_block(tile, n, lists):
     else:
         project_listed(q, keys, n_heads, n, c)
     for r in range(n_heads):
-        row = RowSums(sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width)
+        row = RowSums(
+            sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width
+        )
         weigh_row(c.address + 4 * r * c.row, n, c.row, row, np.float32(0))
     accumulate_listed(c, values, n_heads, n, Matrix(sums.values, sums.width))
 
 
 @helper
 def _list_a_block(table, places, rows, lists):
-    """Write to lists [tiles, LISTS, 2, 64], at rows.lists, where the first 64 tokens are: all blocks look alike.
+    """Write to lists [tiles, LISTS, 2, 64], at rows.lists, where the first 64 tokens are: all
+    blocks look alike.
 
-    And what tiles ask for, token by token all heads: so memory is asked for in its order, whose continuation processors guess.
+    And what tiles ask for, token by token all heads: so memory is asked for in its order, whose
+    continuation processors guess.
     """
     n_tiles = places.shape[0]
     for j in range(n_tiles):
         at = _list_at(rows, j, _FIRST)
-        list_rows(first_row(table, KEY, places[j, 0], places[j, 2]), rows.steps[0], 0, LISTED, LISTED, at)
-        list_rows(first_row(table, VALUE, places[j, 0], places[j, 2]), rows.steps[1], 0, LISTED, LISTED, at + _LIST)
+        list_rows(
+            first_row(table, KEY, places[j, 0], places[j, 2]), rows.steps[0], 0, LISTED, LISTED, at
+        )
+        list_rows(
+            first_row(table, VALUE, places[j, 0], places[j, 2]),
+            rows.steps[1],
+            0,
+            LISTED,
+            LISTED,
+            at + _LIST,
+        )
     for side in range(2):
         for p in range(n_tiles * LISTED):
-            lists[p // LISTED, _ASKED, side, p % LISTED] = lists[p % n_tiles, _FIRST, side, p // n_tiles]
+            lists[p // LISTED, _ASKED, side, p % LISTED] = lists[
+                p % n_tiles, _FIRST, side, p // n_tiles
+            ]

@@ -1,13 +1,14 @@
 """Products with rows that lie anywhere in memory: keys and values of a cache, read where they are.
 
-Why: a row that is read once should not be copied first. With one query head for a row there is so little arithmetic that the copy
-would take longer than all of it. And rows that are far apart are beyond what a core guesses: while a tile calculates with some
-rows, it asks for those that come a block later. What the products compute is what `products.project` and
-`products.accumulate` do.
+Why: a row that is read once should not be copied first. With one query head for a row there is so
+little arithmetic that the copy would take longer than all of it. And rows that are far apart are
+beyond what a core guesses: while a tile calculates with some rows, it asks for those that come a
+block later. What the products compute is what `products.project` and `products.accumulate` do.
 
-How: rows come as a list of addresses, with a list of those to ask for. Two factories of register tiles, as in `ops.simd.tiles`, read
-float32 rows or widen bfloat16. The latter takes even and odd columns apart, since that costs half as much: queries and
-sums then have their columns in *paired order*, of every 32 columns first the even ones, then the odd; see `paired_column`.
+How: rows come as a list of addresses, with a list of those to ask for. Two factories of register
+tiles, as in `ops.simd.tiles`, read float32 rows or widen bfloat16. The latter takes even and odd
+columns apart, since that costs half as much: queries and sums then have their columns in *paired
+order*, of every 32 columns first the even ones, then the odd; see `paired_column`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from racecore.ops.simd.vectors import VECTOR_BYTES
 from racecore.runtime import processor
 from racecore.runtime.jit import helper
 
-__all__ = ["CAN_DOT", "Lists", "Matrix", "accumulate_listed", "dot_listed", "paired_column", "project_listed"]
+__all__ = [
+    "CAN_DOT",
+    "Lists",
+    "Matrix",
+    "accumulate_listed",
+    "dot_listed",
+    "paired_column",
+    "project_listed",
+]
 
 _AT_ONCE = np.int64(4)  # rows of a tile of dot products
 
@@ -37,8 +46,14 @@ def paired_column(d: int) -> int:
 
 
 def _load_line(emit: Emitter, address: Any, narrow: bool) -> list[Any]:
-    """Return the numbers of a cache line of a row: 16 of float32, or 32 of bfloat16 in paired order."""
-    return list(load_widened_pairs(emit.builder, address)) if narrow else [emit.load(address, emit.vector)]
+    """Return the numbers of a cache line of a row: 16 of float32, or 32 of bfloat16 in paired
+    order.
+    """
+    return (
+        list(load_widened_pairs(emit.builder, address))
+        if narrow
+        else [emit.load(address, emit.vector)]
+    )
 
 
 def _four(emit: Emitter, addresses: Any, base: Any) -> list[Any]:
@@ -48,14 +63,19 @@ def _four(emit: Emitter, addresses: Any, base: Any) -> list[Any]:
 
 
 def _ask_for_ends(emit: Emitter, starts: list[Any], lines: Any) -> None:
-    """Ask for the last bytes of rows of so many lines: in NumPy's large arrays rows begin within a line, and end in one more."""
-    last = emit.builder.sub(emit.builder.mul(lines, ir.Constant(emit.word, VECTOR_BYTES)), ir.Constant(emit.word, 1))
+    """Ask for the last bytes of rows of so many lines: in NumPy's large arrays rows begin within a
+    line, and end in one more.
+    """
+    last = emit.builder.sub(
+        emit.builder.mul(lines, ir.Constant(emit.word, VECTOR_BYTES)), ir.Constant(emit.word, 1)
+    )
     for start in starts:
         emit.prefetch(emit.builder.add(start, last))
 
 
 def _dot_tile(n_queries: int, narrow: bool) -> Any:
-    """Return a tile of dot products of `n_queries` float32 rows with four listed rows. In plain Python::
+    """Return a tile of dot products of `n_queries` float32 rows with four listed rows. In plain
+    Python::
 
         c[r * c_row + i] = sum(q[r * q_row + d] * row(base + rows[i])[d] for d in range(64 // itemsize * lines))
 
@@ -72,7 +92,10 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 weights = [
                     [
-                        emit.load(emit.address(addresses[0], emit.times(q_row, r), v * emit.lanes), emit.vector)
+                        emit.load(
+                            emit.address(addresses[0], emit.times(q_row, r), v * emit.lanes),
+                            emit.vector,
+                        )
                         for v in range(per_line)
                     ]
                     for r in range(n_queries)
@@ -100,7 +123,8 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
 
 
 def _bfloat16_dot_tile(n_queries: int) -> Any:
-    """Return the same tile for queries that are bfloat16 too, with the instruction for that; sums come times `scale`.
+    """Return the same tile for queries that are bfloat16 too, with the instruction for that; sums
+    come times `scale`.
 
     It adds the products of neighbouring columns in float32, and takes subnormal numbers for zero.
     """
@@ -114,7 +138,10 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
             kind = ir.FunctionType(emit.vector, [emit.vector, words, words])
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                weights = [emit.load(emit.address(addresses[0], emit.times(q_row, r)), words) for r in range(n_queries)]
+                weights = [
+                    emit.load(emit.address(addresses[0], emit.times(q_row, r)), words)
+                    for r in range(n_queries)
+                ]
                 new = list(sums)
                 for i in range(4):
                     emit.prefetch(addresses[5 + i])
@@ -122,7 +149,11 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
                     for r in range(n_queries):
                         j = r * 4 + i
                         new[j] = builder.asm(
-                            kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums[j], weights[r], row], False
+                            kind,
+                            "vdpbf16ps $3, $2, $0",
+                            "=v,0,v,v",
+                            [sums[j], weights[r], row],
+                            False,
                         )
                 return new
 
@@ -140,7 +171,8 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
 
 
 def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
-    """Return a tile that adds weighted listed rows to n_queries x (16 * n_vectors) sums. In plain Python::
+    """Return a tile that adds weighted listed rows to n_queries x (16 * n_vectors) sums. In plain
+    Python::
 
         m[r * m_row + d] += sum(c[r * c_row + i] * row(base + rows[i])[first + d] for i in range(count))
 
@@ -157,18 +189,29 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
 
             def lines_of(address: Any, base: Any) -> list[Any]:
                 start = builder.add(emit.load(address, emit.word), builder.add(base, offset))
-                return [builder.add(start, ir.Constant(emit.word, VECTOR_BYTES * i)) for i in range(lines)]
+                return [
+                    builder.add(start, ir.Constant(emit.word, VECTOR_BYTES * i))
+                    for i in range(lines)
+                ]
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                row = [vector for line in lines_of(addresses[1], base) for vector in _load_line(emit, line, narrow)]
+                row = [
+                    vector
+                    for line in lines_of(addresses[1], base)
+                    for vector in _load_line(emit, line, narrow)
+                ]
                 asked = lines_of(addresses[2], ahead_base)
                 for line in asked:
                     emit.prefetch(line)
                 _ask_for_ends(emit, asked[-1:], ir.Constant(emit.word, 1))
                 new = []
                 for r in range(n_queries):
-                    factor = emit.splat(emit.load(emit.address(addresses[0], emit.times(c_row, r)), emit.element))
-                    new += [emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)]
+                    factor = emit.splat(
+                        emit.load(emit.address(addresses[0], emit.times(c_row, r)), emit.element)
+                    )
+                    new += [
+                        emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)
+                    ]
                 return new
 
             places = [
@@ -177,7 +220,11 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
                 for v in range(n_vectors)
             ]
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            steps = [ir.Constant(emit.word, 4), ir.Constant(emit.word, 8), ir.Constant(emit.word, 8)]
+            steps = [
+                ir.Constant(emit.word, 4),
+                ir.Constant(emit.word, 8),
+                ir.Constant(emit.word, 8),
+            ]
             sums = emit.loop(count, [zero] * len(places), [c, rows, ahead], steps, step)
             for value, place in zip(sums, places, strict=True):
                 emit.store(builder.fadd(emit.load(place, emit.vector), value), place)
@@ -188,9 +235,15 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
     return tile
 
 
-_dot_4, _dot_1, _dot_4_narrow, _dot_1_narrow = (_dot_tile(n, narrow) for narrow in (False, True) for n in (4, 1))
-_outer_4x4, _outer_1x8, _outer_1x2, _outer_1x1 = (_outer_tile(n, v, False) for n, v in ((4, 4), (1, 8), (1, 2), (1, 1)))
-_outer_4x4_narrow, _outer_1x8_narrow, _outer_1x2_narrow = (_outer_tile(n, v, True) for n, v in ((4, 4), (1, 8), (1, 2)))
+_dot_4, _dot_1, _dot_4_narrow, _dot_1_narrow = (
+    _dot_tile(n, narrow) for narrow in (False, True) for n in (4, 1)
+)
+_outer_4x4, _outer_1x8, _outer_1x2, _outer_1x1 = (
+    _outer_tile(n, v, False) for n, v in ((4, 4), (1, 8), (1, 2), (1, 1))
+)
+_outer_4x4_narrow, _outer_1x8_narrow, _outer_1x2_narrow = (
+    _outer_tile(n, v, True) for n, v in ((4, 4), (1, 8), (1, 2))
+)
 
 
 _dot_4_bfloat16, _dot_1_bfloat16 = _bfloat16_dot_tile(4), _bfloat16_dot_tile(1)
@@ -216,11 +269,17 @@ class Lists(NamedTuple):
 
 @helper
 def dot_listed(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix, scale: Any) -> None:
-    """c[r, i] = <q[r], rows[i]> * scale of rows of bfloat16, and queries whose bits of bfloat16 begin each row of q."""
+    """c[r, i] = <q[r], rows[i]> * scale of rows of bfloat16, and queries whose bits of bfloat16
+    begin each row of q.
+    """
     if CAN_DOT:  # else nobody comes here, and the tile could not be compiled
         lines = q.row * 2 // VECTOR_BYTES
         for i in range(0, n, _AT_ONCE):
-            rows, ahead, r = (lists.rows + 8 * i, lists.base), (lists.ahead + 8 * i, lists.ahead_base), 0
+            rows, ahead, r = (
+                (lists.rows + 8 * i, lists.base),
+                (lists.ahead + 8 * i, lists.ahead_base),
+                0,
+            )
             while r < n_queries:
                 qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
                 if r + 4 <= n_queries:
@@ -233,10 +292,16 @@ def dot_listed(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix, scale
 
 @helper
 def project_listed(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix) -> None:
-    """c[r, i] = <q[r], rows[i]> for r < n_queries and i < n, float32. Lists go on to a multiple of four."""
+    """c[r, i] = <q[r], rows[i]> for r < n_queries and i < n, float32. Lists go on to a multiple of
+    four.
+    """
     lines = q.row * (2 if lists.narrow else 4) // VECTOR_BYTES
     for i in range(0, n, _AT_ONCE):
-        rows, ahead, r = (lists.rows + 8 * i, lists.base), (lists.ahead + 8 * i, lists.ahead_base), 0
+        rows, ahead, r = (
+            (lists.rows + 8 * i, lists.base),
+            (lists.ahead + 8 * i, lists.ahead_base),
+            0,
+        )
         while r < n_queries:
             qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
             if r + 4 <= n_queries:

@@ -1,9 +1,11 @@
-"""The kernel of exact softmax attention over a run of tokens or a list of them; `reference` says the same in a line.
+"""The kernel of exact softmax attention over a run of tokens or a list of them; `reference` says
+the same in a line.
 
-A task is a *tile* of up to 32 rows, that is query heads of one key/value head and some queries of theirs, and a share of the
-tokens that they see. It goes through these in blocks, keeps the largest logit, the sum of weights and the weighted sum of values
-of every row, float32 within a segment of 1,024 tokens and float64 beyond. Shares of one tile are put together in their
-order. Shares are cut by the length of a sequence alone.
+A task is a *tile* of up to 32 rows, that is query heads of one key/value head and some queries of
+theirs, and a share of the tokens that they see. It goes through these in blocks, keeps the largest
+logit, the sum of weights and the weighted sum of values of every row, float32 within a segment of
+1,024 tokens and float64 beyond. Shares of one tile are put together in their order. Shares are cut
+by the length of a sequence alone.
 """
 
 from __future__ import annotations
@@ -51,10 +53,12 @@ class AttendCall(NamedTuple):
     """What attention needs; `table` holds addresses, see ops.cpu.row_io."""
 
     table: np.ndarray  # int64 [4, 6]
-    tiles: (
+    # int64 [n, 7]: sequence, first head, first query, number of queries, first and last share,
+    # place in those
+    tiles: np.ndarray
+    shares: (
         np.ndarray
-    )  # int64 [n, 7]: sequence, first head, first query, number of queries, first and last share, place in those
-    shares: np.ndarray  # int64 [n, 4]: first and last tile, first and last token or place in the list
+    )  # int64 [n, 4]: first and last tile, first and last token or place in the list
     lengths: np.ndarray  # int64 [B]
     selected: np.ndarray  # int64 [B, H or G, W], W = 0: all tokens
     like: np.ndarray  # [0] in the dtype of the arithmetic
@@ -68,7 +72,9 @@ class AttendCall(NamedTuple):
 
 @kernel
 def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
-    """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak, weight and weighted values."""
+    """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak,
+    weight and weighted values.
+    """
     dtype, n_most, n_rows = call.like.dtype, partial.shape[1], partial.shape[2]
     wide_d, wide_v = padded(call.head_dim), padded(call.value_dim)
     q, sums = matrices(n_most, n_rows, wide_d, dtype), matrices(n_most, n_rows, wide_v, dtype)
@@ -79,7 +85,11 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
         clear_columns(q[j], call.head_dim)
     clear_columns(k, call.head_dim)
     clear_columns(v, call.value_dim)
-    keep, peak, weight = np.ones(BLOCK), np.empty((n_most, n_rows), dtype), np.empty((n_most, n_rows), dtype)
+    keep, peak, weight = (
+        np.ones(BLOCK),
+        np.empty((n_most, n_rows), dtype),
+        np.empty((n_most, n_rows), dtype),
+    )
     rows, places = np.empty((n_most, LISTS, 2, LISTED), np.int64), np.empty((n_most, 3), np.int64)
     for share in range(first, last):
         tile, tile_end, begin, end = call.shares[share]
@@ -93,8 +103,12 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
             clear(partial[share, j])
         if is_listed:
             n, shape = tile_end - tile, (call.heads_per_tile, call.value_dim)
-            scratch = ListedSums(q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows)
-            attend_listed(call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share])
+            scratch = ListedSums(
+                q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows
+            )
+            attend_listed(
+                call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share]
+            )
             continue
         for segment in range(begin, end, SEGMENT):
             peak[:], weight[:] = -np.inf, 0
@@ -103,9 +117,19 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
             for t in range(segment, min(segment + SEGMENT, end), BLOCK):
                 n = min(BLOCK, end - t)
                 for j in range(tile_end - tile):  # neighbouring heads are neighbours in memory
-                    _add_block(call, tile + j, t, n, q[j], k, v, c, keep, peak[j], weight[j], sums[j])
+                    _add_block(
+                        call, tile + j, t, n, q[j], k, v, c, keep, peak[j], weight[j], sums[j]
+                    )
             for j in range(tile_end - tile):
-                flush(_n_rows(call, tile + j), call.value_dim, False, peak[j], weight[j], sums[j], partial[share, j])
+                flush(
+                    _n_rows(call, tile + j),
+                    call.value_dim,
+                    False,
+                    peak[j],
+                    weight[j],
+                    sums[j],
+                    partial[share, j],
+                )
 
 
 @helper
@@ -147,15 +171,25 @@ def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
 
 @helper
 def _seen(call: AttendCall, tile: int, r: int) -> int:
-    """Return how many tokens a row sees: causal, the last query all of them; of a list, every entry."""
+    """Return how many tokens a row sees: causal, the last query all of them; of a list, every
+    entry.
+    """
     if call.selected.shape[2] > 0:
         return call.selected.shape[2]
-    return call.lengths[call.tiles[tile, 0]] - call.n_queries + call.tiles[tile, 2] + r // call.heads_per_tile + 1
+    return (
+        call.lengths[call.tiles[tile, 0]]
+        - call.n_queries
+        + call.tiles[tile, 2]
+        + r // call.heads_per_tile
+        + 1
+    )
 
 
 @helper
 def _rows(call, tile, t, n, n_rows, k, v, keep):
-    """Return keys and values t ... t + n - 1 of a run or a list of tokens, and what to ask for meanwhile."""
+    """Return keys and values t ... t + n - 1 of a run or a list of tokens, and what to ask for
+    meanwhile.
+    """
     b, r, g = _place(call, tile)
     if call.selected.shape[2] > 0:
         load_scattered(call.table, KEY, b, g, call.selected[b, r], t, n, call.head_dim, k)
@@ -173,12 +207,17 @@ def _rows(call, tile, t, n, n_rows, k, v, keep):
 
 @helper
 def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
-    """Turn logits c [R, n] into weights relative to the peak so far; tell whether every row sees every token of the block."""
+    """Turn logits c [R, n] into weights relative to the peak so far; tell whether every row sees
+    every token of the block.
+    """
     is_whole = _seen(call, tile, 0) - t >= n  # the first row sees the fewest
     for r in range(n_rows):
         seen = n if is_whole else min(n, _seen(call, tile, r) - t)
         if seen > 0:
-            peaks, weights = peak.ctypes.data + peak.itemsize * r, weight.ctypes.data + weight.itemsize * r
+            peaks, weights = (
+                peak.ctypes.data + peak.itemsize * r,
+                weight.ctypes.data + weight.itemsize * r,
+            )
             of_row = RowSums(peaks, weights, at(sums, r, 0), sums.shape[1])
             weigh_row(at(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
     return is_whole

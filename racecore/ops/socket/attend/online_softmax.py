@@ -1,9 +1,12 @@
-"""Running sums of a softmax: the largest logit, the sum of weights relative to it, and the weighted sum of values, by row.
+"""Running sums of a softmax: the largest logit, the sum of weights relative to it, and the weighted
+sum of values, by row.
 
-Within a segment they are of the dtype of the arithmetic, and `flush` adds them to float64 sums [R, 2 + V]: peak, weight, values.
+Within a segment they are of the dtype of the arithmetic, and `flush` adds them to float64 sums [R,
+2 + V]: peak, weight, values.
 
-What is done for every block takes addresses: an array as an argument has its references counted, which takes longer than a row
-of a block does. `like` is any number of the dtype of the arithmetic; rows are whole vectors.
+What is done for every block takes addresses: an array as an argument has its references counted,
+which takes longer than a row of a block does. `like` is any number of the dtype of the arithmetic;
+rows are whole vectors.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ def clear(out: np.ndarray) -> None:
 
 @helper
 def weigh_row(c: int, n: int, room: int, sums: RowSums, like: Any) -> None:
-    """Turn n logits into weights relative to the largest one so far, and add those to the row's weight.
+    """Turn n logits into weights relative to the largest one so far, and add those to the row's
+    weight.
 
     Of the `room` of the block, what is behind the logits becomes 0.
     """
@@ -97,7 +101,9 @@ def _raise_peak(top: Any, peak: Any, sums: RowSums, like: Any) -> None:
 
 @helper
 def flush(n_rows, width, is_paired, peak, weight, sums, out):
-    """Add a segment to the float64 sums out [R, 2 + V]. If `is_paired`, columns of `sums` are in paired order, see `listed`."""
+    """Add a segment to the float64 sums out [R, 2 + V]. If `is_paired`, columns of `sums` are in
+    paired order, see `listed`.
+    """
     like, whole = sums.dtype.type(0), VECTOR_BYTES // sums.itemsize
     for r in range(n_rows):
         if weight[r] == 0:

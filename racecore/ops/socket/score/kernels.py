@@ -1,4 +1,6 @@
-"""Kernels that hash keys, make a query's tables and score keys with them; see `reference` for what they compute."""
+"""Kernels that hash keys, make a query's tables and score keys with them; see `reference` for what
+they compute.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,16 @@ from racecore.ops.socket.score.lookup_tile import score_tile
 from racecore.runtime.jit import helper, kernel
 
 __all__ = [
-    "SCORE_KERNELS", "HashCall", "ScoreCall", "TableCall", "block_scorer", "fill_tables", "hash_blocks", "norm_of",
+    "SCORE_KERNELS",
+    "HashCall",
+    "ScoreCall",
+    "TableCall",
+    "block_scorer",
+    "fill_tables",
+    "hash_blocks",
+    "norm_of",
     "score_one_by_one",
-]  # fmt: skip
+]
 
 _SOFT, _HAMMING = np.int64(0), np.int64(1)
 
@@ -29,7 +38,9 @@ class HashCall(NamedTuple):
     """What hashing needs; `table` holds addresses, see ops.cpu.row_io."""
 
     table: np.ndarray  # int64 [3, 6]
-    tasks: np.ndarray  # int64 [n, 4]: sequence, first and last of the new tokens, place of the first in the index
+    tasks: (
+        np.ndarray
+    )  # int64 [n, 4]: sequence, first and last of the new tokens, place of the first in the index
     planes: np.ndarray  # [G or 1, L*P, D] in the dtype of the arithmetic, D padded with zeros
     codes: np.ndarray  # see layout.HashedKeys
     n_tables: int
@@ -42,7 +53,9 @@ class HashCall(NamedTuple):
 
 @kernel
 def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> None:
-    """Write the codes of tasks first ... last - 1, and squares of norms to norms [B, G, new tokens]."""
+    """Write the codes of tasks first ... last - 1, and squares of norms to norms [B, G, new
+    tokens].
+    """
     dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
     x = matrices(1, TOKENS, width, dtype)[0]
     v = matrices(1, TOKENS, padded(call.value_dim), dtype)[0]
@@ -57,7 +70,9 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
                 n = min(BLOCK, end - t)
                 load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
                 project(call.planes[own], source_of(x), n_rows, n, u, NOTHING)
-                _write_codes(u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g])
+                _write_codes(
+                    u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g]
+                )
                 for i in range(n):
                     norms[b, g, t + i] = 1
                 if call.weighs_keys:
@@ -68,8 +83,12 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
 
 
 @helper
-def _write_codes(u: np.ndarray, n: int, place: int, n_tables: int, width: int, codes: np.ndarray) -> None:
-    """Write the signs of u [L*P, n] as codes of tokens place ... place + n - 1; codes [blocks, rows, 64]."""
+def _write_codes(
+    u: np.ndarray, n: int, place: int, n_tables: int, width: int, codes: np.ndarray
+) -> None:
+    """Write the signs of u [L*P, n] as codes of tokens place ... place + n - 1; codes [blocks,
+    rows, 64].
+    """
     n_planes = u.shape[0] // n_tables
     code = np.empty(BLOCK, np.uint16)
     for table in range(n_tables):
@@ -116,7 +135,10 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
     """Write tables [B, H, L, N, 16]; tasks are a key/value head of a sequence each."""
     dtype, n_rows, width = call.planes.dtype, call.planes.shape[1], call.planes.shape[2]
     group = tables.shape[1] // call.n_kv_heads
-    x, u = matrices(1, min(group, TOKENS), width, dtype)[0], matrices(3, min(group, TOKENS), padded(n_rows), dtype)
+    x, u = (
+        matrices(1, min(group, TOKENS), width, dtype)[0],
+        matrices(3, min(group, TOKENS), padded(n_rows), dtype),
+    )
     keep = np.ones(BLOCK, np.float64)
     clear_columns(x, call.head_dim)
     for task in range(first, last):
@@ -125,16 +147,28 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
         for i0 in range(0, group, BLOCK):
             n = min(BLOCK, group - i0)
             for i in range(n):
-                load(call.table, QUERY, (b, 0, g * group + i0 + i), 1, call.head_dim, x[i : i + 1], keep)
+                load(
+                    call.table,
+                    QUERY,
+                    (b, 0, g * group + i0 + i),
+                    1,
+                    call.head_dim,
+                    x[i : i + 1],
+                    keep,
+                )
             project(x, source_of(call.planes[own]), n, n_rows, u[0], NOTHING)
             _worth_of_bits(u, n, n_rows, call.kind, dtype.type(call.factor))
             for i in range(n):
-                _fill_digits(u[1, i, :n_rows], u[2, i, :n_rows], call.kind, tables[b, g * group + i0 + i])
+                _fill_digits(
+                    u[1, i, :n_rows], u[2, i, :n_rows], call.kind, tables[b, g * group + i0 + i]
+                )
 
 
 @helper
 def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -> None:
-    """Given projections u[0] [n, L*P], write what a set bit of a key is worth to u[1], an unset one to u[2]."""
+    """Given projections u[0] [n, L*P], write what a set bit of a key is worth to u[1], an unset one
+    to u[2].
+    """
     one = spread(u.dtype.type(1))
     for i in range(n):
         if kind == _SOFT:
@@ -154,7 +188,9 @@ def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -
 
 @helper
 def _fill_digits(one: np.ndarray, zero: np.ndarray, kind: int, tables: np.ndarray) -> None:
-    """Fill tables [L, N, 16] of one query from what its bits are worth [L*P]; bits beyond P are worth nothing."""
+    """Fill tables [L, N, 16] of one query from what its bits are worth [L*P]; bits beyond P are
+    worth nothing.
+    """
     n_tables, n_digits = tables.shape[0], tables.shape[1]
     n_planes = one.shape[0] // n_tables
     multiplies = kind == _SOFT
@@ -169,9 +205,15 @@ def _fill_digits(one: np.ndarray, zero: np.ndarray, kind: int, tables: np.ndarra
                     if bit >= n_planes:
                         entries[j + size] = entries[j]
                     elif multiplies:
-                        entries[j + size], entries[j] = entries[j] * one[row], entries[j] * zero[row]
+                        entries[j + size], entries[j] = (
+                            entries[j] * one[row],
+                            entries[j] * zero[row],
+                        )
                     else:
-                        entries[j + size], entries[j] = entries[j] + one[row], entries[j] + zero[row]
+                        entries[j + size], entries[j] = (
+                            entries[j] + one[row],
+                            entries[j] + zero[row],
+                        )
                 size *= 2
 
 
@@ -181,19 +223,25 @@ class ScoreCall(NamedTuple):
     tables: np.ndarray  # [B, H, L, N, 16]
     codes: np.ndarray  # these and the next: see layout.HashedKeys
     norms: np.ndarray
-    tasks: np.ndarray  # int64 [n, 5]: sequence, key/value head, first and last block, row of the group's first head
+    tasks: (
+        np.ndarray
+    )  # int64 [n, 5]: sequence, key/value head, first and last block, row of the group's first head
     n_tables: int
     high_bits: int
     multiplies: bool
 
 
 def block_scorer(n_digits: int, multiplies: bool) -> Any:
-    """Return the function that scores 64 keys, for codes of so many digits, which are multiplied or added."""
+    """Return the function that scores 64 keys, for codes of so many digits, which are multiplied or
+    added.
+    """
     four, one = score_tile(4, n_digits, multiplies), score_tile(1, n_digits, multiplies)
 
     @helper
     def score_block(codes, norms, tables, group, head, sizes, out, out_row):
-        """Write scores of the heads of a group to rows of 64 numbers, all given by addresses; sizes = (L, high bits)."""
+        """Write scores of the heads of a group to rows of 64 numbers, all given by addresses; sizes
+        = (L, high bits).
+        """
         for h in range(0, group - 3, 4):
             four(codes, norms, tables + 4 * h * head, head, *sizes, out + 4 * h * out_row, out_row)
         for h in range(group // 4 * 4, group):
@@ -216,12 +264,23 @@ def _score_kernel(n_digits: int, multiplies: bool) -> Any:
             for block in range(begin, end):
                 codes = call.codes[b, g, block].ctypes.data
                 norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-                score_block(codes, norms, tables, group, head, sizes, at(out, row, block * BLOCK_TOKENS), out.shape[1])
+                score_block(
+                    codes,
+                    norms,
+                    tables,
+                    group,
+                    head,
+                    sizes,
+                    at(out, row, block * BLOCK_TOKENS),
+                    out.shape[1],
+                )
 
     return kernel(score, f"{n_digits}_digits_{'multiplied' if multiplies else 'added'}")
 
 
-SCORE_KERNELS = {(n, multiplies): _score_kernel(n, multiplies) for n in (2, 3, 4) for multiplies in (False, True)}
+SCORE_KERNELS = {
+    (n, multiplies): _score_kernel(n, multiplies) for n in (2, 3, 4) for multiplies in (False, True)
+}
 
 
 @kernel

@@ -1,11 +1,12 @@
 """The register tile that scores keys: digits of codes look numbers up in registers.
 
-Why: a key has L codes of two digits or more, and every query head asks for an entry of its own table for each. From memory
-that is a load per digit, key and head. A table of 16 float32 is one register, and processors can pick from a register by 16
-digits at once. What the tile does is said in plain Python beside it, and once more in `reference.scores`.
+Why: a key has L codes of two digits or more, and every query head asks for an entry of its own
+table for each. From memory that is a load per digit, key and head. A table of 16 float32 is one
+register, and processors can pick from a register by 16 digits at once. What the tile does is said
+in plain Python beside it, and once more in `reference.scores`.
 
-How: as in `ops.simd.tiles`, a factory returns a Numba intrinsic whose body is LLVM code. Where there is neither AVX-512 nor AVX2,
-LLVM picks one by one: slow, and right.
+How: as in `ops.simd.tiles`, a factory returns a Numba intrinsic whose body is LLVM code. Where
+there is neither AVX-512 nor AVX2, LLVM picks one by one: slow, and right.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def _shifted(builder: Any, words: list[Any], by: Any) -> list[Any]:
 
 def _halves(builder: Any, value: Any) -> list[Any]:
     picks = (list(range(8)), list(range(8, 16)))
-    return [builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_INDEX, 8), pick)) for pick in picks]
+    return [
+        builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_INDEX, 8), pick))
+        for pick in picks
+    ]
 
 
 def _lookup(builder: Any, table: Any, digits: Any) -> Any:
@@ -58,7 +62,8 @@ def _lookup(builder: Any, table: Any, digits: Any) -> Any:
         kind = ir.FunctionType(table.type, [table.type, _WORDS])
         name = "llvm.x86.avx512.permvar.sf.512"
         return builder.call(
-            builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [table, digits]
+            builder.module.globals.get(name) or ir.Function(builder.module, kind, name),
+            [table, digits],
         )
     if processor.has("avx2"):
         return _lookup_by_halves(builder, table, digits)
@@ -71,7 +76,9 @@ def _lookup(builder: Any, table: Any, digits: Any) -> Any:
 
 
 def _lookup_by_halves(builder: Any, table: Any, digits: Any) -> Any:
-    """Do the same where a register holds 8 numbers: look up in both halves of the table, choose by the digit's top bit."""
+    """Do the same where a register holds 8 numbers: look up in both halves of the table, choose by
+    the digit's top bit.
+    """
     eight, words = ir.VectorType(ir.FloatType(), 8), ir.VectorType(_INDEX, 8)
     name = "llvm.x86.avx2.permps"
     function = builder.module.globals.get(name) or ir.Function(
@@ -83,7 +90,11 @@ def _lookup_by_halves(builder: Any, table: Any, digits: Any) -> Any:
         is_high = builder.icmp_unsigned(
             "!=", builder.and_(part, ir.Constant(words, [8] * 8)), ir.Constant(words, [0] * 8)
         )
-        parts.append(builder.select(is_high, builder.call(function, [high, part]), builder.call(function, [low, part])))
+        parts.append(
+            builder.select(
+                is_high, builder.call(function, [high, part]), builder.call(function, [low, part])
+            )
+        )
     return builder.shuffle_vector(*parts, ir.Constant(_WORDS, list(range(_LANES))))
 
 
@@ -139,7 +150,10 @@ def score_tile(n_heads: int, n_digits: int, multiplies: bool) -> Any:
                 new = []
                 for h in range(n_heads):
                     start = emit.address(addresses[1], emit.times(table_head, h))
-                    table = [emit.load(emit.address(start, n * _LANES), emit.vector) for n in range(n_digits)]
+                    table = [
+                        emit.load(emit.address(start, n * _LANES), emit.vector)
+                        for n in range(n_digits)
+                    ]
                     for v in range(_VECTORS):
                         worth = [_lookup(builder, table[n], digits[n][v]) for n in range(n_digits)]
                         new.append(_joined(emit, worth, totals[h * _VECTORS + v], multiplies))

@@ -1,13 +1,15 @@
-"""Bounds of a group's scores: which keys may be among the best is known before their exact scores are.
+"""Bounds of a group's scores: which keys may be among the best is known before their exact scores
+are.
 
-Why: an exact score asks two registers of float32 for every table, key and query head. But most keys are far from the best, and of
-those a rough score tells. The heads of a group, added up, have one number for each of the 256 codes of a table. It is cut to 14
-bits: two planes of 7, each of 256 bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at
-once. The sums are whole numbers, so how far they can be from the scores is known. `fill_coarse` makes the tables,
-`score_coarse` upper bounds, and `settling` picks by them.
+Why: an exact score asks two registers of float32 for every table, key and query head. But most keys
+are far from the best, and of those a rough score tells. The heads of a group, added up, have one
+number for each of the 256 codes of a table. It is cut to 14 bits: two planes of 7, each of 256
+bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at once.
+The sums are whole numbers, so how far they can be from the scores is known. `fill_coarse` makes the
+tables, `score_coarse` upper bounds, and `settling` picks by them.
 
-How: as in `ops.simd.tiles`. What the tile does is said in plain Python beside it. Only processors with AVX-512 VBMI can run it; for
-others `can_bound` says no, and everything is scored exactly.
+How: as in `ops.simd.tiles`. What the tile does is said in plain Python beside it. Only processors
+with AVX-512 VBMI can run it; for others `can_bound` says no, and everything is scored exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from racecore.ops.socket.score.lookup_tile import norms_of
 from racecore.runtime import arrays, processor
 from racecore.runtime.jit import helper, kernel
 
-__all__ = ["CoarseCall", "can_bound", "fill_coarse", "fits", "new_call", "overflows", "score_coarse"]
+__all__ = [
+    "CoarseCall",
+    "can_bound",
+    "fill_coarse",
+    "fits",
+    "new_call",
+    "overflows",
+    "score_coarse",
+]
 
 _CODES = 256  # of a table of at most eight planes
 _MOST_TABLES = 512  # whose seven bits add up in 16
@@ -35,7 +45,9 @@ _LARGEST = 1e25  # of what scores may amount to, without the norm: nothing overf
 _SMALLEST_STEP = np.float32(1e-30)
 _PLANES = 2
 _TOP = 128 * 128 - 1
-_AT_ONCE = 4  # blocks of 64 tokens: with their sums and a plane of two tables the registers are full
+_AT_ONCE = (
+    4  # blocks of 64 tokens: with their sums and a plane of two tables the registers are full
+)
 _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (8, 16))
 
 
@@ -44,7 +56,8 @@ class CoarseCall(NamedTuple):
 
     tables: np.ndarray  # float32 [B, H, L, 2, 16]
     planes: np.ndarray  # uint8 [rows, L, 2, 256]
-    numbers: np.ndarray  # float32 [rows, 4]: step, offset of upper bounds, their distance to lower ones, size of scores
+    # float32 [rows, 4]: step, offset of upper bounds, their distance to lower ones, size of scores
+    numbers: np.ndarray
     codes: np.ndarray  # see layout.HashedKeys
     norms: np.ndarray
     multiplies: bool
@@ -53,7 +66,12 @@ class CoarseCall(NamedTuple):
 def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
     """Tell whether coarse scores are possible and pay, on this processor."""
     n_tables = tables.shape[2]
-    fits = tables.dtype == np.float32 and high_bits == 0 and n_tables <= _MOST_TABLES and n_tables % 2 == 0
+    fits = (
+        tables.dtype == np.float32
+        and high_bits == 0
+        and n_tables <= _MOST_TABLES
+        and n_tables % 2 == 0
+    )
     return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi")
 
 
@@ -70,13 +88,22 @@ def _pick_of_128(builder: Any, low: Any, high: Any, codes: Any) -> Any:
 
 
 def _odd_bytes(builder: Any, values: Any) -> Any:
-    """Return the upper byte of every 16 bits: a product with (0, 1), as picks and shifts compete for the same units."""
-    return _call(builder, "llvm.x86.avx512.pmaddubs.w.512", _HALVES, [values, ir.Constant(_BYTES, [0, 1] * 32)])
+    """Return the upper byte of every 16 bits: a product with (0, 1), as picks and shifts compete
+    for the same units.
+    """
+    return _call(
+        builder,
+        "llvm.x86.avx512.pmaddubs.w.512",
+        _HALVES,
+        [values, ir.Constant(_BYTES, [0, 1] * 32)],
+    )
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     kind = ir.FunctionType(result, [value.type for value in arguments])
-    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+    return builder.call(
+        builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments
+    )
 
 
 def _coarse_tile(n_blocks: int) -> Any:
@@ -87,8 +114,8 @@ def _coarse_tile(n_blocks: int) -> Any:
             high, low = (sum(planes[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2))
             out[i] = ((128 * high + low) * step + offset) * from_norm16(norms[i])
 
-    Tables come in pairs: two numbers of seven bits are added before they are widened. 16 bits hold the sum of all bytes times
-    (1, 256), modulo 2^16, and that of the odd bytes.
+    Tables come in pairs: two numbers of seven bits are added before they are widened. 16 bits hold
+    the sum of all bytes times (1, 256), modulo 2^16, and that of the odd bytes.
     """
 
     @intrinsic
@@ -109,28 +136,46 @@ def _coarse_tile(n_blocks: int) -> Any:
                     for k in range(2):
                         emit.prefetch(builder.add(place, ir.Constant(emit.word, BLOCK_TOKENS * k)))
                 for p in range(_PLANES):  # one after the other, or the registers would not do
-                    registers = [[load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)] for k in range(2)]
+                    registers = [
+                        [load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)]
+                        for k in range(2)
+                    ]
                     for i in range(n_blocks):
                         place = builder.add(first, emit.times(block, i))
-                        both = builder.add(*(
-                            _pick(builder, registers[k], load(place, BLOCK_TOKENS * k)) for k in range(2)
-                        ))  # fmt: skip
+                        both = builder.add(
+                            *(
+                                _pick(builder, registers[k], load(place, BLOCK_TOKENS * k))
+                                for k in range(2)
+                            )
+                        )
                         j = 2 * (_PLANES * i + p)
                         new[j] = builder.add(sums[j], builder.bitcast(both, _HALVES))
                         new[j + 1] = builder.add(sums[j + 1], _odd_bytes(builder, both))
                 return new
 
             zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PLANES * n_blocks)
-            steps = [ir.Constant(emit.word, 2 * BLOCK_TOKENS), ir.Constant(emit.word, 2 * _PLANES * _CODES)]
+            steps = [
+                ir.Constant(emit.word, 2 * BLOCK_TOKENS),
+                ir.Constant(emit.word, 2 * _PLANES * _CODES),
+            ]
             sums = emit.loop(pairs, zeros, [codes, planes], steps, add_pair)
             for i in range(n_blocks):
-                norm = norms_of(builder, builder.add(norms, ir.Constant(emit.word, 2 * BLOCK_TOKENS * i)))
-                high, low = (_in_order(builder, *sums[2 * j : 2 * j + 2]) for j in (_PLANES * i, _PLANES * i + 1))
+                norm = norms_of(
+                    builder, builder.add(norms, ir.Constant(emit.word, 2 * BLOCK_TOKENS * i))
+                )
+                high, low = (
+                    _in_order(builder, *sums[2 * j : 2 * j + 2])
+                    for j in (_PLANES * i, _PLANES * i + 1)
+                )
                 for v in range(4):
                     seven = ir.Constant(high[v].type, [7] * 16)
-                    whole = builder.sitofp(builder.add(builder.shl(high[v], seven), low[v]), emit.vector)
+                    whole = builder.sitofp(
+                        builder.add(builder.shl(high[v], seven), low[v]), emit.vector
+                    )
                     value = emit.fma(whole, emit.splat(step), emit.splat(offset))
-                    emit.store(builder.fmul(value, norm[v]), emit.address(out, BLOCK_TOKENS * i + 16 * v))
+                    emit.store(
+                        builder.fmul(value, norm[v]), emit.address(out, BLOCK_TOKENS * i + 16 * v)
+                    )
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5, types.float32, types.float32, types.int64), code
@@ -139,17 +184,24 @@ def _coarse_tile(n_blocks: int) -> Any:
 
 
 def _in_order(builder: Any, total: Any, odd: Any) -> list[Any]:
-    """Return the sums of 64 bytes, four vectors of 32 bits, from those of (odd byte * 256 + even byte) and of odd bytes."""
+    """Return the sums of 64 bytes, four vectors of 32 bits, from those of (odd byte * 256 + even
+    byte) and of odd bytes.
+    """
     even = builder.sub(total, builder.shl(odd, ir.Constant(_HALVES, [8] * 32)))
     words = ir.VectorType(ir.IntType(32), 16)
     picks = [[8 * v + i // 2 + 32 * (i % 2) for i in range(16)] for v in range(4)]
-    return [builder.zext(builder.shuffle_vector(even, odd, ir.Constant(words, pick)), words) for pick in picks]
+    return [
+        builder.zext(builder.shuffle_vector(even, odd, ir.Constant(words, pick)), words)
+        for pick in picks
+    ]
 
 
 _some, _one = _coarse_tile(_AT_ONCE), _coarse_tile(1)
 
 
-def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.ndarray, multiplies: bool) -> CoarseCall:
+def new_call(
+    tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.ndarray, multiplies: bool
+) -> CoarseCall:
     """Return a call with room for the tables of all key/value heads."""
     n_rows = len(tables) * n_kv_heads
     planes = arrays.empty((n_rows, tables.shape[2], _PLANES, _CODES), np.uint8)
@@ -157,7 +209,9 @@ def new_call(tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.n
 
 
 def overflows(call: CoarseCall) -> bool:
-    """Tell whether scores are so large that bounds of them could be infinite, or are not finite at all."""
+    """Tell whether scores are so large that bounds of them could be infinite, or are not finite at
+    all.
+    """
     return not bool((call.numbers[:, 3] < _LARGEST).all())
 
 
@@ -187,7 +241,8 @@ def fill_coarse(call: CoarseCall, first: int, last: int) -> None:
             step = max(step, (high - low) / np.float32(_TOP))
             offset += np.float64(low)
         _cut(worth, lows, step, call.planes[row])
-        # half a step a table, and, several times over, what float32 does to exact and to coarse scores
+        # half a step a table, and, several times over, what float32 does to exact and to coarse
+        # scores
         margin = 0.5 * step * n_tables + size * (n_tables + group + 16) * 2.0**-22
         numbers = call.numbers[row]
         numbers[0], numbers[1], numbers[2], numbers[3] = step, offset + margin, 2 * margin, size
@@ -209,7 +264,10 @@ def _size(digits: np.ndarray, multiplies: bool) -> float:
     """Return a bound of what a table says, NaN where a number is not finite."""
     low, high, nothing = 0.0, 0.0, 0.0
     for i in range(digits.shape[1]):
-        low, high = max(low, abs(np.float64(digits[0, i]))), max(high, abs(np.float64(digits[1, i])))
+        low, high = (
+            max(low, abs(np.float64(digits[0, i]))),
+            max(high, abs(np.float64(digits[1, i]))),
+        )
         nothing += np.float64(digits[0, i]) * 0 + np.float64(digits[1, i]) * 0
     return (low * high if multiplies else low + high) + nothing
 
@@ -234,35 +292,55 @@ def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -
         low, place = spread(lows[table]), planes[table].ctypes.data
         for code in range(0, _CODES, lanes(worth)):
             value = load_vector(at(worth, table, code), np.float32(0)) - low
-            _store_halves(value * spread(per_step) + spread(np.float32(0.5)), place + code, place + _CODES + code)
+            _store_halves(
+                value * spread(per_step) + spread(np.float32(0.5)),
+                place + code,
+                place + _CODES + code,
+            )
 
 
 @intrinsic
 def _store_halves(typing_context, value, high, low):
-    """Cut off what is behind the point, and write the bits above the lowest seven of every lane to bytes, and those seven."""
+    """Cut off what is behind the point, and write the bits above the lowest seven of every lane to
+    bytes, and those seven.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        words, size = ir.VectorType(ir.IntType(32), value.lanes), ir.VectorType(ir.IntType(8), value.lanes)
+        words, size = (
+            ir.VectorType(ir.IntType(32), value.lanes),
+            ir.VectorType(ir.IntType(8), value.lanes),
+        )
         whole = builder.fptosi(arguments[0], words)
         above = builder.lshr(whole, ir.Constant(words, [7] * value.lanes))
         lowest = builder.and_(whole, ir.Constant(words, [127] * value.lanes))
         for part, address in ((above, arguments[1]), (lowest, arguments[2])):
-            builder.store(builder.trunc(part, size), builder.inttoptr(address, size.as_pointer()), align=1)
+            builder.store(
+                builder.trunc(part, size), builder.inttoptr(address, size.as_pointer()), align=1
+            )
         return context.get_dummy_value()
 
     return types.void(value, types.int64, types.int64), code
 
 
 @kernel
-def score_coarse(call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
+def score_coarse(
+    call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: int, last: int
+) -> None:
     """Write upper bounds of scores to rows of out [rows, tokens], whole blocks of 64.
 
     A task is a sequence, a key/value head, the first and last block, and the row of out.
     """
-    wide, pairs, n_kv_heads = call.codes.shape[3] * BLOCK_TOKENS, call.planes.shape[1] // 2, call.codes.shape[1]
+    wide, pairs, n_kv_heads = (
+        call.codes.shape[3] * BLOCK_TOKENS,
+        call.planes.shape[1] // 2,
+        call.codes.shape[1],
+    )
     for task in range(first, last):
         b, g, block, end, row = tasks[task]
-        planes, numbers = call.planes[b * n_kv_heads + g].ctypes.data, call.numbers[b * n_kv_heads + g]
+        planes, numbers = (
+            call.planes[b * n_kv_heads + g].ctypes.data,
+            call.numbers[b * n_kv_heads + g],
+        )
         while block < end:
             codes = call.codes[b, g, block].ctypes.data
             norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data

@@ -1,8 +1,9 @@
 """The kernel that picks the best tokens of a row of scores, exactly, in time linear in its length.
 
-A sample of the scores gives a bar that a few more than the wanted tokens should clear. One pass notes who does; among those the
-score of the last one wanted is found digit by digit, and whoever is above it is in. Should too few clear the bar, everybody
-counts as having done so: the sample saves time, it never decides.
+A sample of the scores gives a bar that a few more than the wanted tokens should clear. One pass
+notes who does; among those the score of the last one wanted is found digit by digit, and whoever is
+above it is in. Should too few clear the bar, everybody counts as having done so: the sample saves
+time, it never decides.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ NOBODY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody r
 
 @kernel
 def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> None:
-    """Write the sums [groups, tokens] of the scores [groups, heads, tokens] of a group's heads, added one after the other."""
+    """Write the sums [groups, tokens] of the scores [groups, heads, tokens] of a group's heads,
+    added one after the other.
+    """
     for group in range(first, last):
         for t in range(scores.shape[2]):
             total = scores[group, 0, t]
@@ -40,12 +43,20 @@ def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> N
 
 @kernel
 def pick(
-    scores: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, ends: tuple[int, int],
-    selected: np.ndarray, counts: np.ndarray, first: int, last: int,
-) -> None:  # fmt: skip
-    """Write rows first ... last - 1 of selected [rows, W], ascending, and how many they are; the rest becomes -1.
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    budgets: np.ndarray,
+    ends: tuple[int, int],
+    selected: np.ndarray,
+    counts: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """Write rows first ... last - 1 of selected [rows, W], ascending, and how many they are; the
+    rest becomes -1.
 
-    scores are [rows, tokens] and belong to sequences lengths[row]; they come as integers of the same bits.
+    scores are [rows, tokens] and belong to sequences lengths[row]; they come as integers of the
+    same bits.
     """
     for row in range(first, last):
         n, budget = lengths[row], min(budgets[row], lengths[row])
@@ -56,7 +67,9 @@ def pick(
 
 @helper
 def write_selected(tokens, keys, limit, n_equal, n, ends, out):
-    """Write the tokens whose key is above the limit, the first `n_equal` of those at it, and both ends. Return how many."""
+    """Write the tokens whose key is above the limit, the first `n_equal` of those at it, and both
+    ends. Return how many.
+    """
     n_sink = min(ends[0], n)
     begin = max(n - ends[1], n_sink)
     n_out = 0
@@ -81,7 +94,9 @@ def write_selected(tokens, keys, limit, n_equal, n, ends, out):
 
 @helper
 def key_of(bits: int, is_wide: bool) -> Any:
-    """Return an integer that orders as the float64 (`is_wide`) or float32 of these bits; -0 is 0, and NaN infinity."""
+    """Return an integer that orders as the float64 (`is_wide`) or float32 of these bits; -0 is 0,
+    and NaN infinity.
+    """
     infinity = np.int64(0x7FF0000000000000) if is_wide else np.int64(0x7F800000)
     size = bits & (np.int64(0x7FFFFFFFFFFFFFFF) if is_wide else np.int64(0x7FFFFFFF))
     if size > infinity:
@@ -101,7 +116,9 @@ def _bits_of(key: Any, is_wide: bool) -> Any:
 
 @helper
 def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Return tokens, ascending, with their keys: at least the `budget` best, and all that reach the bar, the third result."""
+    """Return tokens, ascending, with their keys: at least the `budget` best, and all that reach the
+    bar, the third result.
+    """
     if budget <= 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), NOBODY
     bar, room = _bar(scores, n, budget)
@@ -118,8 +135,15 @@ def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.
 
 @helper
 def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
-    """Write the tokens whose keys reach the bar and return how many; stop where the room, all but 16 places, does not do."""
-    is_wide, found, room, whole = scores.itemsize == 8, 0, tokens.shape[0] - _LANES, n // _LANES * _LANES
+    """Write the tokens whose keys reach the bar and return how many; stop where the room, all but
+    16 places, does not do.
+    """
+    is_wide, found, room, whole = (
+        scores.itemsize == 8,
+        0,
+        tokens.shape[0] - _LANES,
+        n // _LANES * _LANES,
+    )
     bits = _bits_of(bar, is_wide)
     for t in range(0, whole, _LANES):
         address = scores.ctypes.data + scores.itemsize * t
@@ -141,7 +165,9 @@ def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
 
 
 def _who_reaches(builder: Any, address: Any, bar: Any, size: int) -> Any:
-    """Return for each of the 16 numbers from an address on: is it NaN, or at least that of the bits `bar`?"""
+    """Return for each of the 16 numbers from an address on: is it NaN, or at least that of the bits
+    `bar`?
+    """
     element = ir.DoubleType() if size == 64 else ir.FloatType()
     kind = ir.VectorType(element, _LANES)
     values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
@@ -162,7 +188,9 @@ def _reaching(typing_context, address, bar, like):
 
 @intrinsic
 def _append_reaching(typing_context, address, bar, like, first, out):
-    """Write first + i for those of 16 numbers that reach the bar, then anything, 16 int64 in all; return how many do."""
+    """Write first + i for those of 16 numbers that reach the bar, then anything, 16 int64 in all;
+    return how many do.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, bar, _, first, out = arguments
@@ -172,10 +200,15 @@ def _append_reaching(typing_context, address, bar, like, first, out):
         name = "llvm.x86.avx512.mask.compress.v16i32"
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         numbers = ir.Constant(places, list(range(_LANES)))
-        wide = builder.zext(builder.call(function, [numbers, numbers, reaches]), ir.VectorType(ir.IntType(64), _LANES))
+        wide = builder.zext(
+            builder.call(function, [numbers, numbers, reaches]),
+            ir.VectorType(ir.IntType(64), _LANES),
+        )
         tokens = builder.add(wide, in_every_lane(builder, first, wide.type))
         builder.store(tokens, builder.inttoptr(out, tokens.type.as_pointer()), align=8)
-        return builder.zext(builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64))
+        return builder.zext(
+            builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64)
+        )
 
     return types.int64(types.int64, types.int64, like, types.int64, types.int64), code
 
@@ -192,7 +225,9 @@ def _lowest(typing_context, bits):
 
 @helper
 def _bar(scores: np.ndarray, n: int, budget: int) -> tuple[Any, int]:
-    """Return a key that somewhat more than `budget` of n keys should reach, judged by a sample, and room for those that do."""
+    """Return a key that somewhat more than `budget` of n keys should reach, judged by a sample, and
+    room for those that do.
+    """
     share = budget / max(n, 1)
     if n < 2 * _SAMPLE or share > 0.5:
         return NOBODY, n
@@ -212,14 +247,16 @@ def _surely_more(count: float) -> float:
 
 @helper
 def limit_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
-    """Return the rank-th largest of n keys, and how many of those equal to it belong to the `rank` largest."""
+    """Return the rank-th largest of n keys, and how many of those equal to it belong to the `rank`
+    largest.
+    """
     if rank <= 0 or n == 0:
         return np.int64(0x7FFFFFFFFFFFFFFF), np.int64(0)
     lowest, highest = keys[0], keys[0]
     for i in range(1, n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
-    # keys are lowest + something below 2^bits: find it digit by digit, from the most significant down; all digits but the last
-    # are whole, so that the first one already tells keys apart
+    # keys are lowest + something below 2^bits: find it digit by digit, from the most significant
+    # down; all digits but the last are whole, so that the first one already tells keys apart
     bits = 0
     while bits < 64 and (np.uint64(highest - lowest) >> np.uint64(bits)) > 0:
         bits += 1

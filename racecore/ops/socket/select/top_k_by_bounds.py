@@ -1,8 +1,8 @@
 """The best keys of a group, picked by bounds of their scores.
 
-Why: see `coarse`, where the bounds come from. Most keys are in or out by their bounds alone; the few others are scored exactly,
-put together in blocks of 64 for the tile that scores them everywhere. So what is selected is what exact scores select; the
-plain twin is `reference.select`.
+Why: see `coarse`, where the bounds come from. Most keys are in or out by their bounds alone; the
+few others are scored exactly, put together in blocks of 64 for the tile that scores them
+everywhere. So what is selected is what exact scores select; the plain twin is `reference.select`.
 
 A row is a key/value head of a sequence: row b * G + g.
 """
@@ -34,14 +34,28 @@ def _row_settler(multiplies: bool) -> Any:
         """Write the exact keys of some tokens to keys[undecided] and open_keys, block after block."""
         group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
         b, g = divmod(row, call.codes.shape[1])
-        tables, head, sizes = call.tables[b, g * group].ctypes.data, call.tables.strides[1] // 4, (n_tables, 0)
-        codes, norms = np.zeros((n_tables, BLOCK_TOKENS), np.uint8), np.zeros(BLOCK_TOKENS, np.uint16)
+        tables, head, sizes = (
+            call.tables[b, g * group].ctypes.data,
+            call.tables.strides[1] // 4,
+            (n_tables, 0),
+        )
+        codes, norms = (
+            np.zeros((n_tables, BLOCK_TOKENS), np.uint8),
+            np.zeros(BLOCK_TOKENS, np.uint16),
+        )
         scores = np.empty((group, BLOCK_TOKENS), np.float32)
         block = (codes.ctypes.data, norms.ctypes.data)
         for start in range(0, len(open_keys), BLOCK_TOKENS):
             n = min(BLOCK_TOKENS, len(open_keys) - start)
             for i in range(n):
-                _copy_key(call.codes[b, g], call.norms[b, g], tokens[undecided[start + i]], codes, norms, i)
+                _copy_key(
+                    call.codes[b, g],
+                    call.norms[b, g],
+                    tokens[undecided[start + i]],
+                    codes,
+                    norms,
+                    i,
+                )
             score_block(*block, tables, group, head, sizes, scores.ctypes.data, BLOCK_TOKENS)
             for i in range(n):
                 total = scores[0, i]
@@ -53,8 +67,9 @@ def _row_settler(multiplies: bool) -> Any:
     def settle_row(call, row, highs, n, most, ends, out):
         """Write the tokens of a row to out, as `ranking.pick` does, and return how many they are.
 
-        highs are upper bounds, as integers of the same bits. A token is in if its lower bound is above the budget-th largest
-        upper bound, and out if its upper bound is below the lower ones of `budget` tokens; the budget is at most all n.
+        highs are upper bounds, as integers of the same bits. A token is in if its lower bound is
+        above the budget-th largest upper bound, and out if its upper bound is below the lower ones
+        of `budget` tokens; the budget is at most all n.
         """
         budget = min(most, n)
         tokens, keys, bar = candidates(highs, n, budget)
@@ -79,7 +94,9 @@ def _row_settler(multiplies: bool) -> Any:
 
 @helper
 def _lower_bounds(call, row, highs, tokens, keys, limit):
-    """Return keys of the lower bounds of tokens, and the lowest of those whose upper bounds, `keys`, reach a limit."""
+    """Return keys of the lower bounds of tokens, and the lowest of those whose upper bounds,
+    `keys`, reach a limit.
+    """
     b, g = divmod(row, call.codes.shape[1])
     n, norms, distance = len(keys), call.norms[b, g], call.numbers[row, 2]
     lows, lowest = np.empty(n, np.int64), _IN
@@ -93,7 +110,9 @@ def _lower_bounds(call, row, highs, tokens, keys, limit):
 
 @helper
 def _decide(lows: np.ndarray, limit: int, lowest: int, keys: np.ndarray) -> Any:
-    """Let those that are in have the highest key, and those that are out the lowest; return how many are in."""
+    """Let those that are in have the highest key, and those that are out the lowest; return how
+    many are in.
+    """
     n_in = np.int64(0)
     for c in range(len(keys)):
         key = keys[c] if keys[c] >= lowest else NOBODY
@@ -115,9 +134,13 @@ def _settle_kernel(settle_row: Any, variant: str) -> Any:
     """Return the kernel that picks by bounds that are there."""
 
     def settle(call, highs, start, lengths, budgets, ends, selected, counts, first, last):
-        """Write selected and counts [first:last], those of rows from `start` on, given upper bounds of scores."""
+        """Write selected and counts [first:last], those of rows from `start` on, given upper bounds
+        of scores.
+        """
         for i in range(first, last):
-            counts[i] = settle_row(call, start + i, highs[i], lengths[i], budgets[i], ends, selected[i])
+            counts[i] = settle_row(
+                call, start + i, highs[i], lengths[i], budgets[i], ends, selected[i]
+            )
 
     return kernel(settle, variant)
 
@@ -126,7 +149,8 @@ def _bound_and_settle_kernel(settle_row: Any, variant: str) -> Any:
     """Return the kernel that also finds the bounds."""
 
     def bound_and_settle(call, longest, lengths, budgets, ends, selected, counts, first, last):
-        """Do everything for rows first ... last - 1: tables, bounds, and which tokens; rows that do not fit are left alone.
+        """Do everything for rows first ... last - 1: tables, bounds, and which tokens; rows that do
+        not fit are left alone.
 
         A row is picked from while its bounds are in the cache. `longest` is the room for them.
         """
@@ -138,11 +162,18 @@ def _bound_and_settle_kernel(settle_row: Any, variant: str) -> Any:
                 tasks[0, 0], tasks[0, 1] = divmod(row, call.codes.shape[1])
                 tasks[0, 3] = -(-lengths[row] // BLOCK_TOKENS)
                 score_coarse(call, tasks, bounds, 0, 1)
-                counts[row] = settle_row(call, row, highs, lengths[row], budgets[row], ends, selected[row])
+                counts[row] = settle_row(
+                    call, row, highs, lengths[row], budgets[row], ends, selected[row]
+                )
 
     return kernel(bound_and_settle, variant)
 
 
-_SETTLERS = {multiplies: (_row_settler(multiplies), "multiplied" if multiplies else "added") for multiplies in (False, True)}
+_SETTLERS = {
+    multiplies: (_row_settler(multiplies), "multiplied" if multiplies else "added")
+    for multiplies in (False, True)
+}
 SETTLE = {multiplies: _settle_kernel(*settler) for multiplies, settler in _SETTLERS.items()}
-BOUND_AND_SETTLE = {multiplies: _bound_and_settle_kernel(*settler) for multiplies, settler in _SETTLERS.items()}
+BOUND_AND_SETTLE = {
+    multiplies: _bound_and_settle_kernel(*settler) for multiplies, settler in _SETTLERS.items()
+}
