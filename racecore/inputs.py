@@ -26,7 +26,7 @@ __all__ = [
     "check_out",
     "check_overwritten",
     "check_readout",
-    "check_same_place",
+    "check_same_device",
     "check_shapes",
     "check_wrt",
     "checked_mask",
@@ -80,8 +80,8 @@ def check_attention(
         arrays.as_array(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value"))
     )
     if on_device is None:
-        on_device = check_same_place(query=q, key=k, value=v)
-    q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
+        on_device = check_same_device(query=q, key=k, value=v)
+    q, k, v = (arrays.to_device(x, on_device) for x in (q, k, v))
     q, k, v, had_batch = check_shapes(q, k, v)
     check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
@@ -128,7 +128,7 @@ def check_attention(
     return problem, lsh, had_batch
 
 
-def check_same_place(**named: Any) -> bool:
+def check_same_device(**named: Any) -> bool:
     """Return whether the arrays are on a GPU; all of them must be, or none."""
     places = {name: cuda.is_array(array) for name, array in named.items()}
     if len(set(places.values())) > 1:
@@ -226,7 +226,7 @@ def checked_mask(key_mask: Any, k: np.ndarray) -> np.ndarray | None:
     """Return the mask of keys k [B, Tk, G, D], bool [B, Tk], where they are; None stays None."""
     if key_mask is None:
         return None
-    mask = arrays.brought(arrays.as_array(key_mask, "key_mask"), cuda.is_array(k))
+    mask = arrays.to_device(arrays.as_array(key_mask, "key_mask"), cuda.is_array(k))
     if mask.dtype != np.bool_:
         raise TypeError(
             f"key_mask must be bool (True = the key takes part), got {mask.dtype}; compare it to "
@@ -247,7 +247,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
         return whole_sequences(batch, n_queries, n_keys)
     if isinstance(cu_seqlens, (list, tuple, range)):
         cu_seqlens = np.asarray(cu_seqlens, None if len(cu_seqlens) else np.int64)
-    bounds = arrays.brought(arrays.as_array(cu_seqlens, "cu_seqlens"), False)
+    bounds = arrays.to_device(arrays.as_array(cu_seqlens, "cu_seqlens"), False)
     if bounds.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens must be integers, got {bounds.dtype}")
     if bounds.ndim != 1 or len(bounds) < 1:
@@ -457,7 +457,7 @@ def check_d_out(d_out: Any, shape: tuple[int, ...], dtype: np.dtype, on_device: 
     """Check the gradient of the output: shape of the output, any supported dtype (converted to the
     output's).
     """
-    array = arrays.brought(arrays.as_array(d_out, "d_out"), on_device)
+    array = arrays.to_device(arrays.as_array(d_out, "d_out"), on_device)
     if array.shape != shape:
         raise ValueError(f"d_out must have the shape of the output, {shape}, got {array.shape}")
     if not arrays.is_supported(array.dtype):
@@ -484,7 +484,7 @@ def check_d_state(d_state: Any, problem: Problem) -> Sketch | None:
                 "d_state must have .mass and .value_sum, as a RaceState has; "
                 f"{type(d_state).__qualname__} lacks .{name}"
             )
-        array = arrays.brought(arrays.as_array(array, f"d_state.{name}"), problem.on_device)
+        array = arrays.to_device(arrays.as_array(array, f"d_state.{name}"), problem.on_device)
         if array.dtype.kind not in "fiu":
             raise TypeError(f"d_state.{name} must be real numbers, got {array.dtype}")
         if array.shape != wanted:

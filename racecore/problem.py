@@ -90,7 +90,7 @@ class Problem:
         batch, begin, end = self.sequences[:, 0], self.sequences[:, 3], self.sequences[:, 4]
         if self.key_mask is None:
             return end - begin
-        return np.count_nonzero(arrays.brought(self.key_mask, False), axis=1)[batch]
+        return np.count_nonzero(arrays.to_device(self.key_mask, False), axis=1)[batch]
 
     def part(self, first: int, last: int) -> Problem:
         """Return the same problem with only the sequences first ... last - 1."""
@@ -133,11 +133,11 @@ class Sketch:
         """Return a view of the states of the sequences first ... last - 1."""
         return Sketch(self.flat[first:last], self.n_buckets)
 
-    def brought(self, on_device: bool) -> Sketch:
+    def to_device(self, on_device: bool) -> Sketch:
         """Return the same states on a GPU or in host memory; a copy only where they are on the
         other side.
         """
-        flat = arrays.brought(self.flat, on_device)
+        flat = arrays.to_device(self.flat, on_device)
         return self if flat is self.flat else Sketch(flat, self.n_buckets)
 
     def copy(self) -> Sketch:

@@ -141,7 +141,7 @@ def attention(
     )
     if final is not None:
         return restore(result), final_state(
-            initial_state, final.brought(arrays.is_on_device(query)), problem, lsh
+            initial_state, final.to_device(arrays.is_on_device(query)), problem, lsh
         )
     return restore(result)
 
@@ -212,11 +212,11 @@ memory_limit, backend, out
         problem, chosen, initial_state, result_4d, needs_final=return_state, save=True
     )
     initial = (
-        None if initial_state is None else initial_state.sketch.copy().brought(problem.on_device)
+        None if initial_state is None else initial_state.sketch.copy().to_device(problem.on_device)
     )
     saved = Saved(problem, lsh, wanted, chosen.name, tuple(states), initial, (query, key, value))
     if final is not None:
-        final = final.brought(saved.are_on_device)
+        final = final.to_device(saved.are_on_device)
         return restore(result), saved, final_state(initial_state, final, problem, lsh)
     return restore(result), saved
 
@@ -278,13 +278,13 @@ def attention_backward(
     d_hash = (
         grads.hash
         if grads.hash is None or saved.are_on_device
-        else arrays.brought(grads.hash, False)
+        else arrays.to_device(grads.hash, False)
     )
     planes, beta = hash_gradients(d_hash, problem, saved.lsh, wrt)
     state = (
         None
         if d_initial is None
-        else state_gradient(d_initial.brought(saved.are_on_device), saved.lsh)
+        else state_gradient(d_initial.to_device(saved.are_on_device), saved.lsh)
     )
     return Gradients(query, key, value, planes, beta, state)
 
@@ -302,7 +302,7 @@ def _forward(
     part.
     """
     first_states = (
-        None if initial_state is None else initial_state.sketch.brought(problem.on_device)
+        None if initial_state is None else initial_state.sketch.to_device(problem.on_device)
     )
     final = problem.new_sketch() if needs_final else None
     saved: list[list[np.ndarray] | None] = []
@@ -315,7 +315,7 @@ def _forward(
         if first_states is not None:
             sketch.flat[...] = first_states.flat[first:last]
         if problem.is_causal:
-            states = backend.causal.walk(part, sketch, out, keep)
+            states = backend.causal.causal_scan(part, sketch, out, keep)
         else:
             backend.bidirectional.sum_keys(part, sketch)
             backend.bidirectional.read_out(part, sketch, out)
@@ -380,7 +380,7 @@ def _backward(
         if states is None:
             states = _states_again(saved, part, first, last)
         if problem.is_causal:
-            backend.causal.walk_backward(part, states, d_out, d_sketch, grads)
+            backend.causal.causal_scan_backward(part, states, d_out, d_sketch, grads)
         else:
             sketch = Sketch(states[0], problem.n_buckets)
             backend.bidirectional.read_out_backward(part, sketch, d_out, d_sketch, grads)

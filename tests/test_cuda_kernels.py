@@ -112,8 +112,8 @@ SAMPLE = (
     "hash_keys: n_planes - 1 - first - i",
     "score_keys: code[1] |= above",
     "select_tokens: rank++ < limit.n_equal",
-    "attend_shares: a[r][d] *= factors[row + r];",
-    "join_shares: if (part[1] == 0) continue;",
+    "attend_splits: a[r][d] *= factors[row + r];",
+    "merge_splits: if (part[1] == 0) continue;",
     "bound: if (place < left) quads",
 )
 

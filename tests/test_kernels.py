@@ -85,7 +85,7 @@ def test_tanh(dtype, tolerance):
 def test_sigmoids(dtype):
     @numba.njit
     def run(z, high, low):
-        one = vectors.spread(z.dtype.type(1))
+        one = vectors.splat(z.dtype.type(1))
         for i in range(0, z.shape[1], vectors.lanes(z)):
             a, b = elementary.sigmoids(vectors.load(z, 0, i), one)
             vectors.store(high, 0, i, a)
@@ -119,12 +119,12 @@ def test_running_masses(n_buckets, dtype, tolerance):
     )
     mass, masses = np.zeros(wide), aligned(n_buckets, 32, dtype=dtype)
     mass[:n_buckets] = before = rng.random(n_buckets) * 10
-    compiled(states.running_mass)(phi, mass, phi_t, masses_t, masses)
+    compiled(states.prefix_mass)(phi, mass, phi_t, masses_t, masses)
     np.testing.assert_allclose(masses, before[:, None] + phi.cumsum(axis=1), atol=tolerance)
     np.testing.assert_allclose(mass[:n_buckets], before + phi.sum(axis=1), atol=tolerance)
     np.testing.assert_array_equal(phi_t[:, :n_buckets], phi.T)
     phi[:, 13] = np.nan
-    compiled(states.running_mass)(phi, mass, phi_t, masses_t, masses)
+    compiled(states.prefix_mass)(phi, mass, phi_t, masses_t, masses)
     assert np.isfinite(masses[:, :13]).all()
     assert np.isnan(masses[:, 13:]).all()
 
@@ -141,7 +141,7 @@ def test_running_masses_backward(n_buckets, dtype, tolerance):
     d_mass, d_phi_t[:] = np.zeros(wide), 1
     d_mass[:n_buckets] = later = rng.random(n_buckets)
     for head, d_masses_of_head in enumerate(d_masses):
-        compiled(states.running_mass_backward)(d_masses_of_head, head == 0, mass_t, d_mass, d_phi_t)
+        compiled(states.prefix_mass_backward)(d_masses_of_head, head == 0, mass_t, d_mass, d_phi_t)
     terms = d_masses.sum(axis=0)
     expected = 1 + later[:, None] + terms[:, ::-1].cumsum(axis=1)[:, ::-1]
     np.testing.assert_allclose(d_phi_t[:, :n_buckets].T, expected, atol=tolerance)
@@ -169,7 +169,7 @@ def test_products(n_rows, n, width, dtype, tolerance):
         aligned(*shape, dtype=dtype, rng=rng)
         for shape in ((n_rows, width), (32, width), (n_rows, 32))
     )
-    nothing, x_source = products.NOTHING, source_of(x)
+    nothing, x_source = products.NO_PREFETCH, source_of(x)
     result = aligned(n_rows, 32, dtype=dtype)
     compiled(products.project)(m, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result[:, :n], m @ x[:n].T, atol=tolerance)
@@ -193,26 +193,28 @@ def test_products(n_rows, n, width, dtype, tolerance):
     np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=tolerance)
 
 
-def _narrow_rows(rng, n, width):
+def _bfloat16_rows(rng, n, width):
     """Return rows of bfloat16 on a cache line, and the same in float32."""
     x = aligned(n, width, dtype=np.float32, rng=rng).astype(ml_dtypes.bfloat16)
     room = np.zeros(x.size + 32, ml_dtypes.bfloat16)
     first = -room.ctypes.data % 64 // 2
-    narrow = room[first : first + x.size].reshape(x.shape)
-    narrow[:] = x
-    return narrow, x.astype(np.float32)
+    is_bfloat16 = room[first : first + x.size].reshape(x.shape)
+    is_bfloat16[:] = x
+    return is_bfloat16, x.astype(np.float32)
 
 
 @pytest.mark.parametrize("width", [32, 96, 128])
 def test_products_that_read_bfloat16(width):
     rng = np.random.default_rng(0)
-    narrow, x = _narrow_rows(rng, 32, width)
+    is_bfloat16, x = _bfloat16_rows(rng, 32, width)
     for n_rows in (4, 8, 16):
         m, result = (
             aligned(n_rows, width, dtype=np.float32, rng=rng),
             aligned(n_rows, 32, dtype=np.float32),
         )
-        compiled(products.project)(m, source_of(narrow), n_rows, 32, result, products.NOTHING)
+        compiled(products.project)(
+            m, source_of(is_bfloat16), n_rows, 32, result, products.NO_PREFETCH
+        )
         np.testing.assert_allclose(result, m @ x.T, atol=1e-4)
     for n_rows, n in ((8, 32), (16, 32), (8, 7)):
         c, m = (
@@ -220,7 +222,9 @@ def test_products_that_read_bfloat16(width):
             aligned(n_rows, width, dtype=np.float32, rng=rng),
         )
         result = m.copy()
-        compiled(products.accumulate)(c, source_of(narrow), n_rows, n, result, products.NOTHING)
+        compiled(products.accumulate)(
+            c, source_of(is_bfloat16), n_rows, n, result, products.NO_PREFETCH
+        )
         np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=1e-4)
 
 
@@ -232,13 +236,13 @@ def test_products_that_write_bfloat16(n_rows, n):
         aligned(n_rows, 64, dtype=np.float32, rng=rng),
     )
     m[1, 7] = np.nan
-    written, _ = _narrow_rows(rng, 32, 64)
+    written, _ = _bfloat16_rows(rng, 32, 64)
     before, exact = written.copy(), aligned(32, 64, dtype=np.float32)
     compiled(products.expand)(
         c, m, n_rows, n, products.Rows(exact.ctypes.data, 64, tiles.OVERWRITE, 4)
     )
     compiled(products.expand)(
-        c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.NARROW, 2)
+        c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.STREAM_BFLOAT16, 2)
     )
     rounded = exact[:n].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(
@@ -252,11 +256,17 @@ def test_products_that_write_bfloat16(n_rows, n):
 def test_walks_from_bfloat16_to_bfloat16(n, backward):
     rng = np.random.default_rng(0)
     a, b = (aligned(8, 32, dtype=np.float32, rng=rng) for _ in range(2))
-    before, (narrow, x) = aligned(8, 96, dtype=np.float32, rng=rng), _narrow_rows(rng, 32, 96)
+    before, (is_bfloat16, x) = (
+        aligned(8, 96, dtype=np.float32, rng=rng),
+        _bfloat16_rows(rng, 32, 96),
+    )
     results = []
-    for source, mode in ((source_of(x), tiles.OVERWRITE), (source_of(narrow), tiles.NARROW)):
+    for source, mode in (
+        (source_of(x), tiles.OVERWRITE),
+        (source_of(is_bfloat16), tiles.STREAM_BFLOAT16),
+    ):
         rows, after = aligned(32, 96, dtype=np.float32), aligned(8, 96, dtype=np.float32)
-        written, _ = _narrow_rows(rng, 32, 96)
+        written, _ = _bfloat16_rows(rng, 32, 96)
         to = products.Rows(
             *(
                 (rows.ctypes.data, 96, mode, 4)
@@ -264,8 +274,8 @@ def test_walks_from_bfloat16_to_bfloat16(n, backward):
                 else (written.ctypes.data, 96, mode, 2)
             )
         )
-        compiled(scan_tiles.walk_rows)(
-            before, after, a, source, b, rows, to, n, backward, products.NOTHING
+        compiled(scan_tiles.scan_rows)(
+            before, after, a, source, b, rows, to, n, backward, products.NO_PREFETCH
         )
         results.append((rows if mode == tiles.OVERWRITE else written, after))
     np.testing.assert_array_equal(results[1][0][:n], results[0][0][:n].astype(ml_dtypes.bfloat16))
@@ -309,15 +319,15 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     streamed = aligned(32, width, dtype=dtype)
     for mode in (tiles.OVERWRITE, tiles.ADD):
         written = products.Rows(rows.ctypes.data, width, mode, rows.itemsize)
-        compiled(scan_tiles.walk_rows)(
-            before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING
+        compiled(scan_tiles.scan_rows)(
+            before, after, a, source_of(x), b, rows, written, n, backward, products.NO_PREFETCH
         )
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
     written = products.Rows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
-    compiled(scan_tiles.walk_rows)(
-        before, after, a, source_of(x), b, rows, written, n, backward, products.NOTHING
+    compiled(scan_tiles.scan_rows)(
+        before, after, a, source_of(x), b, rows, written, n, backward, products.NO_PREFETCH
     )
     np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
     assert np.isnan(streamed[n:]).all()
@@ -327,8 +337,8 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     a_t[:, :n_buckets], before_t[:, :n_buckets] = a.T, before.T
     weights = aligned(32, wide, dtype=dtype)
     for add in (False, True):
-        compiled(scan_tiles.walk_weights)(
-            before_t, after_t, a_t, x, y, weights, n_buckets, n, backward, add, products.NOTHING
+        compiled(scan_tiles.scan_weights)(
+            before_t, after_t, a_t, x, y, weights, n_buckets, n, backward, add, products.NO_PREFETCH
         )
     np.testing.assert_allclose(after_t[:, :n_buckets], expected.T, atol=tolerance)
     np.testing.assert_allclose(weights[:n, :n_buckets], 2 * expected_weights, atol=8 * tolerance)
@@ -343,8 +353,8 @@ def test_walks_never_meet_what_is_to_come(backward):
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
     written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
-    compiled(scan_tiles.walk_rows)(
-        state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NOTHING
+    compiled(scan_tiles.scan_rows)(
+        state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NO_PREFETCH
     )
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
@@ -354,8 +364,8 @@ def test_walks_never_meet_what_is_to_come(backward):
         aligned(16, 16, dtype=np.float32, rng=rng),
     )
     weights = aligned(32, 16, dtype=np.float32)
-    compiled(scan_tiles.walk_weights)(
-        state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NOTHING
+    compiled(scan_tiles.scan_weights)(
+        state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NO_PREFETCH
     )
     assert np.isfinite(weights[clean, :8]).all()
     assert np.isnan(weights[poisoned, :8]).all()
@@ -456,6 +466,6 @@ def test_a_sample_leaves_few_candidates_for_the_best(kind, n, budget):
     assert np.isin(best, tokens[: len(keys)]).all() or kind == "few above"
     assert np.sort(scores[tokens[: len(keys)]])[-budget] == np.sort(scores)[-budget]
     if kind != "few above":
-        assert bar > top_k.NOBODY
+        assert bar > top_k.LOWEST_KEY
         assert len(keys) < 2 * budget + n // 50
         assert len(tokens) < 3 * budget + n // 40

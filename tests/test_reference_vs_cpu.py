@@ -139,10 +139,10 @@ def steps(backend: str, operation: str, arrays: Any, problem: Problem) -> dict[s
     grads = GradientBuffers(*targets, put(d_hash, backend))
     results: dict[str, Any] = {}
     if problem.is_causal:
-        checkpoints = module.walk(p, sketch, out, True)
+        checkpoints = module.causal_scan(p, sketch, out, True)
         results["checkpoint"] = checkpoints[0].copy()
         results["state"] = sketch.flat
-        module.walk_backward(p, checkpoints, d_out, d_sketch, grads)
+        module.causal_scan_backward(p, checkpoints, d_out, d_sketch, grads)
     else:
         module.sum_keys(p, sketch)
         results["state"] = sketch.flat.copy()
@@ -215,7 +215,7 @@ def between_nan(array: np.ndarray) -> np.ndarray:
 
 @numba.njit
 def _there_and_back(f, x, n, phi, d_phi, d_x, d_hash):
-    soft_hash_cpu.hash_block(f, products.source_of(x), n, phi, products.NOTHING)
+    soft_hash_cpu.hash_block(f, products.source_of(x), n, phi, products.NO_PREFETCH)
     soft_hash_cpu.hash_block_backward(
         f, d_phi, products.source_of(x), n, phi, products.rows_of(d_x, False), d_hash
     )

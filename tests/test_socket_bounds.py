@@ -55,11 +55,11 @@ def group_scores(tables: np.ndarray, keys: layout.HashedKeys, multiplies: bool) 
 def test_bounds_hold(scorer, n_planes, kind):
     tables, keys, multiplies = make(scorer, n_planes=n_planes, kind=kind)
     call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_coarse(call, 0, len(call.planes))
+    bounds.fill_bound_tables(call, 0, len(call.planes))
     n_blocks = -(-T // layout.BLOCK_TOKENS)
     highs = np.empty((B * G, n_blocks * layout.BLOCK_TOKENS), np.float32)
     tasks = np.array([(b, g, 0, n_blocks, b * G + g) for b in range(B) for g in range(G)])
-    bounds.score_coarse(call, tasks, highs, 0, len(tasks))
+    bounds.score_bounds(call, tasks, highs, 0, len(tasks))
     norm = layout.from_norm16(keys.norms[:, :, :T]).astype(np.float64)
     high = highs[:, :T].reshape(B, G, T).astype(np.float64)
     low = high - call.numbers[:, 2].reshape(B, G, 1) * norm
@@ -101,7 +101,7 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
     """
     tables, keys, multiplies = make("signed_jl", kind="sinks")
     call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_coarse(call, 0, len(call.planes))
+    bounds.fill_bound_tables(call, 0, len(call.planes))
     exact = group_scores(tables, keys, multiplies)[0]
     by = np.float32(
         widened
@@ -111,7 +111,7 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
     call.numbers[:, 2] += 2 * by
     n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
     highs = np.empty((G, n_blocks * layout.BLOCK_TOKENS), np.float32)
-    bounds.score_coarse(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
+    bounds.score_bounds(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
     selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
     limits = (np.full(G, T), np.full(G, budget))
     top_k_by_bounds.SETTLE[multiplies](
@@ -169,7 +169,7 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [fits]
     call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_coarse(call, 0, len(call.planes))
+    bounds.fill_bound_tables(call, 0, len(call.planes))
     assert bounds.overflows(call) != fits
     assert np.isfinite(call.numbers).all() or not fits
     scores = cpu.scores(tables, keys, multiplies).reshape(B, G, H // G, -1)

@@ -70,7 +70,7 @@ class Results:
         """Keep what the task that was just computed left, if another one may start from it; return
         the checksum.
         """
-        if self.states is None or (self._journal is None and task.stage != "walk"):
+        if self.states is None or (self._journal is None and task.stage != "causal_scan"):
             return None
         first, numbers = self._stages.place(task)
         return self.states.put(task.number, first, self._stages.left(task)) if numbers else None

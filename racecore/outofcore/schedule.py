@@ -58,9 +58,9 @@ PASSES = {  # by (causal, with gradients)
         "read": _pass("query d_out", "out d_query", times=2),
         "sum back": _pass("key value", "d_key d_value", backward=True),
     },
-    (True, False): {"walk": _pass("query key value", "out")},
+    (True, False): {"causal_scan": _pass("query key value", "out")},
     (True, True): {
-        "walk": _pass("query key value", "out"),
+        "causal_scan": _pass("query key value", "out"),
         "walk back": _pass(
             "query key value d_out", "d_query d_key d_value", times=2, backward=True
         ),

@@ -25,7 +25,7 @@ Origin = dict[
 
 _CHANGES = {
     "sum": "sketch",
-    "walk": "sketch",
+    "causal_scan": "sketch",
     "read": "d_sketch",
     "walk back": "d_sketch",
 }  # stage: state of the sequence
@@ -53,14 +53,14 @@ class Stages:
         on_device: bool = False,
     ) -> None:
         self._problem, self._backend, self._on_device = problem, backend, on_device
-        self._hash = None if hash_gradient is None else arrays.brought(hash_gradient, on_device)
+        self._hash = None if hash_gradient is None else arrays.to_device(hash_gradient, on_device)
         self._first = -1  # task of the unit that the states belong to
         self._state_numbers = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim)
 
     @property
     def hash_gradient(self) -> np.ndarray | None:
         """The sums of the gradients of planes and beta, in host memory."""
-        return None if self._hash is None else arrays.brought(self._hash, False)
+        return None if self._hash is None else arrays.to_device(self._hash, False)
 
     @property
     def numbers(self) -> int:
@@ -101,7 +101,7 @@ class Stages:
             "hash": self._hash,
         }
         return np.concatenate(
-            [np.ravel(arrays.brought(held[name], False)) for name in self.changes(task)]
+            [np.ravel(arrays.to_device(held[name], False)) for name in self.changes(task)]
         )
 
     def restore(self, task: Task, origin: Origin, states: States) -> None:
@@ -110,7 +110,7 @@ class Stages:
         for name, sketch in (("sketch", self._sketch), ("d_sketch", self._d_sketch)):
             if name in origin:
                 found = states.get(origin[name], 0, self._state_numbers).reshape(sketch.flat.shape)
-                sketch.flat[...] = arrays.brought(found, self._on_device)
+                sketch.flat[...] = arrays.to_device(found, self._on_device)
         self.restore_hash(origin, states)
 
     def restore_hash(self, origin: Origin, states: States) -> None:
@@ -120,7 +120,7 @@ class Stages:
         self._hash[...] = 0
         if "hash" in origin:
             found = states.get(origin["hash"], self._state_numbers, self._hash.size)
-            self._hash[...] = arrays.brought(found.reshape(self._hash.shape), self._on_device)
+            self._hash[...] = arrays.to_device(found.reshape(self._hash.shape), self._on_device)
 
     def compute(self, task: Task, read: Arrays, written: Arrays, states: States | None) -> None:
         """Compute one task: from arrays [tokens, heads, dim] to arrays of that kind."""
@@ -141,10 +141,10 @@ class Stages:
                     )
             elif task.stage == "sum back":
                 self._backend.bidirectional.sum_keys_backward(part, d_sketch, grads)
-            elif task.stage == "walk":
-                self._backend.causal.walk(part, sketch, written["out"][None], False)
+            elif task.stage == "causal_scan":
+                self._backend.causal.causal_scan(part, sketch, written["out"][None], False)
             else:
-                self._backend.causal.walk_backward(
+                self._backend.causal.causal_scan_backward(
                     part, [self._before(task, sketch, states)], d_out, d_sketch, grads
                 )
 
@@ -152,7 +152,7 @@ class Stages:
         self._first = task.first
         unit = replace(self._problem, sequences=task.sequences)
         self._sketch, self._d_sketch = (
-            unit.new_sketch().brought(self._on_device) for _ in range(2)
+            unit.new_sketch().to_device(self._on_device) for _ in range(2)
         )
 
     def _part(self, read: Arrays, sequences: np.ndarray) -> Problem:
@@ -178,4 +178,4 @@ class Stages:
         found = states.get(task.first + task.chunk - 1, 0, self._state_numbers).reshape(
             sketch.flat.shape
         )
-        return arrays.brought(found, self._on_device)
+        return arrays.to_device(found, self._on_device)

@@ -23,7 +23,6 @@ from racecore.runtime import cuda
 __all__ = [
     "as_array",
     "as_numpy",
-    "brought",
     "compute_dtype",
     "copied",
     "empty",
@@ -31,6 +30,7 @@ __all__ = [
     "is_on_device",
     "is_supported",
     "restorer",
+    "to_device",
     "zeros",
 ]
 
@@ -71,7 +71,7 @@ def copied(array: Any) -> Any:
     return new
 
 
-def brought(array: Any, on_device: bool) -> Any:
+def to_device(array: Any, on_device: bool) -> Any:
     """Return an array on the GPU, or in host memory; a copy only where it is on the other side."""
     if cuda.is_array(array) == on_device:
         return array
@@ -280,9 +280,9 @@ def restorer(array: Any) -> Callable[[Any], Any]:
     if cuda.is_array(array):
         return lambda result: result
     if isinstance(array, np.ndarray):
-        return lambda result: brought(result, False)
+        return lambda result: to_device(result, False)
     hand_over = _hand_over(array)
-    return hand_over if is_on_device(array) else lambda result: hand_over(brought(result, False))
+    return hand_over if is_on_device(array) else lambda result: hand_over(to_device(result, False))
 
 
 def _hand_over(array: Any) -> Callable[[Any], Any]:

@@ -90,8 +90,8 @@ def check_append(
 
     `on_device` is where the arrays shall be, None means where they are.
     """
-    k, v = _brought(on_device, key=key, value=value)
-    inputs.check_same_place(key=k, value=v)
+    k, v = _to_device(on_device, key=key, value=value)
+    inputs.check_same_device(key=k, value=v)
     _check_place(index, key=k)
     batch, n_kv_heads = index.batch, index.n_kv_heads
     if k.ndim == v.ndim == 3 and (batch is None or batch == 1):
@@ -126,12 +126,12 @@ def check_append(
     return k, v, check_lengths(lengths, len(k), k.shape[1])
 
 
-def _brought(on_device: bool | None, **named: Any) -> list[Any]:
+def _to_device(on_device: bool | None, **named: Any) -> list[Any]:
     """Return arrays of any library as the operations take them, where they are or where they shall
     be.
     """
     found = [arrays.as_array(array, name) for name, array in named.items()]
-    return found if on_device is None else [arrays.brought(array, on_device) for array in found]
+    return found if on_device is None else [arrays.to_device(array, on_device) for array in found]
 
 
 def _check_place(index: SocketIndex, **named: Any) -> None:
@@ -152,7 +152,7 @@ def _check_place(index: SocketIndex, **named: Any) -> None:
 def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     """Return the numbers of tokens of every sequence, int64 [B], 0 to `most` each."""
     if arrays.is_on_device(lengths):
-        lengths = arrays.brought(arrays.as_array(lengths, "lengths"), False)
+        lengths = arrays.to_device(arrays.as_array(lengths, "lengths"), False)
     array = np.asarray(lengths)
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}")
@@ -175,7 +175,7 @@ def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple
     """
     if index.batch is None:
         raise ValueError("this index is empty: append keys and values first")
-    (q,) = _brought(on_device, query=query)
+    (q,) = _to_device(on_device, query=query)
     _check_place(index, query=q)
     had_batch = q.ndim == 4
     if q.ndim == 3 and index.batch == 1:
@@ -232,8 +232,8 @@ def check_decoding(
     query: Any, key: Any, value: Any, index: Any, lengths: Any, on_device: bool | None
 ) -> Decoding:
     """Check the arrays of `sparse_attention`, with each other and with the index."""
-    q, k, v = _brought(on_device, query=query, key=key, value=value)
-    inputs.check_same_place(query=q, key=k, value=v)
+    q, k, v = _to_device(on_device, query=query, key=key, value=value)
+    inputs.check_same_device(query=q, key=k, value=v)
     q, k, v, had_batch = inputs.check_shapes(q, k, v)
     inputs.check_dtypes(query=q, key=k, value=v)
     batch, n_tokens, n_kv_heads = k.shape[:3]

@@ -311,8 +311,8 @@ class SocketIndex:
             scorer=np.array(self._scorer.kind),
             tau=np.array(self._scorer.tau),
             weighs_values=np.array(self._scorer.weighs_values),
-            codes=arrays.brought(hashed.codes, False),
-            norms=arrays.brought(hashed.norms, False),
+            codes=arrays.to_device(hashed.codes, False),
+            norms=arrays.to_device(hashed.norms, False),
             lengths=hashed.lengths,
             is_empty=np.array(self._hashed is None),
         )
@@ -375,8 +375,8 @@ class SocketIndex:
             _check_sizes(hashed, path)
             on_device = bool(backends.place(backend))
             index._hashed = hashed._replace(
-                codes=arrays.brought(hashed.codes, on_device),
-                norms=arrays.brought(hashed.norms, on_device),
+                codes=arrays.to_device(hashed.codes, on_device),
+                norms=arrays.to_device(hashed.norms, on_device),
             )
         return index
 
@@ -439,7 +439,7 @@ def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
     ].copy()  # raises where there is no such sequence; a GPU would not
     n_blocks = -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)
     if not isinstance(sequences, slice):
-        sequences = arrays.brought(sequences, cuda.is_array(hashed.codes))
+        sequences = arrays.to_device(sequences, cuda.is_array(hashed.codes))
     codes = arrays.copied(hashed.codes[:, :, :n_blocks][sequences])
     norms = arrays.copied(hashed.norms[:, :, : n_blocks * BLOCK_TOKENS][sequences])
     return hashed._replace(codes=codes, norms=norms, lengths=lengths)

@@ -11,7 +11,7 @@ import numpy as np
 from racecore.inputs import (
     check_dtypes,
     check_readout,
-    check_same_place,
+    check_same_device,
     checked_mask,
     whole_sequences,
 )
@@ -27,7 +27,7 @@ __all__ = ["check_append", "check_attend", "check_members", "check_state_dtype",
 def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
     """Check the arguments of `RaceState.append`."""
     k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    check_same_place(key=k, value=v)
+    check_same_device(key=k, value=v)
     k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
     _check_keys(state, k, v)
     check_dtypes(key=k, value=v)
@@ -39,7 +39,7 @@ def check_attend(state: RaceState, query: Any, readout: str, on_device: bool | N
     means where it is.
     """
     q = _with_batch(arrays.as_array(query, "query"), state.batch)
-    q = q if on_device is None else arrays.brought(q, on_device)
+    q = q if on_device is None else arrays.to_device(q, on_device)
     _check_query(state, q)
     check_dtypes(query=q)
     check_readout(readout)
@@ -82,9 +82,9 @@ def check_step(
     if is_plain and signature == state.checked_step[0]:
         return changed(state.checked_step[1], query=q, key=k, value=v)
     if on_device is None:
-        check_same_place(query=q, key=k, value=v)
+        check_same_device(query=q, key=k, value=v)
     else:
-        q, k, v = (arrays.brought(x, on_device) for x in (q, k, v))
+        q, k, v = (arrays.to_device(x, on_device) for x in (q, k, v))
     q, k, v = (_with_batch(x, state.batch) for x in (q, k, v))
     _check_keys(state, k, v)
     _check_query(state, q)
@@ -171,7 +171,7 @@ def _checked_counts(counts: Any, batch: int, n_tokens: int) -> np.ndarray:
     """Return how many tokens each sequence has, integers [B]."""
     if isinstance(counts, (list, tuple)):
         counts = np.asarray(counts, None if counts else np.int64)
-    numbers = arrays.brought(arrays.as_array(counts, "counts"), False)
+    numbers = arrays.to_device(arrays.as_array(counts, "counts"), False)
     if numbers.dtype.kind not in "iub":
         raise TypeError(
             f"counts must be integers or bools (True = all tokens), got {numbers.dtype}"

@@ -215,7 +215,7 @@ class RaceState:
         problem = checks.check_attend(self, query, readout, backends.place(backend))
         if problem.query is None:
             raise TypeError("query is missing")
-        sketch = self._sketch.brought(problem.on_device)
+        sketch = self._sketch.to_device(problem.on_device)
         if (
             arrays.is_on_device(query) == problem.on_device
         ):  # not where backend="cuda" took a host array for this once
@@ -297,20 +297,22 @@ class RaceState:
         else:
             after = self._widened_copy(problem.on_device)
             for first, last in chunking.parts(problem):
-                chosen.causal.walk(problem.part(first, last), after.part(first, last), rows, False)
+                chosen.causal.causal_scan(
+                    problem.part(first, last), after.part(first, last), rows, False
+                )
             self._replace(after, problem)
         if counts is not None:
             for row, end in zip(rows, problem.sequences[:, 2].tolist(), strict=True):
                 row[end:] = 0
         if place:  # arrays in host memory went to a GPU for this once
-            self._sketch = self._sketch.brought(arrays.is_on_device(query))
+            self._sketch = self._sketch.to_device(arrays.is_on_device(query))
         return arrays.restorer(query if out is None else out)(result)
 
     def _own_sketch(self, on_device: bool) -> Sketch:
         """Return the numbers to write to, where they are wanted; a snapshot that shares them keeps
         them, copied here.
         """
-        sketch = self._sketch.brought(on_device)
+        sketch = self._sketch.to_device(on_device)
         if sketch is self._sketch and self._shared() is not None:
             sketch = sketch.copy()
         self._sketch = sketch
@@ -320,7 +322,7 @@ class RaceState:
         """Return a float64 copy: many tokens are added to it before it is rounded once, and an
         interrupt leaves this state be.
         """
-        sketch = self._sketch.brought(on_device)
+        sketch = self._sketch.to_device(on_device)
         return Sketch(sketch.flat.astype(np.float64), sketch.n_buckets)
 
     def _replace(self, after: Sketch, problem: Problem) -> None:
@@ -383,9 +385,9 @@ class RaceState:
         chosen = checks.check_members(members, "members")
         lengths = snapshot.lengths[chosen]  # an index that is out of range raises here
         on_device = cuda.is_array(self._sketch.flat)
-        place = arrays.brought(chosen, on_device)
+        place = arrays.to_device(chosen, on_device)
         sketch = self._own_sketch(on_device)
-        sketch.flat[place] = snapshot.sketch.brought(on_device).flat[place]
+        sketch.flat[place] = snapshot.sketch.to_device(on_device).flat[place]
         self._lengths[chosen] = lengths
 
     def merge(self, other: RaceState) -> None:
@@ -413,7 +415,7 @@ class RaceState:
                 f"{(other.batch, other.n_kv_heads, other.value_dim)}"
             )
         sketch = self._own_sketch(cuda.is_array(self._sketch.flat))
-        sketch.flat += other.sketch.brought(
+        sketch.flat += other.sketch.to_device(
             cuda.is_array(sketch.flat)
         ).flat  # in the wider dtype, and rounded once
         self._lengths += other.lengths
@@ -443,7 +445,9 @@ class RaceState:
         """
         indices = checks.check_members(batch_indices, "batch_indices")
         flat = self._sketch.flat
-        sketch = Sketch(flat[arrays.brought(indices, cuda.is_array(flat))], self._sketch.n_buckets)
+        sketch = Sketch(
+            flat[arrays.to_device(indices, cuda.is_array(flat))], self._sketch.n_buckets
+        )
         return RaceState(
             self._lsh, sketch, self._lengths[indices], self._n_kv_heads, self._value_dim
         )
@@ -456,7 +460,7 @@ class RaceState:
             _FILE_VERSION,
             planes=self._lsh.planes,
             beta=np.asarray(self._lsh.beta),
-            flat=arrays.brought(self._sketch.flat, False),
+            flat=arrays.to_device(self._sketch.flat, False),
             lengths=self._lengths,
             sizes=np.array([self._n_kv_heads, self._value_dim]),
         )

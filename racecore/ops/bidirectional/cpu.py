@@ -14,13 +14,13 @@ from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.call import Call, empty_hash_parts, launch, make_call, scan
 from racecore.ops.cpu.readout import weigh, weigh_backward
 from racecore.ops.cpu.row_io import (
-    AS_IT_IS,
-    COPIED,
+    ANY_IN_PLACE,
+    COPY,
     D_KEY,
     D_OUT,
     D_QUERY,
     D_VALUE,
-    EITHER,
+    IN_PLACE,
     OUT,
     QUERY,
     WIDENED,
@@ -29,9 +29,9 @@ from racecore.ops.cpu.row_io import (
 )
 from racecore.ops.cpu.scratch import (
     Scratch,
+    add_read_mode,
     hash_of,
-    how_to_add,
-    how_to_hash,
+    hash_read_mode,
     new_partial,
     new_scratch,
     new_states,
@@ -41,7 +41,7 @@ from racecore.ops.cpu.scratch import (
 )
 from racecore.ops.cpu.states import (
     GROUP,
-    Running,
+    RoundedState,
     add_block,
     add_mass,
     clear_after,
@@ -55,8 +55,8 @@ from racecore.ops.cpu.states import (
 )
 from racecore.ops.simd.memory import clear_rows
 from racecore.ops.simd.products import (
-    NOTHING,
-    Ahead,
+    NO_PREFETCH,
+    PrefetchRows,
     Source,
     expand,
     project,
@@ -137,7 +137,7 @@ def _sum_keys(
     `counts`, unless that is empty.
     """
     w, partial = new_scratch(call), new_partial(call)
-    straight_k, straight_v = how_to_hash(call, 0), how_to_add(w.phi_k.shape[0])
+    k_mode, v_mode = hash_read_mode(call, 0), add_read_mode(w.phi_k.shape[0])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
@@ -148,7 +148,7 @@ def _sum_keys(
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                keys = read_keys(call, b, t, m, n, TOKENS, True, straight_k, straight_v, w)
+                keys = read_keys(call, b, t, m, n, TOKENS, True, k_mode, v_mode, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 add_block(w.phi_k, w.phi_k, keys.v, n, m - m0, partial, keys.next_v)
@@ -177,10 +177,10 @@ def _sum_keys_backward(
 ) -> None:
     w, d_state = new_scratch(call), new_states(call)
     heads = call.beta.shape[0] // call.n_kv_heads
-    straight_k = how_to_hash(call, hash_parts.shape[2])
-    straight_v = COPIED
+    k_mode = hash_read_mode(call, hash_parts.shape[2])
+    v_mode = COPY
     if heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k):
-        straight_v = EITHER if w.phi_k.shape[0] == 8 else AS_IT_IS
+        v_mode = ANY_IN_PLACE if w.phi_k.shape[0] == 8 else IN_PLACE
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -190,11 +190,11 @@ def _sum_keys_backward(
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
                 i, g, share = m - m0, m // heads, m % heads
-                keys = read_keys(call, b, t, m, n, TOKENS, True, straight_k, straight_v, w)
+                keys = read_keys(call, b, t, m, n, TOKENS, True, k_mode, v_mode, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                ask_state(d_state, i, keys.v, n, w, keys.next_v)
+                read_state(d_state, i, keys.v, n, w, keys.next_v)
                 d_v = rows_to_write(
                     call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0
                 )
@@ -215,13 +215,15 @@ def _sum_keys_backward(
 
 
 @helper
-def ask_state(state: Running, j: int, x: Source, n: int, w: Scratch, ahead: Ahead) -> None:
+def read_state(
+    state: RoundedState, j: int, x: Source, n: int, w: Scratch, next_rows: PrefetchRows
+) -> None:
     """d_phi[:, i] = value_sum @ x[i], of head j."""
     n_buckets = w.d_phi.shape[0]
     if x.size < w.d_phi.itemsize:
-        project(state.value_sum[j], x, n_buckets, n, w.d_phi, ahead)
+        project(state.value_sum[j], x, n_buckets, n, w.d_phi, next_rows)
     else:
-        project_wide(state.value_sum_t[j], x, n_buckets, n, w.answers_t, ahead)
+        project_wide(state.value_sum_t[j], x, n_buckets, n, w.answers_t, next_rows)
         transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
 
 
@@ -235,7 +237,7 @@ def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     w, state = new_scratch(call), new_states(call)
     repeats = call.n_heads // call.beta.shape[0]
-    straight_q = how_to_hash(call, 0)
+    q_mode = hash_read_mode(call, 0)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         owner, b, begin, end, _ = call.segments[index]
@@ -247,7 +249,7 @@ def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
             n = min(BLOCK, end - t)
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
-                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
+                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, q_mode, w.q, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(states[owner, m] if at_once else state.mass[m - m0], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
@@ -296,9 +298,9 @@ def _read_out_backward(
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.beta.shape[0]
-    straight_q, straight_g = (
-        how_to_hash(call, hash_parts.shape[2]),
-        WIDENED if w.rho.shape[0] == 8 else COPIED,
+    q_mode, g_mode = (
+        hash_read_mode(call, hash_parts.shape[2]),
+        WIDENED if w.rho.shape[0] == 8 else COPY,
     )
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
@@ -312,13 +314,13 @@ def _read_out_backward(
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
                 i = m - m0
-                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight_q, w.q, w)
-                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, straight_g, w.g, w)
+                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, q_mode, w.q, w)
+                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, g_mode, w.g, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 spread_mass(state.mass[i], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 # out = rho.T @ value_sum
-                ask_state(state, i, g, n, w, next_g)
+                read_state(state, i, g, n, w, next_g)
                 # rho = weigh(phi_q, mass)
                 weigh_backward(
                     w.d_phi,
@@ -331,7 +333,7 @@ def _read_out_backward(
                     w.d_mass,
                 )
                 clear_after(n, w.d_mass)
-                add_block(w.d_mass, w.rho, g, n, i, partial, NOTHING)
+                add_block(w.d_mass, w.rho, g, n, i, partial, NO_PREFETCH)
                 if group_ends(t, begin, end) and h % repeats == repeats - 1:
                     flush(partial, i, d_sums[index, m])
                 # phi_q = hash_block(q)

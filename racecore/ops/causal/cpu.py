@@ -24,7 +24,7 @@ from numba.extending import register_jitable
 from racecore import chunking
 from racecore.chunking import BLOCK, SEGMENT, TOKENS, count_blocks
 from racecore.ops.bidirectional.cpu import new_sums, sum_segments
-from racecore.ops.causal.scan_tiles import walk_rows, walk_weights
+from racecore.ops.causal.scan_tiles import scan_rows, scan_weights
 from racecore.ops.cpu.call import (
     Call,
     empty_hash_parts,
@@ -36,7 +36,7 @@ from racecore.ops.cpu.call import (
 )
 from racecore.ops.cpu.readout import weigh, weigh_backward
 from racecore.ops.cpu.row_io import (
-    COPIED,
+    COPY,
     D_KEY,
     D_OUT,
     D_QUERY,
@@ -48,9 +48,9 @@ from racecore.ops.cpu.row_io import (
 )
 from racecore.ops.cpu.scratch import (
     Scratch,
+    add_read_mode,
     hash_of,
-    how_to_add,
-    how_to_hash,
+    hash_read_mode,
     new_partial,
     new_scratch,
     new_states,
@@ -60,25 +60,25 @@ from racecore.ops.cpu.scratch import (
 )
 from racecore.ops.cpu.states import (
     Partial,
-    Running,
+    RoundedState,
     add_block,
     clear_after,
     drop_masked,
     flush,
     group_ends,
-    new_running,
-    running_mass,
-    running_mass_backward,
+    new_rounded_state,
+    prefix_mass,
+    prefix_mass_backward,
     start,
 )
 from racecore.ops.simd import vectors
 from racecore.ops.simd.memory import add_rows, clear_rows, copy_rows, matrices
 from racecore.ops.simd.products import (
-    NOTHING,
-    Ahead,
+    NO_PREFETCH,
+    PrefetchRows,
     Rows,
     Source,
-    ask,
+    prefetch_rows,
     rows_of,
     source_of,
     transpose,
@@ -90,10 +90,10 @@ from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.runtime import progress
 from racecore.runtime.jit import helper, kernel, piece
 
-__all__ = ["walk", "walk_backward"]
+__all__ = ["causal_scan", "causal_scan_backward"]
 
 
-def walk(
+def causal_scan(
     part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
 ) -> list[np.ndarray]:
     """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
@@ -136,7 +136,7 @@ class Spare(NamedTuple):
 
 @helper
 def _new_spare(call: Call) -> Spare:
-    two = new_running(2, n_buckets_of(call), call.value_dim, call.planes.dtype)
+    two = new_rounded_state(2, n_buckets_of(call), call.value_dim, call.planes.dtype)
     clear_rows(two.value_sum[0], 0, two.value_sum.shape[1])
     clear_rows(two.value_sum_t[0], 0, two.value_sum_t.shape[1])
     return Spare(two.value_sum[0], two.value_sum_t[0], two.value_sum[1], two.value_sum_t[1])
@@ -189,7 +189,7 @@ def _walk_segment(
     index: int,
     m0: int,
     m1: int,
-    state: Running,
+    state: RoundedState,
     spare: Spare,
     partial: Partial,
     sums: np.ndarray,
@@ -199,34 +199,34 @@ def _walk_segment(
     """Walk along one segment; `in_series`, add what it amounts to to sums [1, m1 - m0, S*(1+V)]."""
     _, b, begin, end, _ = call.segments[index]
     repeats = call.n_heads // call.beta.shape[0]
-    straight, straight_v = (
-        how_to_hash(call, 0),
-        how_to_add(w.phi_k.shape[0]) if repeats == 1 else COPIED,
+    read_mode, v_mode = (
+        hash_read_mode(call, 0),
+        add_read_mode(w.phi_k.shape[0]) if repeats == 1 else COPY,
     )
     for t in range(begin, end, BLOCK):
         n = min(BLOCK, end - t)
         for m in range(m0, m1):
             i = m - m0
-            keys = read_keys(call, b, t, m, n, TOKENS, True, straight, straight_v, w)
+            keys = read_keys(call, b, t, m, n, TOKENS, True, read_mode, v_mode, w)
             hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
             drop_masked(call.mask, w.keep, n, w.phi_k)
-            running_mass(w.phi_k, state.mass[i], w.weights_t, w.answers_t, w.mass)
+            prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.answers_t, w.mass)
             before = state.value_sum[i]
             for h in range(m * repeats, (m + 1) * repeats):
-                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
+                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, read_mode, w.q, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 after = before if h % repeats == repeats - 1 else spare.after
                 o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
-                walk_rows(before, after, w.phi_k, keys.v, w.rho, w.o, o, n, False, keys.next_v)
+                scan_rows(before, after, w.phi_k, keys.v, w.rho, w.o, o, n, False, keys.next_v)
                 store(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
             if in_series:
-                add_block(w.phi_k, w.phi_k, keys.v, n, i, partial, NOTHING)
+                add_block(w.phi_k, w.phi_k, keys.v, n, i, partial, NO_PREFETCH)
                 if group_ends(t, begin, end):
                     flush(partial, i, sums[0, i])
 
 
-def walk_backward(
+def causal_scan_backward(
     part: Problem,
     checkpoints: list[np.ndarray],
     d_out: np.ndarray,
@@ -403,7 +403,7 @@ def _walk_queries(
     index: int,
     m0: int,
     m1: int,
-    state: Running,
+    state: RoundedState,
     spare: Spare,
     partial: Partial,
     stash: Stash,
@@ -417,27 +417,27 @@ def _walk_queries(
     """
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
-    straight = how_to_hash(call, d_hash.shape[1])
+    read_mode = hash_read_mode(call, d_hash.shape[1])
     for t in range(begin, end, BLOCK):
         n, block = min(BLOCK, end - t), (t - begin) // BLOCK
         for m in range(m0, m1):
             i = m - m0
-            keys = read_keys(call, b, t, m, n, TOKENS, True, straight, COPIED, w)
+            keys = read_keys(call, b, t, m, n, TOKENS, True, read_mode, COPY, w)
             hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
             copy(w.factors[0, :n_rows], _part_of(stash, block, m, per_head, 0, n_rows))
             drop_masked(call.mask, w.keep, n, w.phi_k)
-            running_mass(w.phi_k, state.mass[i], w.weights_t, w.answers_t, w.mass)
+            prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.answers_t, w.mass)
             for r in range(repeats):
                 h = m * repeats + r
                 after_t = state.value_sum_t[i] if r == repeats - 1 else spare.after_t
                 q = _read_block_backward(
-                    call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, straight, w
+                    call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, read_mode, w
                 )
                 line = n_rows + 2 * r * n_buckets
                 copy(w.rho, _part_of(stash, block, m, per_head, line, n_buckets))
                 copy(w.d_mass, _part_of(stash, block, m, per_head, line + n_buckets, n_buckets))
                 # sums of these are what earlier keys and values of the sequence get
-                add_block(w.d_mass, w.rho, source_of(w.g), n, i, partial, NOTHING)
+                add_block(w.d_mass, w.rho, source_of(w.g), n, i, partial, NO_PREFETCH)
                 # phi_q = hash_block(q)
                 d_q = rows_to_write(
                     call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False
@@ -466,8 +466,8 @@ def _read_block_backward(
     n: int,
     before_t: np.ndarray,
     after_t: np.ndarray,
-    next_v: Ahead,
-    straight: int,
+    next_v: PrefetchRows,
+    read_mode: int,
     w: Scratch,
 ) -> Source:
     """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass
@@ -477,18 +477,18 @@ def _read_block_backward(
     """
     b, t, h = place
     m = h * call.beta.shape[0] // call.n_heads
-    q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, straight, w.q, w)
-    _, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, COPIED, w.g, w)
+    q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, read_mode, w.q, w)
+    _, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, COPY, w.g, w)
     hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
     weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
     # o[i] = sum_s rho[s, i] * value_sum[s], after token i was added
     n_buckets = w.rho.shape[0]
-    ask(next_v, 0, n // 2)
-    walk_weights(
+    prefetch_rows(next_v, 0, n // 2)
+    scan_weights(
         before_t, after_t, w.weights_t, w.v, w.g, w.answers_t, n_buckets, n, False, False, next_g
     )
     transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
-    ask(next_v, n // 2, n)
+    prefetch_rows(next_v, n // 2, n)
     # rho = weigh(phi_q, mass)
     weigh_backward(
         w.d_phi, w.phi_q, w.mass, w.factor, w.rho, call.n_tables, call.bucket_mean, w.d_mass
@@ -503,7 +503,7 @@ def _walk_keys(
     index: int,
     m0: int,
     m1: int,
-    d_state: Running,
+    d_state: RoundedState,
     spare: Spare,
     stash: Stash,
     d_hash: np.ndarray,
@@ -515,14 +515,14 @@ def _walk_keys(
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows, per_head = _sizes(call)
     heads = call.beta.shape[0] // call.n_kv_heads
-    straight, wants_planes = how_to_hash(call, d_hash.shape[1]), d_hash.shape[1] > 1
+    read_mode, wants_planes = hash_read_mode(call, d_hash.shape[1]), d_hash.shape[1] > 1
     for block in range((end - begin - 1) // BLOCK, -1, -1):
         t = begin + block * BLOCK
         n = min(BLOCK, end - t)
         for m in range(m0, m1):
             g, share = m // heads, m % heads
-            keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, straight, COPIED, w)
-            ask(keys.next_k, 0, n)
+            keys = read_keys(call, b, t, m, n, -TOKENS, wants_planes, read_mode, COPY, w)
+            prefetch_rows(keys.next_k, 0, n)
             hash_again(
                 hash_of(call, m, w), _part_of(stash, block, m, per_head, 0, n_rows), n, w.phi_k
             )
@@ -532,9 +532,7 @@ def _walk_keys(
             )
             for r in range(repeats):
                 line = n_rows + 2 * r * n_buckets
-                _, next_g = read_query(
-                    call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPIED, w.g, w
-                )
+                _, next_g = read_query(call, D_OUT, b, t, m * repeats + r, n, -TOKENS, COPY, w.g, w)
                 rho = _part_of(stash, block, m, per_head, line, n_buckets)
                 _ask_gradients(
                     rho, d_v, d_state, m - m0, r, share == 0, n, spare, keys.next_v, next_g, w
@@ -544,9 +542,7 @@ def _walk_keys(
                 d_mass = _part_of(
                     stash, block, m, per_head, n_rows + (2 * r + 1) * n_buckets, n_buckets
                 )
-                running_mass_backward(
-                    d_mass, r == 0, w.weights_t, d_state.mass[m - m0], w.answers_t
-                )
+                prefix_mass_backward(d_mass, r == 0, w.weights_t, d_state.mass[m - m0], w.answers_t)
             transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
             # phi_k = hash_block(k)
             d_k = rows_to_write(
@@ -562,14 +558,14 @@ def _walk_keys(
 def _ask_gradients(
     rho: np.ndarray,
     d_v: Rows,
-    d_state: Running,
+    d_state: RoundedState,
     i: int,
     r: int,
     first_share: bool,
     n: int,
     spare: Spare,
-    next_v: Ahead,
-    next_g: Ahead,
+    next_v: PrefetchRows,
+    next_g: PrefetchRows,
     w: Scratch,
 ) -> None:
     """Add query head r's block to the gradient of state i, and its answers to d_v and to answers_t
@@ -586,8 +582,8 @@ def _ask_gradients(
     # value_sum[s] += phi_k[s, i] * v[i], read with rho by this query and all later ones
     if r > 0 or not first_share:
         d_v = rows_of(w.d_v, True)
-    walk_rows(before, after, rho, source_of(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
-    walk_weights(
+    scan_rows(before, after, rho, source_of(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
+    scan_weights(
         before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g
     )
     if r > 0:

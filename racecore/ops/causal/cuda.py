@@ -31,12 +31,12 @@ from racecore.ops.cuda.call import (
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.runtime import progress
 
-__all__ = ["walk", "walk_backward"]
+__all__ = ["causal_scan", "causal_scan_backward"]
 
 _FILE = "causal/kernels.cu"
 
 
-def walk(
+def causal_scan(
     part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
 ) -> list[np.ndarray]:
     """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
@@ -70,7 +70,7 @@ def _states_before(part: Problem, chunk: np.ndarray, carry: Any) -> Any:
     return states
 
 
-def walk_backward(
+def causal_scan_backward(
     part: Problem,
     checkpoints: list[np.ndarray],
     d_out: np.ndarray,

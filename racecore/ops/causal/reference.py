@@ -20,10 +20,10 @@ from racecore.ops.soft_hash.reference import soft_hash, soft_hash_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.runtime import progress
 
-__all__ = ["walk", "walk_backward"]
+__all__ = ["causal_scan", "causal_scan_backward"]
 
 
-def walk(
+def causal_scan(
     part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
 ) -> list[np.ndarray]:
     """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
@@ -56,7 +56,7 @@ def walk(
     return checkpoints
 
 
-def walk_backward(
+def causal_scan_backward(
     part: Problem,
     checkpoints: list[np.ndarray],
     d_out: np.ndarray,

@@ -3,8 +3,8 @@
 A state, a sum of outer products, moves over the tokens of a block, and every token asks it
 something right after it was added:
 
-    walk_rows      state += outer(a[:, i], x[i]);  y[i] = b[:, i] @ state          [S] weights in, a row [D] out
-    walk_weights   state += outer(x[i], a[i]);     c[i] = y[i] @ state             a row [D] in, [S] weights out
+    scan_rows      state += outer(a[:, i], x[i]);  y[i] = b[:, i] @ state          [S] weights in, a row [D] out
+    scan_weights   state += outer(x[i], a[i]);     c[i] = y[i] @ state             a row [D] in, [S] weights out
 
 for i from the first token of a block to the last, or back. Why it is written by hand: as two
 products with the state, plus the corrections for pairs of tokens inside a block, this is half as
@@ -28,11 +28,11 @@ from numba.extending import intrinsic
 
 from racecore.chunking import BLOCK
 from racecore.ops.simd.emitter import ADD, OVERWRITE, Emitter
-from racecore.ops.simd.products import Ahead, Rows, Source, ask
+from racecore.ops.simd.products import PrefetchRows, Rows, Source, prefetch_rows
 from racecore.ops.simd.vectors import lanes
 from racecore.runtime.jit import helper
 
-__all__ = ["walk_rows", "walk_weights"]
+__all__ = ["scan_rows", "scan_weights"]
 
 _ROWS = 8  # rows of the state that a tile holds
 
@@ -63,9 +63,9 @@ class _Chains:
         ]
 
 
-def _rows_tile(n_rows: int, n_vectors: int, narrow: bool = False) -> Any:
-    """Return the tile of `walk_rows` that holds n_rows buckets and n_vectors vectors of columns; x
-    is bfloat16 if `narrow`.
+def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
+    """Return the tile of `scan_rows` that holds n_rows buckets and n_vectors vectors of columns; x
+    is bfloat16 if `is_bfloat16`.
 
     Strides count elements, but that of z bytes. The state is read at `source` and written to
     `target`. What the tokens ask is written to z, by the `mode` of the tiles of products, and y is
@@ -120,7 +120,8 @@ def _rows_tile(n_rows: int, n_vectors: int, narrow: bool = False) -> Any:
             def token(addresses: list[Any], state: list[Any]) -> list[Any]:
                 a, b, x, y, z = addresses
                 row = [
-                    emit.load_row(x, v * emit.lanes, emit.vector, narrow) for v in range(n_vectors)
+                    emit.load_row(x, v * emit.lanes, emit.vector, is_bfloat16)
+                    for v in range(n_vectors)
                 ]
                 old = [
                     emit.load(emit.address(y, v * emit.lanes), emit.vector)
@@ -143,7 +144,7 @@ def _rows_tile(n_rows: int, n_vectors: int, narrow: bool = False) -> Any:
             start = [emit.load(place(source, r, v), emit.vector) for r, v in places]
             steps = [emit.times(step, emit.size) for step in (a_step, a_step)]
             steps += [
-                emit.times(x_step, 2 if narrow else emit.size),
+                emit.times(x_step, 2 if is_bfloat16 else emit.size),
                 emit.times(y_step, emit.size),
                 z_step,
             ]
@@ -158,7 +159,7 @@ def _rows_tile(n_rows: int, n_vectors: int, narrow: bool = False) -> Any:
 
 
 def _weights_tile(n_halves: int) -> Any:
-    """Return the tile of `walk_weights` that holds 8 columns and n_halves half vectors of buckets,
+    """Return the tile of `scan_weights` that holds 8 columns and n_halves half vectors of buckets,
     1, 2 or 4.
 
     Strides count elements. The state is read at `source` and written to `target`; c is added to
@@ -228,13 +229,13 @@ def _weights_tile(n_halves: int) -> Any:
 
 
 _rows_8x2, _rows_4x2, _rows_1x2 = (_rows_tile(rows, 2) for rows in (8, 4, 1))
-_rows_8x2_narrow = _rows_tile(8, 2, narrow=True)
+_rows_8x2_bfloat16 = _rows_tile(8, 2, is_bfloat16=True)
 _rows_8x1, _rows_4x1, _rows_1x1 = (_rows_tile(rows, 1) for rows in (8, 4, 1))
 _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2, 1))
 
 
 @helper
-def walk_rows(
+def scan_rows(
     source: np.ndarray,
     target: np.ndarray,
     a: np.ndarray,
@@ -244,7 +245,7 @@ def walk_rows(
     written: Rows,
     n: int,
     backward: bool,
-    ahead: Ahead,
+    next_rows: PrefetchRows,
 ) -> None:
     """Walk over n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from
     `source` to `target`.
@@ -260,7 +261,7 @@ def walk_rows(
     d = 0
     while d < width:
         two = d + 2 * step_d <= width
-        ask(ahead, n * d // width, n * min(d + 2 * step_d, width) // width)
+        prefetch_rows(next_rows, n * d // width, n * min(d + 2 * step_d, width) // width)
         xd, yd = (
             x.address + x.size * (first * x.row + d),
             y.ctypes.data + size * (first * width + d),
@@ -294,7 +295,7 @@ def walk_rows(
             )
             if rows == 8:
                 if x.size < size:
-                    _rows_8x2_narrow(*arguments)
+                    _rows_8x2_bfloat16(*arguments)
                 elif two:
                     _rows_8x2(*arguments)
                 else:
@@ -313,7 +314,7 @@ def walk_rows(
 
 
 @helper
-def walk_weights(
+def scan_weights(
     source: np.ndarray,
     target: np.ndarray,
     a: np.ndarray,
@@ -324,7 +325,7 @@ def walk_weights(
     n: int,
     backward: bool,
     add: bool,
-    ahead: Ahead,
+    next_rows: PrefetchRows,
 ) -> None:
     """Walk over n tokens: state [D, S] += outer(x[i], a[i]), c[i] = y[i] @ state, from `source` to
     `target`.
@@ -342,7 +343,7 @@ def walk_weights(
         ac = size * (first * row + s)
         for d in range(0, width, 8):
             if s == 0:
-                ask(ahead, n * d // width, n * (d + 8) // width)
+                prefetch_rows(next_rows, n * d // width, n * (d + 8) // width)
             xy = size * (first * width + d)
             offset = size * (d * row + s)
             arguments = (

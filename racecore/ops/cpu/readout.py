@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore.chunking import BLOCK
-from racecore.ops.simd.vectors import at_least, fma, lanes, load, select, spread, store
+from racecore.ops.simd.vectors import at_least, fma, lanes, load, select, splat, store
 from racecore.problem import BUCKET_MEAN_EPS
 from racecore.runtime.jit import helper
 
@@ -38,17 +38,17 @@ def weigh(
     """Fill rho [S, n] from phi [S, n] and mass [S, n]; and factor [S, n], of the ratio only its
     first row.
     """
-    one, zero = spread(phi.dtype.type(1)), spread(phi.dtype.type(0))
+    one, zero = splat(phi.dtype.type(1)), splat(phi.dtype.type(0))
     n_buckets = phi.shape[0]
     if bucket_mean:
-        eps, tables = spread(phi.dtype.type(BUCKET_MEAN_EPS)), spread(phi.dtype.type(n_tables))
+        eps, tables = splat(phi.dtype.type(BUCKET_MEAN_EPS)), splat(phi.dtype.type(n_tables))
         for s in range(n_buckets):
             for i in range(0, BLOCK, lanes(phi)):
                 f = one / (tables * (load(mass, s, i) + eps))
                 store(factor, s, i, f)
                 store(rho, s, i, load(phi, s, i) * f)
         return
-    tiny = spread(phi.dtype.type(_TINY32 if phi.itemsize == 4 else _TINY64))
+    tiny = splat(phi.dtype.type(_TINY32 if phi.itemsize == 4 else _TINY64))
     for i in range(0, BLOCK, lanes(phi)):
         den = zero
         for s in range(n_buckets):
@@ -72,10 +72,10 @@ def weigh_backward(
     d_mass: np.ndarray,
 ) -> None:
     """From h = d_rho [S, n], which becomes d_phi, fill also d_mass [S, n], token by token."""
-    n_buckets, zero = phi.shape[0], spread(phi.dtype.type(0))
+    n_buckets, zero = phi.shape[0], splat(phi.dtype.type(0))
     if bucket_mean:
         # factor = 1 / (L * (mass + eps)); rho = phi * factor
-        minus_tables = spread(phi.dtype.type(-n_tables))
+        minus_tables = splat(phi.dtype.type(-n_tables))
         for s in range(n_buckets):
             for i in range(0, BLOCK, lanes(phi)):
                 d_phi = load(h, s, i) * load(factor, s, i)

@@ -31,37 +31,37 @@ from racecore.ops.simd.half_precision import (
     to_bfloat16,
     to_half,
 )
-from racecore.ops.simd.products import Ahead, Rows, Source, rows_of, source_of
+from racecore.ops.simd.products import PrefetchRows, Rows, Source, rows_of, source_of
 from racecore.ops.simd.vectors import load_number, load_vector, store_number, store_vector
 from racecore.runtime import arrays
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "AS_IT_IS",
-    "COPIED",
+    "ANY_IN_PLACE",
+    "COPY",
     "D_KEY",
     "D_OUT",
     "D_QUERY",
     "D_VALUE",
-    "EITHER",
+    "IN_PLACE",
     "KEY",
     "OUT",
     "QUERY",
     "VALUE",
     "WIDENED",
-    "ask_for_row",
-    "can_list",
+    "can_gather_rows",
     "describe",
     "first_row",
-    "is_narrow",
-    "list_rows",
+    "is_bfloat16",
     "load",
     "load_scattered",
+    "prefetch_row",
     "read",
     "row_bytes",
-    "rows_ahead",
+    "rows_to_prefetch",
     "rows_to_write",
     "store",
+    "write_row_addresses",
 ]
 
 # Lines of the table. Not literals: Numba would compile every function once for each.
@@ -70,7 +70,7 @@ _FLOAT32, _FLOAT64, _FLOAT16, _BFLOAT16 = range(4)
 _CODES = {4: _FLOAT32, 8: _FLOAT64, 2: _FLOAT16}
 # Whether a product may read rows of an input where they are: if they need no conversion, if they
 # are bfloat16, or both.
-COPIED, AS_IT_IS, WIDENED, EITHER = (np.int64(i) for i in range(4))
+COPY, IN_PLACE, WIDENED, ANY_IN_PLACE = (np.int64(i) for i in range(4))
 _LINE = 64  # bytes of a cache line, and of a vector
 _CODE = 5  # column of the dtype's code; the address is in column 0, strides of b, t, h, d in 1 to 4
 
@@ -151,11 +151,11 @@ def _store_row(address: int, step: int, code: int, row: np.ndarray) -> None:
         for d in range(width):
             _item(address + 8 * d * step, np.float64)[0] = row[d]
     else:
-        _store_narrow(address, step, code, row)
+        _store_half_row(address, step, code, row)
 
 
 @helper
-def _store_narrow(address: int, step: int, code: int, row: np.ndarray) -> None:
+def _store_half_row(address: int, step: int, code: int, row: np.ndarray) -> None:
     """Write `row` as 16-bit numbers."""
     width = row.shape[0]
     whole = width // LANES * LANES if step == 1 and row.itemsize == 4 else 0
@@ -233,7 +233,7 @@ def load_scattered(
     widens = step == 1 and code == _BFLOAT16 and block.itemsize == 4 and width % LANES == 0
     for i in range(n):
         if step == 1 and first + i + BLOCK < tokens.shape[0] and tokens[first + i + BLOCK] >= 0:
-            ask_for_row(_address(table, line, (b, tokens[first + i + BLOCK], g)), width * size)
+            prefetch_row(_address(table, line, (b, tokens[first + i + BLOCK], g)), width * size)
         address = _address(table, line, (b, tokens[first + i], g))
         if widens:
             tiles.widen_row(block.ctypes.data + i * block.strides[0], address, width // LANES)
@@ -242,7 +242,7 @@ def load_scattered(
 
 
 @helper
-def ask_for_row(address: int, n_bytes: int) -> None:
+def prefetch_row(address: int, n_bytes: int) -> None:
     """Ask for all cache lines of a row, which need not begin with one: those of NumPy's arrays do
     not.
     """
@@ -251,7 +251,7 @@ def ask_for_row(address: int, n_bytes: int) -> None:
 
 
 @helper
-def list_rows(start: int, step: int, tokens: int, n: int, room: int, rows: int) -> None:
+def write_row_addresses(start: int, step: int, tokens: int, n: int, room: int, rows: int) -> None:
     """Write the addresses of n rows to the list at address `rows`: start + step * i, or start +
     step * tokens[i].
 
@@ -281,7 +281,7 @@ def row_bytes(table: np.ndarray, line: int) -> int:
 
 
 @helper
-def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
+def can_gather_rows(table: np.ndarray, line: int, width: int, block: np.ndarray) -> bool:
     """Tell whether a product can read rows where they are: whole vectors of float32, or pairs of
     them of bfloat16.
     """
@@ -292,7 +292,7 @@ def can_list(table: np.ndarray, line: int, width: int, block: np.ndarray) -> boo
 
 
 @helper
-def is_narrow(table: np.ndarray, line: int) -> bool:
+def is_bfloat16(table: np.ndarray, line: int) -> bool:
     """Tell whether an array is bfloat16."""
     return table[line, _CODE] == _BFLOAT16
 
@@ -306,18 +306,18 @@ def read(
     width: int,
     block: np.ndarray,
     keep: np.ndarray,
-    straight: int,
+    read_mode: int,
 ) -> Source:
     """Return where a product reads rows of an input, which are loaded into `block` unless it can
-    read them `straight`.
+    read them `read_mode`.
 
     It can if they need no conversion and no padding. That pays where it reads them once: copies
     cost more than they save.
     """
     code, whole = table[line, _CODE], table[line, 4] == 1 and width == block.shape[1]
-    as_it_is = straight & AS_IT_IS != 0 and _size(code) == block.itemsize
+    as_it_is = read_mode & IN_PLACE != 0 and _size(code) == block.itemsize
     widens = (
-        straight & WIDENED != 0
+        read_mode & WIDENED != 0
         and code == _BFLOAT16
         and block.itemsize == 4
         and n == BLOCK
@@ -330,11 +330,11 @@ def read(
 
 
 @helper
-def rows_ahead(table: np.ndarray, line: int, place: Any, width: int) -> Ahead:
+def rows_to_prefetch(table: np.ndarray, line: int, place: Any, width: int) -> PrefetchRows:
     """Return the rows of a block that will be loaded soon, for a product to ask for."""
     size = _size(table[line, _CODE])
     lines = -(-width * size // _LINE) if table[line, 4] == 1 else 0
-    return Ahead(_address(table, line, place), size * table[line, 2], lines)
+    return PrefetchRows(_address(table, line, place), size * table[line, 2], lines)
 
 
 @helper
@@ -351,7 +351,7 @@ def rows_to_write(
         return Rows(
             _address(table, line, place),
             table[line, 2],
-            tiles.STREAM if size == block.itemsize else tiles.NARROW,
+            tiles.STREAM if size == block.itemsize else tiles.STREAM_BFLOAT16,
             size,
         )
     return rows_of(block, add)
@@ -369,11 +369,11 @@ def _address(table: np.ndarray, line: int, place: Any) -> int:
 def _fills_lines(table: np.ndarray, line: int, place: Any, width: int, block: np.ndarray) -> bool:
     """Tell whether the rows of an output are whole cache lines, and as they are or bfloat16."""
     code, size = table[line, _CODE], _size(table[line, _CODE])
-    narrow = code == _BFLOAT16 and block.itemsize == 4 and width % 32 == 0
+    has_bfloat16 = code == _BFLOAT16 and block.itemsize == 4 and width % 32 == 0
     fits = (
         code >= 0
         and table[line, 4] == 1
-        and (size == block.itemsize or narrow)
+        and (size == block.itemsize or has_bfloat16)
         and width == block.shape[1]
     )
     return fits and _address(table, line, place) % _LINE == 0 and size * table[line, 2] % _LINE == 0
@@ -398,7 +398,9 @@ def store(
     fills_lines = _fills_lines(table, line, place, width, block)
     for i in range(n):
         if fills_lines and code == _BFLOAT16:
-            tiles.narrow_row(address, block.ctypes.data + i * block.strides[0], width // 32)
+            tiles.stream_bfloat16_row(
+                address, block.ctypes.data + i * block.strides[0], width // 32
+            )
         elif fills_lines:
             tiles.stream_row(
                 address, block.ctypes.data + i * block.strides[0], width * block.itemsize // _LINE

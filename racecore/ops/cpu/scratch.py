@@ -14,10 +14,19 @@ import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.call import Call, n_buckets_of
-from racecore.ops.cpu.row_io import AS_IT_IS, COPIED, EITHER, KEY, QUERY, VALUE, read, rows_ahead
-from racecore.ops.cpu.states import Partial, Running, load_keep, new_running
+from racecore.ops.cpu.row_io import (
+    ANY_IN_PLACE,
+    COPY,
+    IN_PLACE,
+    KEY,
+    QUERY,
+    VALUE,
+    read,
+    rows_to_prefetch,
+)
+from racecore.ops.cpu.states import Partial, RoundedState, load_keep, new_rounded_state
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.simd.products import NOTHING, Ahead, Source, is_wide, padded
+from racecore.ops.simd.products import NO_PREFETCH, PrefetchRows, Source, is_wide, padded
 from racecore.ops.simd.vectors import lanes
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.runtime.jit import helper
@@ -25,9 +34,9 @@ from racecore.runtime.jit import helper
 __all__ = [
     "Keys",
     "Scratch",
+    "add_read_mode",
     "hash_of",
-    "how_to_add",
-    "how_to_hash",
+    "hash_read_mode",
     "new_partial",
     "new_scratch",
     "new_states",
@@ -104,8 +113,8 @@ class Keys(NamedTuple):
 
     k: Source
     v: Source
-    next_k: Ahead
-    next_v: Ahead
+    next_k: PrefetchRows
+    next_v: PrefetchRows
 
 
 @helper
@@ -117,8 +126,8 @@ def read_keys(
     n: int,
     step: int,
     needs_k: bool,
-    straight_k: Any,
-    straight_v: Any,
+    k_mode: Any,
+    v_mode: Any,
     w: Scratch,
 ) -> Keys:
     """Read n keys and values of a block for state head m, zeros where they are masked, and which
@@ -132,7 +141,7 @@ def read_keys(
     if first:
         load_keep(call.mask, b, t, n, w.keep)
     if masked or n % _TOKENS_AT_ONCE != 0:
-        straight_k, straight_v = COPIED, COPIED
+        k_mode, v_mode = COPY, COPY
     n_loads = n if first else 0
     k = read(
         call.table,
@@ -142,13 +151,17 @@ def read_keys(
         call.head_dim,
         w.k,
         w.keep[0],
-        straight_k,
+        k_mode,
     )
-    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], straight_v)
+    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], v_mode)
     if not first:
-        return Keys(k, v, NOTHING, NOTHING)
-    next_k = rows_ahead(call.table, KEY, (b, t + step, g), call.head_dim) if needs_k else NOTHING
-    return Keys(k, v, next_k, rows_ahead(call.table, VALUE, (b, t + step, g), call.value_dim))
+        return Keys(k, v, NO_PREFETCH, NO_PREFETCH)
+    next_k = (
+        rows_to_prefetch(call.table, KEY, (b, t + step, g), call.head_dim)
+        if needs_k
+        else NO_PREFETCH
+    )
+    return Keys(k, v, next_k, rows_to_prefetch(call.table, VALUE, (b, t + step, g), call.value_dim))
 
 
 @helper
@@ -160,35 +173,35 @@ def read_query(
     h: int,
     n: int,
     step: int,
-    straight: int,
+    read_mode: int,
     x: np.ndarray,
     w: Scratch,
-) -> tuple[Source, Ahead]:
+) -> tuple[Source, PrefetchRows]:
     """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
     width = call.head_dim if line == QUERY else call.value_dim
-    how = COPIED if n % _TOKENS_AT_ONCE != 0 else straight
+    how = COPY if n % _TOKENS_AT_ONCE != 0 else read_mode
     source = read(call.table, line, (b, t, h), n, width, x, w.ones, how)
-    return source, rows_ahead(call.table, line, (b, t + step, h), width)
+    return source, rows_to_prefetch(call.table, line, (b, t + step, h), width)
 
 
 @helper
-def how_to_hash(call: Call, d_hash_width: int) -> Any:
+def hash_read_mode(call: Call, d_hash_width: int) -> Any:
     """Tell whether to read rows for their hash where they are: if once, with one pass over the
     planes and no gradient of them.
     """
     n_rows = call.planes.shape[1]
     one_pass = n_rows <= 4 or (is_wide(n_rows) and n_rows <= 2 * lanes(call.planes))
     if d_hash_width > 1 or not one_pass:
-        return COPIED
-    return EITHER if n_rows == 4 else AS_IT_IS
+        return COPY
+    return ANY_IN_PLACE if n_rows == 4 else IN_PLACE
 
 
 @helper
-def how_to_add(n_buckets: int) -> Any:
+def add_read_mode(n_buckets: int) -> Any:
     """Tell whether to read rows where they are that are added up, by weights, for so many buckets:
     if in one pass.
     """
-    return EITHER if n_buckets == 8 else (AS_IT_IS if n_buckets < 8 else COPIED)
+    return ANY_IN_PLACE if n_buckets == 8 else (IN_PLACE if n_buckets < 8 else COPY)
 
 
 @helper
@@ -201,10 +214,10 @@ def new_partial(call: Call) -> Partial:
 
 
 @helper
-def new_states(call: Call) -> Running:
+def new_states(call: Call) -> RoundedState:
     """Make room for the states of the heads of a task."""
     heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
-    return new_running(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
+    return new_rounded_state(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
 
 
 @helper

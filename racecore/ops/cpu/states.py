@@ -10,13 +10,13 @@ import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.simd.memory import clear_columns, clear_rows, cleared_matrices, matrices
-from racecore.ops.simd.products import Ahead, Source, accumulate, padded, transpose
+from racecore.ops.simd.products import PrefetchRows, Source, accumulate, padded, transpose
 from racecore.ops.simd.vectors import (
     fma,
     lanes,
     load,
     load_rounded,
-    spread,
+    splat,
     store,
     total,
     widen_add,
@@ -26,7 +26,7 @@ from racecore.runtime.jit import helper
 __all__ = [
     "GROUP",
     "Partial",
-    "Running",
+    "RoundedState",
     "add_block",
     "add_mass",
     "clear_after",
@@ -36,9 +36,9 @@ __all__ = [
     "flush",
     "group_ends",
     "load_keep",
-    "new_running",
-    "running_mass",
-    "running_mass_backward",
+    "new_rounded_state",
+    "prefix_mass",
+    "prefix_mass_backward",
     "spread_mass",
     "start",
 ]
@@ -93,7 +93,13 @@ def clear_after(n: int, c: np.ndarray) -> None:
 
 @helper
 def add_block(
-    mass_terms: np.ndarray, c: np.ndarray, x: Source, n: int, j: int, partial: Partial, ahead: Ahead
+    mass_terms: np.ndarray,
+    c: np.ndarray,
+    x: Source,
+    n: int,
+    j: int,
+    partial: Partial,
+    next_rows: PrefetchRows,
 ) -> None:
     """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its
     value sums.
@@ -104,7 +110,7 @@ def add_block(
     for s in range(mass.shape[0]):
         for i in range(0, BLOCK, lanes(mass)):
             store(mass, s, i, load(mass, s, i) + load(mass_terms, s, i))
-    accumulate(c, x, mass.shape[0], n, partial.value_sum[j], ahead)
+    accumulate(c, x, mass.shape[0], n, partial.value_sum[j], next_rows)
 
 
 @helper
@@ -117,7 +123,7 @@ def group_ends(t: int, begin: int, end: int) -> bool:
 def flush(partial: Partial, j: int, state: np.ndarray) -> None:
     """Add the sums of head j to a float64 state [S*(1+V)] and start again from zero."""
     mass, value_sum = partial.mass[j], partial.value_sum[j]
-    n_buckets, zero = mass.shape[0], spread(mass.dtype.type(0))
+    n_buckets, zero = mass.shape[0], splat(mass.dtype.type(0))
     width, step = state.shape[0] // n_buckets - 1, lanes(mass)
     whole = width // step * step
     for s in range(n_buckets):
@@ -135,7 +141,7 @@ def flush(partial: Partial, j: int, state: np.ndarray) -> None:
             value_sum[s, d] = 0
 
 
-class Running(NamedTuple):
+class RoundedState(NamedTuple):
     """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic
     but for the masses.
     """
@@ -146,18 +152,18 @@ class Running(NamedTuple):
 
 
 @helper
-def new_running(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> Running:
+def new_rounded_state(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> RoundedState:
     """Make room for the states of so many heads."""
     wide_s, wide_v = padded(n_buckets), padded(value_dim)
     rows, columns = (
         matrices(heads, n_buckets, wide_v, dtype),
         matrices(heads, wide_v, wide_s, dtype),
     )
-    return Running(cleared_matrices(1, heads, wide_s, np.float64)[0], rows, columns)
+    return RoundedState(cleared_matrices(1, heads, wide_s, np.float64)[0], rows, columns)
 
 
 @helper
-def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) -> None:
+def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: RoundedState) -> None:
     """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]."""
     n_buckets = run.value_sum.shape[1]
     width = states.shape[1] // n_buckets - 1
@@ -178,7 +184,7 @@ def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: Running) 
 def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
     """Repeat the masses of a state for every token of a block."""
     for s in range(masses.shape[0]):
-        value = spread(masses.dtype.type(mass[s]))
+        value = splat(masses.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(masses)):
             store(masses, s, i, value)
 
@@ -194,7 +200,7 @@ def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> Non
     for s in range(n_buckets):  # outside, for memory is read once and in its order
         address = state.ctypes.data + 8 * (n_buckets + s * width)
         for i in range(n):
-            weight = spread(c[s, i])
+            weight = splat(c[s, i])
             for d in range(0, width, lanes(x)):
                 store(x, i, d, fma(weight, load_rounded(address + 8 * d, like), load(x, i, d)))
 
@@ -203,13 +209,13 @@ def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> Non
 def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
     """c[s, i] += mass[s]."""
     for s in range(c.shape[0]):
-        value = spread(c.dtype.type(mass[s]))
+        value = splat(c.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(c)):
             store(c, s, i, load(c, s, i) + value)
 
 
 @helper
-def running_mass(
+def prefix_mass(
     phi: np.ndarray, mass: np.ndarray, phi_t: np.ndarray, masses_t: np.ndarray, masses: np.ndarray
 ) -> None:
     """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64,
@@ -231,7 +237,7 @@ def running_mass(
 
 
 @helper
-def running_mass_backward(
+def prefix_mass_backward(
     d_masses: np.ndarray,
     from_later: bool,
     mass_t: np.ndarray,
@@ -247,7 +253,7 @@ def running_mass_backward(
     transpose(d_masses, n_buckets, TOKENS, mass_t)
     for s in range(0, n_buckets, lanes(mass_t)):
         later = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
-        sums = spread(mass_t.dtype.type(0))
+        sums = splat(mass_t.dtype.type(0))
         for i in range(BLOCK - 1, -1, -1):
             sums = sums + load(mass_t, i, s)
             store(d_phi_t, i, s, load(d_phi_t, i, s) + (later + sums if from_later else sums))

@@ -22,9 +22,9 @@ from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load, stor
 from racecore.ops.cpu.scratch import task_of
 from racecore.ops.cpu.states import load_keep
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.simd.products import NOTHING, padded, rows_of, source_of
+from racecore.ops.simd.products import NO_PREFETCH, padded, rows_of, source_of
 from racecore.ops.simd.tiles import fence
-from racecore.ops.simd.vectors import add_at, fma, lanes, spread
+from racecore.ops.simd.vectors import add_at, fma, lanes, splat
 from racecore.ops.simd.vectors import load as load_lanes
 from racecore.ops.simd.vectors import store as store_lanes
 from racecore.ops.soft_hash.cpu import Hash, hash_block, new_hash_arrays
@@ -209,7 +209,7 @@ def _step_heads(
         w.keep[0, i] = keep
     load(call.table, KEY, (b, g, 0), n, call.head_dim, w.k, w.keep[0])
     load(call.table, VALUE, (b, g, 0), n, call.value_dim, w.v, w.keep[0])
-    hash_block(f, source_of(w.k), n, w.phi_k, NOTHING)
+    hash_block(f, source_of(w.k), n, w.phi_k, NO_PREFETCH)
     for i in range(n):
         for s in range(w.phi_k.shape[0]):
             w.phi_k[s, i] *= keep
@@ -217,7 +217,7 @@ def _step_heads(
     for h in range(0, n * repeats, BLOCK):
         rows = min(BLOCK, n * repeats - h)
         load(call.table, QUERY, (b, m * repeats + h, 0), rows, call.head_dim, w.q, w.ones)
-        hash_block(f, source_of(w.q), rows, w.phi_q, NOTHING)
+        hash_block(f, source_of(w.q), rows, w.phi_q, NO_PREFETCH)
         _gather_mass(states, m, n, rows // n, w.mass)
         weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
         for i in range(n):
@@ -284,10 +284,10 @@ def _step_vector(
     """Add to and ask the columns from d on of buckets s and s + 1, at two addresses: two answer for
     one read of the output.
     """
-    v, zero = load_lanes(w.v, i, d), spread(w.o.dtype.type(0))
+    v, zero = load_lanes(w.v, i, d), splat(w.o.dtype.type(0))
     # c * v + 0 and not c * v: a product might fuse with the sum, and `append` rounds it first
-    sums = add_at(fma(spread(w.phi_k[s, i]), v, zero), address, like)
-    next_sums = add_at(fma(spread(w.phi_k[s + 1, i]), v, zero), next_address, like)
+    sums = add_at(fma(splat(w.phi_k[s, i]), v, zero), address, like)
+    next_sums = add_at(fma(splat(w.phi_k[s + 1, i]), v, zero), next_address, like)
     for j in range(i * per_state, (i + 1) * per_state):
-        o = fma(spread(w.rho[s, j]), sums, load_lanes(w.o, j, d))
-        store_lanes(w.o, j, d, fma(spread(w.rho[s + 1, j]), next_sums, o))
+        o = fma(splat(w.rho[s, j]), sums, load_lanes(w.o, j, d))
+        store_lanes(w.o, j, d, fma(splat(w.rho[s + 1, j]), next_sums, o))

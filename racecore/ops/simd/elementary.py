@@ -24,7 +24,7 @@ from racecore.ops.simd.vectors import (
     maximum,
     power_of_two,
     select,
-    spread,
+    splat,
     tanh_by_lanes,
 )
 from racecore.runtime.jit import inlined
@@ -41,16 +41,16 @@ _LOWEST = np.float32(-87.0)  # exp of this is just above the smallest normal num
 @inlined
 def _exp32(x: Any) -> Any:
     """Return exp(x) for x <= 0: 2^n * exp(r) with |r| <= ln(2)/2 and a polynomial for exp(r)."""
-    x = maximum(x, spread(_LOWEST))
-    n = floor(fma(x, spread(_LOG2_E), spread(np.float32(0.5))))
-    r = fma(n, spread(-_LN2_LOW), fma(n, spread(-_LN2_HIGH), x))
-    p = spread(np.float32(1.9875691500e-4))  # coefficients: Cephes' expf
-    p = fma(p, r, spread(np.float32(1.3981999507e-3)))
-    p = fma(p, r, spread(np.float32(8.3334519073e-3)))
-    p = fma(p, r, spread(np.float32(4.1665795894e-2)))
-    p = fma(p, r, spread(np.float32(1.6666665459e-1)))
-    p = fma(p, r, spread(np.float32(5.0000001201e-1)))
-    return (fma(p, r * r, r) + spread(np.float32(1.0))) * power_of_two(n)
+    x = maximum(x, splat(_LOWEST))
+    n = floor(fma(x, splat(_LOG2_E), splat(np.float32(0.5))))
+    r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
+    p = splat(np.float32(1.9875691500e-4))  # coefficients: Cephes' expf
+    p = fma(p, r, splat(np.float32(1.3981999507e-3)))
+    p = fma(p, r, splat(np.float32(8.3334519073e-3)))
+    p = fma(p, r, splat(np.float32(4.1665795894e-2)))
+    p = fma(p, r, splat(np.float32(1.6666665459e-1)))
+    p = fma(p, r, splat(np.float32(5.0000001201e-1)))
+    return (fma(p, r * r, r) + splat(np.float32(1.0))) * power_of_two(n)
 
 
 @inlined
@@ -58,24 +58,24 @@ def _tanh32(x: Any) -> Any:
     """Return tanh(x) = x * p(x^2) / q(x^2), where |x| is less than 7.9; then 1 - 2e-7, and from 9
     on 1.
     """
-    one, limit, far = spread(np.float32(1.0)), spread(_TANH_LIMIT), spread(np.float32(9.0))
+    one, limit, far = splat(np.float32(1.0)), splat(_TANH_LIMIT), splat(np.float32(9.0))
     y = select(
         at_least(x, limit),
         limit,
-        select(at_least(spread(-_TANH_LIMIT), x), spread(-_TANH_LIMIT), x),
+        select(at_least(splat(-_TANH_LIMIT), x), splat(-_TANH_LIMIT), x),
     )
     s = y * y
-    p = spread(np.float32(-2.76076847742355e-16))  # coefficients: Eigen's fast tanh
-    p = fma(p, s, spread(np.float32(2.00018790482477e-13)))
-    p = fma(p, s, spread(np.float32(-8.60467152213735e-11)))
-    p = fma(p, s, spread(np.float32(5.12229709037114e-08)))
-    p = fma(p, s, spread(np.float32(1.48572235717979e-05)))
-    p = fma(p, s, spread(np.float32(6.37261928875436e-04)))
-    p = fma(p, s, spread(np.float32(4.89352455891786e-03)))
-    q = spread(np.float32(1.19825839466702e-06))
-    q = fma(q, s, spread(np.float32(1.18534705686654e-04)))
-    q = fma(q, s, spread(np.float32(2.26843463243900e-03)))
-    q = fma(q, s, spread(np.float32(4.89352518554385e-03)))
+    p = splat(np.float32(-2.76076847742355e-16))  # coefficients: Eigen's fast tanh
+    p = fma(p, s, splat(np.float32(2.00018790482477e-13)))
+    p = fma(p, s, splat(np.float32(-8.60467152213735e-11)))
+    p = fma(p, s, splat(np.float32(5.12229709037114e-08)))
+    p = fma(p, s, splat(np.float32(1.48572235717979e-05)))
+    p = fma(p, s, splat(np.float32(6.37261928875436e-04)))
+    p = fma(p, s, splat(np.float32(4.89352455891786e-03)))
+    q = splat(np.float32(1.19825839466702e-06))
+    q = fma(q, s, splat(np.float32(1.18534705686654e-04)))
+    q = fma(q, s, splat(np.float32(2.26843463243900e-03)))
+    q = fma(q, s, splat(np.float32(4.89352518554385e-03)))
     return select(
         at_least(x, far), one, select(at_least(one - one - far, x), one - one - one, p * y / q)
     )

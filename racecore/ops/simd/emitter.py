@@ -11,14 +11,14 @@ from typing import Any
 
 from llvmlite import ir
 
-from racecore.ops.simd.half_precision import has_subnormal, load_widened, narrow_pair
-from racecore.ops.simd.vectors import VECTOR_BYTES, in_every_lane
+from racecore.ops.simd.half_precision import has_subnormal, load_widened, round_pair_to_bfloat16
+from racecore.ops.simd.vectors import VECTOR_BYTES, splat_ir
 
-__all__ = ["ADD", "NARROW", "OVERWRITE", "STREAM", "Emitter", "store_totals"]
+__all__ = ["ADD", "OVERWRITE", "STREAM", "STREAM_BFLOAT16", "Emitter", "store_totals"]
 
 # What a tile does with its sums. STREAM writes whole vectors around the caches, and NARROW whole
 # cache lines of bfloat16.
-OVERWRITE, ADD, STREAM, NARROW = 0, 1, 2, 3
+OVERWRITE, ADD, STREAM, STREAM_BFLOAT16 = 0, 1, 2, 3
 _FLAGS = ("contract",)  # lets multiply and add fuse, and nothing else
 
 
@@ -73,11 +73,11 @@ class Emitter:
             function, [self.builder.inttoptr(address, pointer), read, second_level, data]
         )
 
-    def load_row(self, base: Any, offset: int, kind: Any, narrow: bool) -> Any:
-        """Load numbers of a row from an element on; `narrow` rows are bfloat16, and widened (in
+    def load_row(self, base: Any, offset: int, kind: Any, is_bfloat16: bool) -> Any:
+        """Load numbers of a row from an element on; `is_bfloat16` rows are bfloat16, and widened (in
         float64 there are none).
         """
-        if not narrow or self.size == 8:
+        if not is_bfloat16 or self.size == 8:
             return self.load(self.address(base, offset), kind)
         return load_widened(
             self.builder, self.builder.add(base, ir.Constant(self.word, 2 * offset))
@@ -86,8 +86,9 @@ class Emitter:
     def store_rows(self, rows: list[list[Any]], base: Any, stride: Any, mode: Any) -> None:
         """Store rows of vectors from an address on, `stride` elements of the target apart."""
         builder = self.builder
-        stream, narrow = (
-            builder.icmp_signed("==", mode, ir.Constant(self.word, m)) for m in (STREAM, NARROW)
+        stream, is_bfloat16 = (
+            builder.icmp_signed("==", mode, ir.Constant(self.word, m))
+            for m in (STREAM, STREAM_BFLOAT16)
         )
 
         def write(how: Any) -> None:
@@ -98,20 +99,20 @@ class Emitter:
         with builder.if_else(stream) as (streams, otherwise):
             with streams:
                 write(self.stream)
-            with otherwise, builder.if_else(narrow) as (narrows, stays):
-                with narrows:
+            with otherwise, builder.if_else(is_bfloat16) as (streams_bfloat16, stays):
+                with streams_bfloat16:
                     if self.size == 4 and len(rows[0]) == 2:
-                        self.narrow_rows(rows, base, stride)
+                        self.store_bfloat16_rows(rows, base, stride)
                 with stays:
                     write(self.store)
 
-    def narrow_rows(self, rows: list[list[Any]], base: Any, stride: Any) -> None:
+    def store_bfloat16_rows(self, rows: list[list[Any]], base: Any, stride: Any) -> None:
         """Store rows of two vectors as cache lines of bfloat16."""
         builder = self.builder
 
         def write(by_instruction: bool) -> None:
             for r, row in enumerate(rows):
-                line = narrow_pair(builder, row[0], row[1], by_instruction)
+                line = round_pair_to_bfloat16(builder, row[0], row[1], by_instruction)
                 self.stream(line, builder.add(base, self.times(stride, 2 * r)))
 
         is_special = has_subnormal(builder, [value for row in rows for value in row])
@@ -135,11 +136,15 @@ class Emitter:
         """Return what is at an address if `mode` is ADD, else zero; NARROW rows are shorter: it
         looks `elsewhere`.
         """
-        narrows = self.builder.icmp_signed("==", mode, ir.Constant(self.word, NARROW))
-        return self.kept(mode, self.load(self.builder.select(narrows, elsewhere, address), kind))
+        streams_bfloat16 = self.builder.icmp_signed(
+            "==", mode, ir.Constant(self.word, STREAM_BFLOAT16)
+        )
+        return self.kept(
+            mode, self.load(self.builder.select(streams_bfloat16, elsewhere, address), kind)
+        )
 
     def splat(self, number: Any, kind: Any = None) -> Any:
-        return in_every_lane(self.builder, number, kind or self.vector)
+        return splat_ir(self.builder, number, kind or self.vector)
 
     def fma(self, a: Any, b: Any, total: Any) -> Any:
         product = self.builder.fmul(a, b, flags=_FLAGS)

@@ -25,7 +25,7 @@ __all__ = [
     "load_half",
     "load_widened",
     "load_widened_pairs",
-    "narrow_pair",
+    "round_pair_to_bfloat16",
     "store_bfloat16",
     "store_half",
     "to_bfloat16",
@@ -75,7 +75,7 @@ class _Words:
 
 def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
     """Return LLVM code for whether any float32 of some vectors is subnormal; None unless
-    `narrow_pair` has its instruction.
+    `round_pair_to_bfloat16` has its instruction.
     """
     if not processor.has("avx512bf16"):
         return None
@@ -90,7 +90,7 @@ def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
     return builder.icmp_unsigned("!=", found, ir.Constant(ir.IntType(16), 0))
 
 
-def narrow_pair(builder: Any, first: Any, second: Any, by_instruction: bool) -> Any:
+def round_pair_to_bfloat16(builder: Any, first: Any, second: Any, by_instruction: bool) -> Any:
     """Return LLVM code for two vectors of float32 rounded to bfloat16: the bits of 32 numbers, a
     whole cache line.
 
@@ -151,11 +151,11 @@ def _round_bfloat16(w: _Words, bits: Any) -> Any:
     return w.builder.select(w.builder.fcmp_unordered("uno", value, value), quiet, rounded)
 
 
-def _narrow_bfloat16(w: _Words, bits: Any) -> Any:
+def _round_to_bfloat16_bits(w: _Words, bits: Any) -> Any:
     return w.right(_round_bfloat16(w, bits), 16)
 
 
-def _narrow_half(w: _Words, bits: Any) -> Any:
+def _round_to_half_bits(w: _Words, bits: Any) -> Any:
     size = w.both(bits, 0x7FFFFFFF)
     odd = w.both(w.right(size, 13), 1)
     normal = w.right(w.builder.add(w.plus(size, 0xFFF - 0x38000000), odd), 13)
@@ -184,7 +184,7 @@ def _loading(widen: Any) -> Any:
     return load
 
 
-def _storing(narrow: Any) -> Any:
+def _storing(is_bfloat16: Any) -> Any:
     """Return an intrinsic that narrows the 16 numbers of a vector of float32 and writes them from
     an address on.
     """
@@ -193,7 +193,7 @@ def _storing(narrow: Any) -> Any:
     def store(typing_context, value, address):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w = _Words(builder, LANES)
-            bits = builder.trunc(narrow(w, w.as_words(arguments[0])), w.halves)
+            bits = builder.trunc(is_bfloat16(w, w.as_words(arguments[0])), w.halves)
             builder.store(bits, builder.inttoptr(arguments[1], w.halves.as_pointer()), align=2)
             return context.get_dummy_value()
 
@@ -221,7 +221,7 @@ def _loading_one(widen: Any) -> Any:
     return load
 
 
-def _storing_one(narrow: Any) -> Any:
+def _storing_one(is_bfloat16: Any) -> Any:
     """Return an intrinsic that narrows one float32 to the bits of a 16-bit number."""
 
     @intrinsic
@@ -232,7 +232,7 @@ def _storing_one(narrow: Any) -> Any:
                 ir.Constant(w.floats, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0)
             )
             bits = builder.extract_element(
-                narrow(w, w.as_words(one)), ir.Constant(ir.IntType(32), 0)
+                is_bfloat16(w, w.as_words(one)), ir.Constant(ir.IntType(32), 0)
             )
             return builder.trunc(bits, ir.IntType(16))
 
@@ -242,6 +242,6 @@ def _storing_one(narrow: Any) -> Any:
 
 
 load_half, load_bfloat16 = _loading(_widen_half), _loading(_widen_bfloat16)
-store_half, store_bfloat16 = _storing(_narrow_half), _storing(_narrow_bfloat16)
+store_half, store_bfloat16 = _storing(_round_to_half_bits), _storing(_round_to_bfloat16_bits)
 from_half, from_bfloat16 = _loading_one(_widen_half), _loading_one(_widen_bfloat16)
-to_half, to_bfloat16 = _storing_one(_narrow_half), _storing_one(_narrow_bfloat16)
+to_half, to_bfloat16 = _storing_one(_round_to_half_bits), _storing_one(_round_to_bfloat16_bits)

@@ -26,15 +26,15 @@ from racecore.ops.simd.vectors import VECTOR_BYTES, lanes
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "NOTHING",
-    "Ahead",
+    "NO_PREFETCH",
+    "PrefetchRows",
     "Rows",
     "Source",
     "accumulate",
-    "ask",
     "expand",
     "is_wide",
     "padded",
+    "prefetch_rows",
     "project",
     "project_wide",
     "rows_of",
@@ -74,7 +74,7 @@ def source_of(x: np.ndarray) -> Source:
     return Source(np.int64(x.ctypes.data), x.shape[1], x.itemsize)
 
 
-class Ahead(NamedTuple):
+class PrefetchRows(NamedTuple):
     """Rows of an input that the next block of tokens will read.
 
     A core has few requests to memory under way at a time, so asking for all of them at once would
@@ -87,19 +87,21 @@ class Ahead(NamedTuple):
     lines: int  # cache lines of a row; 0: there is nothing to ask for
 
 
-NOTHING = Ahead(0, 0, 0)
+NO_PREFETCH = PrefetchRows(0, 0, 0)
 
 
 @helper
-def ask(ahead: Ahead, first: int, last: int) -> None:
+def prefetch_rows(next_rows: PrefetchRows, first: int, last: int) -> None:
     """Ask for rows first ... last - 1."""
     for i in range(first, last):
-        for line in range(ahead.lines):
-            tiles.prefetch(ahead.address + i * ahead.row + line * VECTOR_BYTES)
+        for line in range(next_rows.lines):
+            tiles.prefetch(next_rows.address + i * next_rows.row + line * VECTOR_BYTES)
 
 
 @helper
-def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead: Ahead) -> None:
+def project(
+    m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, next_rows: PrefetchRows
+) -> None:
     """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples
     of 4.
     """
@@ -114,7 +116,7 @@ def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead:
             xi = x.address + x.size * i * x.row
             ci = c.ctypes.data + size * (k * c_row + i)
             if x.size < size:
-                tiles.dot_4x4_narrow(mk, m_row, xi, x.row, ci, c_row, count, like)
+                tiles.dot_4x4_bfloat16(mk, m_row, xi, x.row, ci, c_row, count, like)
             elif k + 4 <= n_rows and i + 4 <= n:
                 tiles.dot_4x4(mk, m_row, xi, x.row, ci, c_row, count, like)
             elif k + 4 <= n_rows:
@@ -125,14 +127,14 @@ def project(m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, ahead:
                 tiles.dot_1x1(mk, m_row, xi, x.row, ci, c_row, count, like)
             step = 4 if i + 4 <= n else 1
             if k == 0:
-                ask(ahead, i, i + step)
+                prefetch_rows(next_rows, i, i + step)
             i += step
         k += 4 if k + 4 <= n_rows else 1
 
 
 @helper
 def project_wide(
-    m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, ahead: Ahead
+    m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, next_rows: PrefetchRows
 ) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
@@ -149,7 +151,7 @@ def project_wide(
         mk = m_t.ctypes.data + size * k
         for i in range(0, n, 8):
             if k == 0:
-                ask(ahead, i, min(i + 8, n))
+                prefetch_rows(next_rows, i, min(i + 8, n))
             xi, ci = x.address + size * i * x.row, c_t.ctypes.data + size * (i * c_row + k)
             if left >= 4:
                 tiles.outer_8x2(xi, x.row, 1, mk, m_row, ci, c_row, count, tiles.OVERWRITE, like)
@@ -203,11 +205,13 @@ def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
         (m.ctypes.data, m.shape[1], m.itemsize),
         (x.address, x.row, x.size),
     )
-    _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NOTHING)
+    _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NO_PREFETCH)
 
 
 @helper
-def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahead: Ahead) -> None:
+def accumulate(
+    c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, next_rows: PrefetchRows
+) -> None:
     """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows.
 
     Rows x may be bfloat16 if there are a multiple of 4 rows k and of 32 columns.
@@ -217,11 +221,11 @@ def accumulate(c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, ahe
         (x.address, x.row, x.size),
         (m.ctypes.data, m.shape[1], m.itemsize),
     )
-    _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, ahead)
+    _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, next_rows)
 
 
 @helper
-def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
+def _product(a, b, c, n_rows, count, width, mode, like, size, next_rows):
     """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode`
     as for a tile.
 
@@ -237,7 +241,9 @@ def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
         while d < width:
             two = d + 2 * step <= width
             if r == 0:
-                ask(ahead, count * d // width, count * min(d + 2 * step, width) // width)
+                prefetch_rows(
+                    next_rows, count * d // width, count * min(d + 2 * step, width) // width
+                )
             tile = (
                 a[0] + size * r * a[1],
                 a[1],
@@ -252,14 +258,14 @@ def _product(a, b, c, n_rows, count, width, mode, like, size, ahead):
             )
             if left >= 8:
                 if b[2] < size:
-                    tiles.outer_8x2_narrow(*tile)
+                    tiles.outer_8x2_bfloat16(*tile)
                 elif two:
                     tiles.outer_8x2(*tile)
                 else:
                     tiles.outer_8x1(*tile)
             elif left >= 4:
                 if b[2] < size:
-                    tiles.outer_4x2_narrow(*tile)
+                    tiles.outer_4x2_bfloat16(*tile)
                 elif two:
                     tiles.outer_4x2(*tile)
                 else:

@@ -22,45 +22,45 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from racecore.ops.simd.emitter import ADD, NARROW, OVERWRITE, STREAM, Emitter, store_totals
+from racecore.ops.simd.emitter import ADD, OVERWRITE, STREAM, STREAM_BFLOAT16, Emitter, store_totals
 from racecore.ops.simd.half_precision import LANES
 from racecore.ops.simd.vectors import VECTOR_BYTES
 
 __all__ = [
     "ADD",
-    "NARROW",
     "OVERWRITE",
     "STREAM",
+    "STREAM_BFLOAT16",
     "copy_row",
     "dot_1x1",
     "dot_1x4",
     "dot_4x1",
     "dot_4x4",
-    "dot_4x4_narrow",
+    "dot_4x4_bfloat16",
     "fence",
-    "narrow_row",
     "outer_1x1",
     "outer_1x2",
     "outer_4x1",
     "outer_4x2",
-    "outer_4x2_narrow",
+    "outer_4x2_bfloat16",
     "outer_8x1",
     "outer_8x2",
-    "outer_8x2_narrow",
+    "outer_8x2_bfloat16",
     "outer_8xhalf",
     "prefetch",
     "scale_words",
+    "stream_bfloat16_row",
     "stream_row",
     "transpose",
     "widen_row",
 ]
 
 
-def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
+def _outer_tile(n_rows: int, n_halves: int, is_bfloat16: bool = False) -> Any:
     """Return a tile that adds a product to n_rows x (n_halves * lanes / 2) numbers; n_halves is 1
     or even.
 
-    The rows of b are bfloat16 if `narrow`. In plain Python, for every row r and column d of the
+    The rows of b are bfloat16 if `is_bfloat16`. In plain Python, for every row r and column d of the
     tile::
 
         total = sum(a[r * a_row + k * a_step] * b[k * b_step + d] for k in range(count))
@@ -82,7 +82,7 @@ def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 row = [
-                    emit.load_row(addresses[1], v * emit.lanes, kind, narrow)
+                    emit.load_row(addresses[1], v * emit.lanes, kind, is_bfloat16)
                     for v in range(n_vectors)
                 ]
                 new = []
@@ -97,7 +97,10 @@ def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
                 return new
 
             start = [ir.Constant(kind, [0.0] * kind.count)] * len(places)
-            steps = [emit.times(a_step, emit.size), emit.times(b_step, 2 if narrow else emit.size)]
+            steps = [
+                emit.times(a_step, emit.size),
+                emit.times(b_step, 2 if is_bfloat16 else emit.size),
+            ]
             sums = emit.loop(count, start, [a, b], steps, step)
             # what was there is added last: shorter chains of additions lose less
             sums = [
@@ -117,10 +120,10 @@ def _outer_tile(n_rows: int, n_halves: int, narrow: bool = False) -> Any:
     return tile
 
 
-def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
+def _dot_tile(n_rows: int, n_columns: int, is_bfloat16: bool = False) -> Any:
     """Return a tile of n_rows x n_columns dot products of rows, over whole vectors.
 
-    The rows x are bfloat16 if `narrow`. In plain Python, for every row r and column i of the tile::
+    The rows x are bfloat16 if `is_bfloat16`. In plain Python, for every row r and column i of the tile::
 
         c[r * c_row + i] = sum(m[r * m_row + d] * x[i * x_row + d] for d in range(count * lanes))
     """
@@ -139,9 +142,9 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
                 new = list(sums)
                 for i in range(n_columns):
                     start = builder.add(
-                        addresses[1], emit.times(x_row, i * (2 if narrow else emit.size))
+                        addresses[1], emit.times(x_row, i * (2 if is_bfloat16 else emit.size))
                     )
-                    column = emit.load_row(start, 0, emit.vector, narrow)
+                    column = emit.load_row(start, 0, emit.vector, is_bfloat16)
                     for r in range(n_rows):
                         new[r * n_columns + i] = emit.fma(rows[r], column, sums[r * n_columns + i])
                 return new
@@ -149,7 +152,7 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             steps = [
                 ir.Constant(emit.word, size)
-                for size in (VECTOR_BYTES, VECTOR_BYTES // (2 if narrow else 1))
+                for size in (VECTOR_BYTES, VECTOR_BYTES // (2 if is_bfloat16 else 1))
             ]
             sums = emit.loop(count, [zero] * (n_rows * n_columns), [m, x], steps, step)
             store_totals(emit, sums, n_columns, c, c_row)
@@ -162,7 +165,7 @@ def _dot_tile(n_rows: int, n_columns: int, narrow: bool = False) -> Any:
 
 @intrinsic
 def scale_words(typing_context, words, factor, offset, out):
-    """Write LANES int64 of `narrow`, offset + factor * words[i], to an address, given that of the
+    """Write LANES int64 of `is_bfloat16`, offset + factor * words[i], to an address, given that of the
     words.
     """
 
@@ -227,7 +230,7 @@ def _row_copy(mode: int, widen: bool = False) -> Any:
     Streaming saves reading the target first. Follow the last one with `fence` before another thread
     may look.
     """
-    vectors_per_line = 2 if mode == NARROW else 1
+    vectors_per_line = 2 if mode == STREAM_BFLOAT16 else 1
 
     @intrinsic
     def copy(typing_context, target, source, count):
@@ -240,8 +243,8 @@ def _row_copy(mode: int, widen: bool = False) -> Any:
                     emit.load_row(addresses[1], v * emit.lanes, emit.vector, widen)
                     for v in range(vectors_per_line)
                 ]
-                if mode == NARROW:
-                    emit.narrow_rows([values], addresses[0], ir.Constant(emit.word, 0))
+                if mode == STREAM_BFLOAT16:
+                    emit.store_bfloat16_rows([values], addresses[0], ir.Constant(emit.word, 0))
                 elif mode == STREAM:
                     emit.stream(values[0], addresses[0])
                 else:
@@ -283,12 +286,12 @@ def prefetch(typing_context, address):
 
 
 copy_row, stream_row = _row_copy(OVERWRITE), _row_copy(STREAM)
-widen_row, narrow_row = _row_copy(OVERWRITE, widen=True), _row_copy(NARROW)
+widen_row, stream_bfloat16_row = _row_copy(OVERWRITE, widen=True), _row_copy(STREAM_BFLOAT16)
 
 # Rows x vectors of sums that fit the registers: 8 x 2 leaves room for one row and a factor.
 outer_8x2, outer_4x2, outer_1x2 = (_outer_tile(rows, 4) for rows in (8, 4, 1))
 outer_8x1, outer_4x1, outer_1x1 = (_outer_tile(rows, 2) for rows in (8, 4, 1))
-outer_8xhalf, outer_8x2_narrow, outer_4x2_narrow = (
+outer_8xhalf, outer_8x2_bfloat16, outer_4x2_bfloat16 = (
     _outer_tile(8, 1),
     _outer_tile(8, 4, True),
     _outer_tile(4, 4, True),
@@ -299,4 +302,4 @@ dot_4x4, dot_1x4, dot_4x1, dot_1x1 = (
     _dot_tile(4, 1),
     _dot_tile(1, 1),
 )
-dot_4x4_narrow = _dot_tile(4, 4, narrow=True)
+dot_4x4_bfloat16 = _dot_tile(4, 4, is_bfloat16=True)

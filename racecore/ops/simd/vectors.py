@@ -41,7 +41,6 @@ __all__ = [
     "floor",
     "fma",
     "highest",
-    "in_every_lane",
     "lanes",
     "load",
     "load_number",
@@ -53,7 +52,8 @@ __all__ = [
     "second_interleaved",
     "select",
     "size_of",
-    "spread",
+    "splat",
+    "splat_ir",
     "store",
     "store_number",
     "store_vector",
@@ -185,17 +185,17 @@ def size_of(typing_context, like):
 
 
 @intrinsic
-def spread(typing_context, number):
+def splat(typing_context, number):
     """Return a vector with the same number in every lane."""
     kind = Vector(number)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return in_every_lane(builder, arguments[0], context.get_value_type(kind))
+        return splat_ir(builder, arguments[0], context.get_value_type(kind))
 
     return kind(number), code
 
 
-def in_every_lane(builder: Any, number: Any, kind: Any) -> Any:
+def splat_ir(builder: Any, number: Any, kind: Any) -> Any:
     """Return LLVM's vector of a kind with the same number in every lane."""
     undefined = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
@@ -426,9 +426,9 @@ def scale_add(typing_context, address, past, a, present):
         pointer = builder.inttoptr(address, kind.as_pointer())
         wide = builder.fpext(value, kind) if a.element == types.float32 else value
         old = builder.fmul(
-            builder.load(pointer, align=8), in_every_lane(builder, past, kind), flags=_FUSE
+            builder.load(pointer, align=8), splat_ir(builder, past, kind), flags=_FUSE
         )
-        new = builder.fmul(wide, in_every_lane(builder, present, kind), flags=_FUSE)
+        new = builder.fmul(wide, splat_ir(builder, present, kind), flags=_FUSE)
         added = builder.fadd(old, new, flags=_FUSE)
         builder.store(added, pointer, align=8)
         return context.get_dummy_value()

@@ -13,7 +13,7 @@ import numpy as np
 from racecore.chunking import SEGMENT
 from racecore.ops.cpu.row_io import describe
 from racecore.ops.simd.products import padded
-from racecore.ops.socket.attend.kernels import ROWS, AttendCall, attend_shares, join_shares
+from racecore.ops.socket.attend.kernels import ROWS, AttendCall, attend_splits, merge_splits
 from racecore.ops.socket.layout import (
     BLOCK_TOKENS,
     DIGIT_VALUES,
@@ -34,10 +34,10 @@ from racecore.ops.socket.score.kernels import (
 )
 from racecore.ops.socket.select.bounds import (
     can_bound,
-    fill_coarse,
+    fill_bound_tables,
     new_call,
     overflows,
-    score_coarse,
+    score_bounds,
 )
 from racecore.ops.socket.select.top_k import add_groups, pick
 from racecore.ops.socket.select.top_k_by_bounds import BOUND_AND_SETTLE, SETTLE
@@ -273,14 +273,14 @@ def _select_by_bounds(
         arguments = picks.some(0, len(pairs))
         run(partial(BOUND_AND_SETTLE[multiplies], coarse, longest, *arguments), len(pairs), 1)
         return not overflows(coarse)
-    run(partial(fill_coarse, coarse), len(pairs), 1)
+    run(partial(fill_bound_tables, coarse), len(pairs), 1)
     if overflows(coarse):
         return False
     room = arrays.empty((at_once, longest), np.float32)
     for start in range(0, len(pairs), at_once):
         some = pairs[start : start + at_once]
         tasks = _score_tasks(keys, some, 1)
-        _run_some(partial(score_coarse, coarse, tasks, room), len(tasks))
+        _run_some(partial(score_bounds, coarse, tasks, room), len(tasks))
         arguments = (room.view(np.int32), start, *picks.some(start, start + len(some)))
         run(partial(SETTLE[multiplies], coarse, *arguments), len(some), 1)
     return True
@@ -391,9 +391,9 @@ def _attend(
             value_dim=value.shape[3],
         )
         sums = np.empty((len(shares), n_tiles, rows, width))
-        _run_some(partial(attend_shares, call, sums), len(shares))
+        _run_some(partial(attend_splits, call, sums), len(shares))
         run(
-            partial(join_shares, call, sums),
+            partial(merge_splits, call, sums),
             len(tiles),
             max(1, _JOINED_AT_ONCE * len(tiles) // max(1, sums.size)),
         )
@@ -410,8 +410,8 @@ def _share(n_tokens: int, n_queries: int) -> int:
     """Return the tokens of a share: whole segments; few shares where there are many tiles, those of
     a prefill.
     """
-    n_shares = _MOST_SHARES if n_queries == 1 else 1
-    return min(max(SEGMENT, -(-n_tokens // (SEGMENT * n_shares)) * SEGMENT), _LONGEST_SHARE)
+    n_splits = _MOST_SHARES if n_queries == 1 else 1
+    return min(max(SEGMENT, -(-n_tokens // (SEGMENT * n_splits)) * SEGMENT), _LONGEST_SHARE)
 
 
 def _padded(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -281,9 +281,9 @@ def attend_dense(
     sequence.
     """
     n_rows = query.shape[1] * query.shape[2] // key.shape[2]
-    n_shares = max(1, _MOST_SHARES * _MAX_ROWS // max(n_rows, _MAX_ROWS))
+    n_splits = max(1, _MOST_SHARES * _MAX_ROWS // max(n_rows, _MAX_ROWS))
     sizes = (
-        -(-lengths // (n_shares * _SHORTEST_SHARE)) * _SHORTEST_SHARE
+        -(-lengths // (n_splits * _SHORTEST_SHARE)) * _SHORTEST_SHARE
     )  # by the length of a sequence alone
     _attend((query, key, value, out), lengths, sizes.clip(_SHORTEST_SHARE, SEGMENT), None)
 
@@ -311,7 +311,7 @@ class _Attention(NamedTuple):
     @property
     def scratch_numbers(self) -> int:
         """Count what a block takes: queries, sums, weights of a group of tokens and factors; see
-        `attend_shares`.
+        `attend_splits`.
         """
         slab = cuda.LANES * self.columns
         wide = sum(
@@ -319,7 +319,7 @@ class _Attention(NamedTuple):
         )
         return self.tile_rows * (wide + _TOKENS + 1)
 
-    def n_shares(self, batches: slice, row: int) -> int:
+    def n_splits(self, batches: slice, row: int) -> int:
         """Return how many shares there are of what a row of an owner sees, at most."""
         later = (
             0 if self.selected is not None else self.tensors[0].shape[1] - 1 - row // self.sharing
@@ -350,7 +350,7 @@ def _attend(
         call = call._replace(tile_rows=_whole_tiles(call.tile_rows // 2))
     on_device = cuda.to_device(lengths), cuda.to_device(sizes)
     bytes_of_row = (
-        n_owners * call.n_shares(slice(batch), n_rows - 1) * (2 + value.shape[3]) * dtype.itemsize
+        n_owners * call.n_splits(slice(batch), n_rows - 1) * (2 + value.shape[3]) * dtype.itemsize
     )
     row_step = max(1, _PARTIAL_BYTES // (batch * bytes_of_row * call.tile_rows)) * call.tile_rows
     batch_step = max(1, _PARTIAL_BYTES // (min(row_step, n_rows) * bytes_of_row))
@@ -366,13 +366,13 @@ def _attend(
 def _attend_rows(call: _Attention, batches: slice, rows: range, lengths: Any, sizes: Any) -> None:
     """Attend with some rows of every owner in some sequences."""
     query, key, value, _ = call.tensors
-    n_batch, n_shares, columns = (
+    n_batch, n_splits, columns = (
         batches.stop - batches.start,
-        call.n_shares(batches, rows[-1]),
+        call.n_splits(batches, rows[-1]),
         call.columns,
     )
-    partial = empty((n_batch, call.n_owners, len(rows), n_shares, 2 + value.shape[3]), call.dtype)
-    blocks = min(n_batch * call.n_owners * -(-len(rows) // call.tile_rows) * n_shares, _MAX_BLOCKS)
+    partial = empty((n_batch, call.n_owners, len(rows), n_splits, 2 + value.shape[3]), call.dtype)
+    blocks = min(n_batch * call.n_owners * -(-len(rows) // call.tile_rows) * n_splits, _MAX_BLOCKS)
     numbers, workspace = call.scratch_numbers, None
     shared = numbers * call.dtype.itemsize
     if shared > _SHARED_BYTES:
@@ -396,16 +396,16 @@ def _attend_rows(call: _Attention, batches: slice, rows: range, lengths: Any, si
             ("sharing", call.sharing),
             ("group", query.shape[2] // key.shape[2]),
             ("tile_rows", call.tile_rows),
-            ("n_shares", n_shares),
+            ("n_splits", n_splits),
             ("n_queries", query.shape[1]),
             ("width", 0 if call.selected is None else call.selected.shape[2]),
             ("head_dim", query.shape[3]),
             ("value_dim", value.shape[3]),
         ]
     )
-    _launch(_ROWS, "attend_shares", query.dtype, columns, blocks, cuda.LANES, shared, record)
+    _launch(_ROWS, "attend_splits", query.dtype, columns, blocks, cuda.LANES, shared, record)
     threads, n_tasks = cuda.LANES * _WAYS, n_batch * call.n_owners * len(rows)
-    _launch(_ROWS, "join_shares", query.dtype, columns, n_tasks, threads, threads * 16, record)
+    _launch(_ROWS, "merge_splits", query.dtype, columns, n_tasks, threads, threads * 16, record)
 
 
 def _columns(*widths: int) -> int:

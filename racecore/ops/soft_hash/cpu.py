@@ -17,8 +17,8 @@ from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
-    NOTHING,
-    Ahead,
+    NO_PREFETCH,
+    PrefetchRows,
     Rows,
     Source,
     accumulate,
@@ -31,7 +31,7 @@ from racecore.ops.simd.products import (
     source_of,
     transpose,
 )
-from racecore.ops.simd.vectors import fma, lanes, load, spread, store, total
+from racecore.ops.simd.vectors import fma, lanes, load, splat, store, total
 from racecore.ops.soft_hash.planes import pad_planes
 from racecore.runtime.jit import helper, kernel
 from racecore.runtime.threads import run
@@ -57,17 +57,17 @@ class Hash(NamedTuple):
 
 
 @helper
-def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, ahead: Ahead) -> None:
+def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, next_rows: PrefetchRows) -> None:
     """Hash n rows x [n, D] into phi [S, n], and ask for the rows that come next.
 
     Element-wise loops run over whole blocks; nobody reads columns past n.
     """
     tanh_u, n_rows = f.factors[0], f.planes.shape[0]
     if is_wide(n_rows):
-        project_wide(f.planes_t, x, n_rows, n, f.u_t, ahead)
+        project_wide(f.planes_t, x, n_rows, n, f.u_t, next_rows)
         transpose(f.u_t, TOKENS, n_rows, tanh_u)
     else:
-        project(f.planes, x, n_rows, n, tanh_u, ahead)
+        project(f.planes, x, n_rows, n, tanh_u, next_rows)
     for k in range(n_rows):
         for i in range(0, n, lanes(phi)):
             store(tanh_u, k, i, tanh(load(tanh_u, k, i)))
@@ -80,7 +80,7 @@ def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
     of it.
     """
     kept, plus, minus = f.factors[0], f.factors[1], f.factors[2]
-    twice_beta, one = spread(f.beta + f.beta), spread(phi.dtype.type(1))
+    twice_beta, one = splat(f.beta + f.beta), splat(phi.dtype.type(1))
     n_rows = f.planes.shape[0]
     for k in range(n_rows):
         for i in range(0, n, lanes(phi)):
@@ -131,7 +131,7 @@ def hash_block_backward(
     [S, n] is overwritten.
     """
     tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
-    n_rows, one = f.planes.shape[0], spread(phi.dtype.type(1))
+    n_rows, one = f.planes.shape[0], splat(phi.dtype.type(1))
     n_planes = n_rows // f.n_tables
     wants_hash = d_hash.shape[0] > 0
     # phi[s] = prod_p plus[p] or minus[p]
@@ -142,7 +142,7 @@ def hash_block_backward(
     # z = 2 * beta * tanh(u); d_u holds the gradient of z / 2
     if wants_hash:
         _add_d_beta(f.d_u, tanh_u, n_rows, n, d_hash)
-    beta = spread(f.beta)
+    beta = splat(f.beta)
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(phi)):
             t = load(tanh_u, k, i)
@@ -152,7 +152,7 @@ def hash_block_backward(
     if wants_hash and d_hash.shape[0] > 1:
         head_dim = (d_hash.shape[0] - 1) // n_rows  # the last number is beta's
         clear_rows(f.d_planes, 0, n_rows)
-        accumulate(f.d_u, x, n_rows, n, f.d_planes, NOTHING)
+        accumulate(f.d_u, x, n_rows, n, f.d_planes, NO_PREFETCH)
         for k in range(n_rows):
             row = d_hash[k * head_dim : (k + 1) * head_dim]
             for d in range(head_dim):
@@ -167,7 +167,7 @@ def _add_d_beta(
     if n < BLOCK:
         clear_columns(d_y, n)
         clear_columns(tanh_u, n)  # 0 * NaN
-    sums = spread(tanh_u.dtype.type(0))
+    sums = splat(tanh_u.dtype.type(0))
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(tanh_u)):
             sums = fma(load(d_y, k, i), load(tanh_u, k, i), sums)
@@ -192,7 +192,7 @@ def _corner_products_backward(
     = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after
     plane.
     """
-    zero = spread(phi.dtype.type(0))
+    zero = splat(phi.dtype.type(0))
     for i in range(0, BLOCK, lanes(phi)):
         for p in range(n_planes):
             half = 1 << (n_planes - 1 - p)
@@ -246,7 +246,7 @@ def _hash_rows(
             for i in range(n):
                 for d in range(head_dim):
                     block[i, d] = x[start + i, m, d]
-            hash_block(f, source_of(block), n, phi, NOTHING)
+            hash_block(f, source_of(block), n, phi, NO_PREFETCH)
             for i in range(n):
                 for s in range(n_buckets):
                     out[start + i, m, s] = phi[s, i]
@@ -287,7 +287,7 @@ def _hash_rows_backward(
             for i in range(n):
                 for s in range(n_buckets):
                     d_phi[s, i] = d_out[start + i, m, s]
-            hash_block(f, source_of(block), n, phi, NOTHING)
+            hash_block(f, source_of(block), n, phi, NO_PREFETCH)
             hash_block_backward(
                 f,
                 d_phi,

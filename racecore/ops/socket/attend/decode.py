@@ -19,33 +19,33 @@ from racecore.ops.cpu.row_io import (
     KEY,
     QUERY,
     VALUE,
-    ask_for_row,
-    can_list,
+    can_gather_rows,
     first_row,
-    is_narrow,
-    list_rows,
+    is_bfloat16,
+    prefetch_row,
     row_bytes,
+    write_row_addresses,
 )
 from racecore.ops.simd.vectors import load_number
 from racecore.ops.socket.attend.gathered_products import (
     CAN_DOT,
     Lists,
     Matrix,
-    accumulate_listed,
-    dot_listed,
+    accumulate_gathered,
+    dot_gathered,
     paired_column,
-    project_listed,
+    project_gathered,
 )
 from racecore.ops.socket.attend.online_softmax import RowSums, flush, weigh_row
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "LISTED",
+    "GATHER_BLOCK",
     "LISTS",
-    "ListedSums",
+    "GatheredSums",
     "arrange_queries",
-    "attend_listed",
-    "can_attend_listed",
+    "attend_gathered",
+    "can_attend_gathered",
     "scale_of",
 ]
 
@@ -53,11 +53,11 @@ LISTS = 3  # of a tile
 _FIRST, _SECOND, _ASKED = np.int64(0), np.int64(1), np.int64(2)
 # tokens of a block: more than elsewhere, as nothing is copied, and every block has to begin and to
 # end
-LISTED = 64
-_LIST = 8 * LISTED  # bytes
+GATHER_BLOCK = 64
+_LIST = 8 * GATHER_BLOCK  # bytes
 
 
-class ListedSums(NamedTuple):
+class GatheredSums(NamedTuple):
     """Scratch of tiles that go through the same tokens, float32."""
 
     q: np.ndarray  # [tiles, R, D]: see `arrange_queries`
@@ -91,25 +91,27 @@ class Where(NamedTuple):
     starts: Any  # addresses of the first token's key and value
     steps: Any  # bytes from a token to the next, of keys and of values
     n_bytes: Any  # of a row
-    narrow: bool  # rows are bfloat16
+    has_bfloat16: bool  # rows are bfloat16
 
 
 @helper
-def can_attend_listed(
+def can_attend_gathered(
     table: np.ndarray, n_queries: int, dims: tuple[int, int], k: np.ndarray, v: np.ndarray
 ) -> bool:
     """Tell whether there is one query, and rows are whole vectors of float32, or pairs of them of
     bfloat16.
     """
     return (
-        n_queries == 1 and can_list(table, KEY, dims[0], k) and can_list(table, VALUE, dims[1], v)
+        n_queries == 1
+        and can_gather_rows(table, KEY, dims[0], k)
+        and can_gather_rows(table, VALUE, dims[1], v)
     )
 
 
 @helper
 def dots_bfloat16(table: np.ndarray) -> bool:
     """Tell whether products of queries and keys are those of bfloat16 with bfloat16."""
-    return CAN_DOT and is_narrow(table, QUERY) and is_narrow(table, KEY)
+    return CAN_DOT and is_bfloat16(table, QUERY) and is_bfloat16(table, KEY)
 
 
 @helper
@@ -127,7 +129,7 @@ def arrange_queries(table: np.ndarray, q: np.ndarray, head_dim: int) -> None:
     for r in range(q.shape[0]):
         for d in range(q.shape[1]):
             q[r, d] *= scale
-    if is_narrow(table, KEY):
+    if is_bfloat16(table, KEY):
         _pair_columns(q)
 
 
@@ -149,7 +151,7 @@ def _pair_columns(x: np.ndarray) -> None:
 
 
 @helper
-def attend_listed(table, places, selected, ends, shape, s, out):
+def attend_gathered(table, places, selected, ends, shape, s, out):
     """Add tokens ends[0] ... ends[1] - 1, or these places of lists of tokens, to float64 sums out
     [tiles, R, 2 + V].
 
@@ -176,7 +178,7 @@ def attend_listed(table, places, selected, ends, shape, s, out):
             flush(
                 n_heads,
                 value_dim,
-                is_narrow(table, VALUE),
+                is_bfloat16(table, VALUE),
                 s.peak[j],
                 s.weight[j],
                 s.sums[j],
@@ -208,16 +210,16 @@ def _where(table, places, selected, s):
     """Return where the rows of the first tile are."""
     b, r, g = places[0]
     tokens = _address(selected[b, r]) if selected.shape[2] > 0 else np.int64(0)
-    steps, narrow = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_narrow(table, KEY)
+    steps, has_bfloat16 = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_bfloat16(table, KEY)
     starts = (first_row(table, KEY, b, g), first_row(table, VALUE, b, g))
-    size = 2 if narrow else 4
+    size = 2 if has_bfloat16 else 4
     return Where(
         _address(s.rows),
         tokens,
         starts,
         steps,
         (size * s.q.shape[2], size * s.sums.shape[2]),
-        narrow,
+        has_bfloat16,
     )
 
 
@@ -226,24 +228,26 @@ def _add_run(rows, first, last, n_tiles, tile):
     """Add tokens first ... last - 1 to all tiles, block by block: neighbouring heads are neighbours
     in memory.
     """
-    for t in range(first, last, LISTED):
-        n, ahead = (
-            min(LISTED, last - t),
-            (rows.steps[0] * (t + LISTED), rows.steps[1] * (t + LISTED)),
+    for t in range(first, last, GATHER_BLOCK):
+        n, next_rows = (
+            min(GATHER_BLOCK, last - t),
+            (rows.steps[0] * (t + GATHER_BLOCK), rows.steps[1] * (t + GATHER_BLOCK)),
         )
         for j in range(n_tiles):
             this, base = _list_at(rows, j, _FIRST), (rows.steps[0] * t, rows.steps[1] * t)
-            if n < LISTED:  # beyond the last token there may be no memory
+            if n < GATHER_BLOCK:  # beyond the last token there may be no memory
                 start_k, start_v = (
                     load_number(this, np.int64(0)),
                     load_number(this + _LIST, np.int64(0)),
                 )
                 this = _list_at(rows, j, _SECOND)
-                list_rows(start_k + base[0], rows.steps[0], 0, n, LISTED, this)
-                list_rows(start_v + base[1], rows.steps[1], 0, n, LISTED, this + _LIST)
+                write_row_addresses(start_k + base[0], rows.steps[0], 0, n, GATHER_BLOCK, this)
+                write_row_addresses(
+                    start_v + base[1], rows.steps[1], 0, n, GATHER_BLOCK, this + _LIST
+                )
                 base = (0, 0)
             _add_block(
-                _tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), ahead)
+                _tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), next_rows)
             )
 
 
@@ -252,26 +256,31 @@ def _add_chosen(rows, first, last, ends, tile):
     """Add places first ... last - 1 of a list of tokens, of which these and others up to ends[1]
     are asked for in order.
     """
-    for t in range(first, last, LISTED):
-        n, left = min(LISTED, last - t), ends[1] - t - LISTED
-        this, ahead = _list_at(rows, 0, t // LISTED % 2), _list_at(rows, 0, 1 - t // LISTED % 2)
+    for t in range(first, last, GATHER_BLOCK):
+        n, left = min(GATHER_BLOCK, last - t), ends[1] - t - GATHER_BLOCK
+        this, next_rows = (
+            _list_at(rows, 0, t // GATHER_BLOCK % 2),
+            _list_at(rows, 0, 1 - t // GATHER_BLOCK % 2),
+        )
         if t == ends[0]:
             _list_chosen(rows, t, n, this)
-            for i in range(LISTED):  # nobody could ask for these in good time
-                ask_for_row(load_number(this + 8 * i, np.int64(0)), rows.n_bytes[0])
-                ask_for_row(load_number(this + _LIST + 8 * i, np.int64(0)), rows.n_bytes[1])
+            for i in range(GATHER_BLOCK):  # nobody could ask for these in good time
+                prefetch_row(load_number(this + 8 * i, np.int64(0)), rows.n_bytes[0])
+                prefetch_row(load_number(this + _LIST + 8 * i, np.int64(0)), rows.n_bytes[1])
         if left > 0:
-            _list_chosen(rows, t + LISTED, min(LISTED, left), ahead)
+            _list_chosen(rows, t + GATHER_BLOCK, min(GATHER_BLOCK, left), next_rows)
         else:
-            ahead = this
-        _add_block(tile, n, _lists(rows, this, (0, 0), ahead, (0, 0)))
+            next_rows = this
+        _add_block(tile, n, _lists(rows, this, (0, 0), next_rows, (0, 0)))
 
 
 @helper
 def _list_chosen(rows, t, n, at):
     """Write where n chosen keys and values are from place t on."""
-    list_rows(rows.starts[0], rows.steps[0], rows.tokens + 8 * t, n, LISTED, at)
-    list_rows(rows.starts[1], rows.steps[1], rows.tokens + 8 * t, n, LISTED, at + _LIST)
+    write_row_addresses(rows.starts[0], rows.steps[0], rows.tokens + 8 * t, n, GATHER_BLOCK, at)
+    write_row_addresses(
+        rows.starts[1], rows.steps[1], rows.tokens + 8 * t, n, GATHER_BLOCK, at + _LIST
+    )
 
 
 @helper
@@ -281,10 +290,10 @@ def _list_at(rows, j, which):
 
 
 @helper
-def _lists(rows, this, base, ahead, ahead_base):
+def _lists(rows, this, base, next_rows, next_base):
     """Return the lists of keys and those of values."""
-    keys = Lists(this, base[0], ahead, ahead_base[0], rows.narrow)
-    return keys, Lists(this + _LIST, base[1], ahead + _LIST, ahead_base[1], rows.narrow)
+    keys = Lists(this, base[0], next_rows, next_base[0], rows.has_bfloat16)
+    return keys, Lists(this + _LIST, base[1], next_rows + _LIST, next_base[1], rows.has_bfloat16)
 
 
 @helper
@@ -304,15 +313,15 @@ def _add_block(tile, n, lists):
     q, c, sums, scale, dots, n_heads, _ = tile
     keys, values = lists
     if dots:
-        dot_listed(q, keys, n_heads, n, c, scale)
+        dot_gathered(q, keys, n_heads, n, c, scale)
     else:
-        project_listed(q, keys, n_heads, n, c)
+        project_gathered(q, keys, n_heads, n, c)
     for r in range(n_heads):
         row = RowSums(
             sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width
         )
         weigh_row(c.address + 4 * r * c.row, n, c.row, row, np.float32(0))
-    accumulate_listed(c, values, n_heads, n, Matrix(sums.values, sums.width))
+    accumulate_gathered(c, values, n_heads, n, Matrix(sums.values, sums.width))
 
 
 @helper
@@ -326,19 +335,24 @@ def _list_a_block(table, places, rows, lists):
     n_tiles = places.shape[0]
     for j in range(n_tiles):
         at = _list_at(rows, j, _FIRST)
-        list_rows(
-            first_row(table, KEY, places[j, 0], places[j, 2]), rows.steps[0], 0, LISTED, LISTED, at
+        write_row_addresses(
+            first_row(table, KEY, places[j, 0], places[j, 2]),
+            rows.steps[0],
+            0,
+            GATHER_BLOCK,
+            GATHER_BLOCK,
+            at,
         )
-        list_rows(
+        write_row_addresses(
             first_row(table, VALUE, places[j, 0], places[j, 2]),
             rows.steps[1],
             0,
-            LISTED,
-            LISTED,
+            GATHER_BLOCK,
+            GATHER_BLOCK,
             at + _LIST,
         )
     for side in range(2):
-        for p in range(n_tiles * LISTED):
-            lists[p // LISTED, _ASKED, side, p % LISTED] = lists[
+        for p in range(n_tiles * GATHER_BLOCK):
+            lists[p // GATHER_BLOCK, _ASKED, side, p % GATHER_BLOCK] = lists[
                 p % n_tiles, _FIRST, side, p // n_tiles
             ]

@@ -30,10 +30,10 @@ __all__ = [
     "CAN_DOT",
     "Lists",
     "Matrix",
-    "accumulate_listed",
-    "dot_listed",
+    "accumulate_gathered",
+    "dot_gathered",
     "paired_column",
-    "project_listed",
+    "project_gathered",
 ]
 
 _AT_ONCE = np.int64(4)  # rows of a tile of dot products
@@ -45,13 +45,13 @@ def paired_column(d: int) -> int:
     return d // 32 * 32 + d % 16 * 2 + d // 16 % 2
 
 
-def _load_line(emit: Emitter, address: Any, narrow: bool) -> list[Any]:
+def _load_line(emit: Emitter, address: Any, is_bfloat16: bool) -> list[Any]:
     """Return the numbers of a cache line of a row: 16 of float32, or 32 of bfloat16 in paired
     order.
     """
     return (
         list(load_widened_pairs(emit.builder, address))
-        if narrow
+        if is_bfloat16
         else [emit.load(address, emit.vector)]
     )
 
@@ -73,20 +73,20 @@ def _ask_for_ends(emit: Emitter, starts: list[Any], lines: Any) -> None:
         emit.prefetch(emit.builder.add(start, last))
 
 
-def _dot_tile(n_queries: int, narrow: bool) -> Any:
+def _dot_tile(n_queries: int, is_bfloat16: bool) -> Any:
     """Return a tile of dot products of `n_queries` float32 rows with four listed rows. In plain
     Python::
 
         c[r * c_row + i] = sum(q[r * q_row + d] * row(base + rows[i])[d] for d in range(64 // itemsize * lines))
 
-    It asks for the same columns of the rows `ahead`, and for the line in which they end.
+    It asks for the same columns of the rows `next_rows`, and for the line in which they end.
     """
-    per_line = 2 if narrow else 1  # vectors
+    per_line = 2 if is_bfloat16 else 1  # vectors
 
     @intrinsic
-    def tile(typing_context, q, q_row, rows, base, ahead, ahead_base, c, c_row, lines):
+    def tile(typing_context, q, q_row, rows, base, next_rows, next_base, c, c_row, lines):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            q, q_row, rows, base, ahead, ahead_base, c, c_row, lines = arguments
+            q, q_row, rows, base, next_rows, next_base, c, c_row, lines = arguments
             emit = Emitter(builder, ir.FloatType())
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
@@ -103,7 +103,7 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
                 new = list(sums)
                 for i in range(4):
                     emit.prefetch(addresses[5 + i])
-                    for v, row in enumerate(_load_line(emit, addresses[1 + i], narrow)):
+                    for v, row in enumerate(_load_line(emit, addresses[1 + i], is_bfloat16)):
                         for r in range(n_queries):
                             new[r * 4 + i] = emit.fma(weights[r][v], row, new[r * 4 + i])
                 return new
@@ -111,7 +111,7 @@ def _dot_tile(n_queries: int, narrow: bool) -> Any:
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             line = ir.Constant(emit.word, VECTOR_BYTES)
             steps = [ir.Constant(emit.word, VECTOR_BYTES * per_line)] + [line] * 8
-            starts = [*_four(emit, rows, base), *_four(emit, ahead, ahead_base)]
+            starts = [*_four(emit, rows, base), *_four(emit, next_rows, next_base)]
             _ask_for_ends(emit, starts[4:], lines)
             sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], steps, step)
             store_totals(emit, sums, 4, c, c_row)
@@ -130,9 +130,9 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
     """
 
     @intrinsic
-    def tile(typing_context, q, q_row, rows, base, ahead, ahead_base, c, c_row, lines, scale):
+    def tile(typing_context, q, q_row, rows, base, next_rows, next_base, c, c_row, lines, scale):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            q, q_row, rows, base, ahead, ahead_base, c, c_row, lines, scale = arguments
+            q, q_row, rows, base, next_rows, next_base, c, c_row, lines, scale = arguments
             emit = Emitter(builder, ir.FloatType())
             words = ir.VectorType(ir.IntType(32), emit.lanes)
             kind = ir.FunctionType(emit.vector, [emit.vector, words, words])
@@ -157,7 +157,7 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
                         )
                 return new
 
-            starts = [*_four(emit, rows, base), *_four(emit, ahead, ahead_base)]
+            starts = [*_four(emit, rows, base), *_four(emit, next_rows, next_base)]
             zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
             line = ir.Constant(emit.word, VECTOR_BYTES)
             _ask_for_ends(emit, starts[4:], lines)
@@ -170,22 +170,22 @@ def _bfloat16_dot_tile(n_queries: int) -> Any:
     return tile
 
 
-def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
+def _outer_tile(n_queries: int, n_vectors: int, is_bfloat16: bool) -> Any:
     """Return a tile that adds weighted listed rows to n_queries x (16 * n_vectors) sums. In plain
     Python::
 
         m[r * m_row + d] += sum(c[r * c_row + i] * row(base + rows[i])[first + d] for i in range(count))
 
-    It asks for the same columns of the rows `ahead`, and for the line in which they end.
+    It asks for the same columns of the rows `next_rows`, and for the line in which they end.
     """
-    lines = n_vectors // 2 if narrow else n_vectors
+    lines = n_vectors // 2 if is_bfloat16 else n_vectors
 
     @intrinsic
-    def tile(typing_context, c, c_row, rows, base, ahead, ahead_base, first, m, m_row, count):
+    def tile(typing_context, c, c_row, rows, base, next_rows, next_base, first, m, m_row, count):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            c, c_row, rows, base, ahead, ahead_base, first, m, m_row, count = arguments
+            c, c_row, rows, base, next_rows, next_base, first, m, m_row, count = arguments
             emit = Emitter(builder, ir.FloatType())
-            offset = builder.mul(first, ir.Constant(emit.word, 2 if narrow else 4))
+            offset = builder.mul(first, ir.Constant(emit.word, 2 if is_bfloat16 else 4))
 
             def lines_of(address: Any, base: Any) -> list[Any]:
                 start = builder.add(emit.load(address, emit.word), builder.add(base, offset))
@@ -198,9 +198,9 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
                 row = [
                     vector
                     for line in lines_of(addresses[1], base)
-                    for vector in _load_line(emit, line, narrow)
+                    for vector in _load_line(emit, line, is_bfloat16)
                 ]
-                asked = lines_of(addresses[2], ahead_base)
+                asked = lines_of(addresses[2], next_base)
                 for line in asked:
                     emit.prefetch(line)
                 _ask_for_ends(emit, asked[-1:], ir.Constant(emit.word, 1))
@@ -225,7 +225,7 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
                 ir.Constant(emit.word, 8),
                 ir.Constant(emit.word, 8),
             ]
-            sums = emit.loop(count, [zero] * len(places), [c, rows, ahead], steps, step)
+            sums = emit.loop(count, [zero] * len(places), [c, rows, next_rows], steps, step)
             for value, place in zip(sums, places, strict=True):
                 emit.store(builder.fadd(emit.load(place, emit.vector), value), place)
             return context.get_dummy_value()
@@ -235,13 +235,13 @@ def _outer_tile(n_queries: int, n_vectors: int, narrow: bool) -> Any:
     return tile
 
 
-_dot_4, _dot_1, _dot_4_narrow, _dot_1_narrow = (
-    _dot_tile(n, narrow) for narrow in (False, True) for n in (4, 1)
+_dot_4, _dot_1, _dot_4_widening, _dot_1_widening = (
+    _dot_tile(n, is_bfloat16) for is_bfloat16 in (False, True) for n in (4, 1)
 )
 _outer_4x4, _outer_1x8, _outer_1x2, _outer_1x1 = (
     _outer_tile(n, v, False) for n, v in ((4, 4), (1, 8), (1, 2), (1, 1))
 )
-_outer_4x4_narrow, _outer_1x8_narrow, _outer_1x2_narrow = (
+_outer_4x4_bfloat16, _outer_1x8_bfloat16, _outer_1x2_bfloat16 = (
     _outer_tile(n, v, True) for n, v in ((4, 4), (1, 8), (1, 2))
 )
 
@@ -262,90 +262,90 @@ class Lists(NamedTuple):
 
     rows: Any
     base: Any
-    ahead: Any
-    ahead_base: Any
-    narrow: bool  # rows are bfloat16
+    next_rows: Any
+    next_base: Any
+    is_bfloat16: bool  # rows are bfloat16
 
 
 @helper
-def dot_listed(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix, scale: Any) -> None:
+def dot_gathered(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix, scale: Any) -> None:
     """c[r, i] = <q[r], rows[i]> * scale of rows of bfloat16, and queries whose bits of bfloat16
     begin each row of q.
     """
     if CAN_DOT:  # else nobody comes here, and the tile could not be compiled
         lines = q.row * 2 // VECTOR_BYTES
         for i in range(0, n, _AT_ONCE):
-            rows, ahead, r = (
+            rows, next_rows, r = (
                 (lists.rows + 8 * i, lists.base),
-                (lists.ahead + 8 * i, lists.ahead_base),
+                (lists.next_rows + 8 * i, lists.next_base),
                 0,
             )
             while r < n_queries:
                 qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
                 if r + 4 <= n_queries:
-                    _dot_4_bfloat16(qr, q.row, *rows, *ahead, cr, c.row, lines, scale)
+                    _dot_4_bfloat16(qr, q.row, *rows, *next_rows, cr, c.row, lines, scale)
                     r += 4
                 else:
-                    _dot_1_bfloat16(qr, q.row, *rows, *ahead, cr, c.row, lines, scale)
+                    _dot_1_bfloat16(qr, q.row, *rows, *next_rows, cr, c.row, lines, scale)
                     r += 1
 
 
 @helper
-def project_listed(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix) -> None:
+def project_gathered(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix) -> None:
     """c[r, i] = <q[r], rows[i]> for r < n_queries and i < n, float32. Lists go on to a multiple of
     four.
     """
-    lines = q.row * (2 if lists.narrow else 4) // VECTOR_BYTES
+    lines = q.row * (2 if lists.is_bfloat16 else 4) // VECTOR_BYTES
     for i in range(0, n, _AT_ONCE):
-        rows, ahead, r = (
+        rows, next_rows, r = (
             (lists.rows + 8 * i, lists.base),
-            (lists.ahead + 8 * i, lists.ahead_base),
+            (lists.next_rows + 8 * i, lists.next_base),
             0,
         )
         while r < n_queries:
             qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
             if r + 4 <= n_queries:
-                if lists.narrow:
-                    _dot_4_narrow(qr, q.row, *rows, *ahead, cr, c.row, lines)
+                if lists.is_bfloat16:
+                    _dot_4_widening(qr, q.row, *rows, *next_rows, cr, c.row, lines)
                 else:
-                    _dot_4(qr, q.row, *rows, *ahead, cr, c.row, lines)
+                    _dot_4(qr, q.row, *rows, *next_rows, cr, c.row, lines)
                 r += 4
             else:
-                if lists.narrow:
-                    _dot_1_narrow(qr, q.row, *rows, *ahead, cr, c.row, lines)
+                if lists.is_bfloat16:
+                    _dot_1_widening(qr, q.row, *rows, *next_rows, cr, c.row, lines)
                 else:
-                    _dot_1(qr, q.row, *rows, *ahead, cr, c.row, lines)
+                    _dot_1(qr, q.row, *rows, *next_rows, cr, c.row, lines)
                 r += 1
 
 
 @helper
-def accumulate_listed(c: Matrix, lists: Lists, n_queries: int, n: int, m: Matrix) -> None:
+def accumulate_gathered(c: Matrix, lists: Lists, n_queries: int, n: int, m: Matrix) -> None:
     """m[r] += sum_i c[r, i] * rows[i] over i < n, for r < n_queries; float32, m.row columns."""
     width, r = m.row, 0
-    rows, ahead = (lists.rows, lists.base), (lists.ahead, lists.ahead_base)
+    rows, next_rows = (lists.rows, lists.base), (lists.next_rows, lists.next_base)
     while r < n_queries:
         d, four, cr = 0, r + 4 <= n_queries and width % 64 == 0, c.address + 4 * r * c.row
         while d < width:
             mr = m.address + 4 * (r * width + d)
             if four:
-                if lists.narrow:
-                    _outer_4x4_narrow(cr, c.row, *rows, *ahead, d, mr, width, n)
+                if lists.is_bfloat16:
+                    _outer_4x4_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 else:
-                    _outer_4x4(cr, c.row, *rows, *ahead, d, mr, width, n)
+                    _outer_4x4(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 d += 64
             elif d + 128 <= width:
-                if lists.narrow:
-                    _outer_1x8_narrow(cr, c.row, *rows, *ahead, d, mr, width, n)
+                if lists.is_bfloat16:
+                    _outer_1x8_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 else:
-                    _outer_1x8(cr, c.row, *rows, *ahead, d, mr, width, n)
+                    _outer_1x8(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 d += 128
             elif d + 32 <= width:
-                if lists.narrow:
-                    _outer_1x2_narrow(cr, c.row, *rows, *ahead, d, mr, width, n)
+                if lists.is_bfloat16:
+                    _outer_1x2_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 else:
-                    _outer_1x2(cr, c.row, *rows, *ahead, d, mr, width, n)
+                    _outer_1x2(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 d += 32
             else:
-                _outer_1x1(cr, c.row, *rows, *ahead, d, mr, width, n)
+                _outer_1x1(cr, c.row, *rows, *next_rows, d, mr, width, n)
                 d += 16
         r += 4 if four else 1

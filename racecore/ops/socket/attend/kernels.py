@@ -17,8 +17,8 @@ import numpy as np
 
 from racecore.chunking import BLOCK, SEGMENT, TOKENS
 from racecore.ops.cpu.row_io import (
-    AS_IT_IS,
-    EITHER,
+    ANY_IN_PLACE,
+    IN_PLACE,
     KEY,
     OUT,
     QUERY,
@@ -26,25 +26,25 @@ from racecore.ops.cpu.row_io import (
     load,
     load_scattered,
     read,
-    rows_ahead,
+    rows_to_prefetch,
     store,
 )
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
-from racecore.ops.simd.products import NOTHING, accumulate, padded, project, rows_of, source_of
+from racecore.ops.simd.products import NO_PREFETCH, accumulate, padded, project, rows_of, source_of
 from racecore.ops.simd.vectors import at
 from racecore.ops.socket.attend.decode import (
-    LISTED,
+    GATHER_BLOCK,
     LISTS,
-    ListedSums,
+    GatheredSums,
     arrange_queries,
-    attend_listed,
-    can_attend_listed,
+    attend_gathered,
+    can_attend_gathered,
     scale_of,
 )
 from racecore.ops.socket.attend.online_softmax import RowSums, clear, flush, weigh_row
 from racecore.runtime.jit import helper, kernel
 
-__all__ = ["ROWS", "AttendCall", "attend_shares", "join_shares"]
+__all__ = ["ROWS", "AttendCall", "attend_splits", "merge_splits"]
 
 ROWS = 32  # of a tile, at most
 
@@ -71,7 +71,7 @@ class AttendCall(NamedTuple):
 
 
 @kernel
-def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
+def attend_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
     """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak,
     weight and weighted values.
     """
@@ -79,8 +79,10 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
     wide_d, wide_v = padded(call.head_dim), padded(call.value_dim)
     q, sums = matrices(n_most, n_rows, wide_d, dtype), matrices(n_most, n_rows, wide_v, dtype)
     k, v = matrices(1, TOKENS, wide_d, dtype)[0], matrices(1, TOKENS, wide_v, dtype)[0]
-    is_listed = can_attend_listed(call.table, call.n_queries, (call.head_dim, call.value_dim), k, v)
-    c = matrices(1, n_rows, LISTED if is_listed else TOKENS, dtype)[0]
+    is_gathered = can_attend_gathered(
+        call.table, call.n_queries, (call.head_dim, call.value_dim), k, v
+    )
+    c = matrices(1, n_rows, GATHER_BLOCK if is_gathered else TOKENS, dtype)[0]
     for j in range(n_most):
         clear_columns(q[j], call.head_dim)
     clear_columns(k, call.head_dim)
@@ -90,23 +92,26 @@ def attend_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) 
         np.empty((n_most, n_rows), dtype),
         np.empty((n_most, n_rows), dtype),
     )
-    rows, places = np.empty((n_most, LISTS, 2, LISTED), np.int64), np.empty((n_most, 3), np.int64)
+    rows, places = (
+        np.empty((n_most, LISTS, 2, GATHER_BLOCK), np.int64),
+        np.empty((n_most, 3), np.int64),
+    )
     for share in range(first, last):
         tile, tile_end, begin, end = call.shares[share]
         for j in range(tile_end - tile):
             places[j, 0], places[j, 1], places[j, 2] = _place(call, tile + j)
             _read_queries(call, tile + j, q[j])
-            if is_listed:
+            if is_gathered:
                 arrange_queries(call.table, q[j, : call.heads_per_tile], call.head_dim)
             else:
                 q[j, : _n_rows(call, tile + j)] *= dtype.type(scale_of(call.head_dim))
             clear(partial[share, j])
-        if is_listed:
+        if is_gathered:
             n, shape = tile_end - tile, (call.heads_per_tile, call.value_dim)
-            scratch = ListedSums(
+            scratch = GatheredSums(
                 q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows
             )
-            attend_listed(
+            attend_gathered(
                 call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share]
             )
             continue
@@ -144,7 +149,7 @@ def _add_block(call, tile, t, n, q, k, v, c, keep, peak, weight, sums):
     for r in range(n_rows):  # a row must not touch the values of tokens that it does not see
         seen = min(n, _seen(call, tile, r) - t)
         if seen > 0:
-            accumulate(c[r : r + 1], values, 1, seen, sums[r : r + 1], NOTHING)
+            accumulate(c[r : r + 1], values, 1, seen, sums[r : r + 1], NO_PREFETCH)
 
 
 @helper
@@ -194,15 +199,20 @@ def _rows(call, tile, t, n, n_rows, k, v, keep):
     if call.selected.shape[2] > 0:
         load_scattered(call.table, KEY, b, g, call.selected[b, r], t, n, call.head_dim, k)
         load_scattered(call.table, VALUE, b, g, call.selected[b, r], t, n, call.value_dim, v)
-        return source_of(k), source_of(v), NOTHING, NOTHING
+        return source_of(k), source_of(v), NO_PREFETCH, NO_PREFETCH
     # a product takes bfloat16 as it is only if it has a whole number of register tiles
-    straight = EITHER if n_rows % 4 == 0 else AS_IT_IS
-    keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, keep, straight)
+    read_mode = ANY_IN_PLACE if n_rows % 4 == 0 else IN_PLACE
+    keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, keep, read_mode)
     if _seen(call, tile, 0) - t < n:  # row by row, then
-        straight = AS_IT_IS
-    values = read(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep, straight)
-    next_k = rows_ahead(call.table, KEY, (b, t + BLOCK, g), call.head_dim)
-    return keys, values, next_k, rows_ahead(call.table, VALUE, (b, t + BLOCK, g), call.value_dim)
+        read_mode = IN_PLACE
+    values = read(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep, read_mode)
+    next_k = rows_to_prefetch(call.table, KEY, (b, t + BLOCK, g), call.head_dim)
+    return (
+        keys,
+        values,
+        next_k,
+        rows_to_prefetch(call.table, VALUE, (b, t + BLOCK, g), call.value_dim),
+    )
 
 
 @helper
@@ -224,7 +234,7 @@ def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
 
 
 @kernel
-def join_shares(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
+def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
     """Write the outputs of tiles first ... last - 1: their shares, put together in order."""
     row = matrices(1, 1, padded(call.value_dim), call.like.dtype)[0]
     sums = np.empty(2 + call.value_dim)

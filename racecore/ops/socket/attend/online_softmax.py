@@ -27,7 +27,7 @@ from racecore.ops.simd.vectors import (
     scale_add,
     second_interleaved,
     size_of,
-    spread,
+    splat,
     store_number,
     store_vector,
     total,
@@ -72,7 +72,7 @@ def weigh_row(c: int, n: int, room: int, sums: RowSums, like: Any) -> None:
     if not top <= peak:
         _raise_peak(top, peak, sums, like)
         peak = top
-    base = spread(peak)
+    base = splat(peak)
     added = base - base
     for place in range(c, end, VECTOR_BYTES):
         share = exp_of_nonpositive(load_vector(place, like) - base)
@@ -95,7 +95,7 @@ def _raise_peak(top: Any, peak: Any, sums: RowSums, like: Any) -> None:
         factor = math.exp(peak - top)
         store_number(weight * factor, sums.weight, like)
         for place in range(sums.values, sums.values + size_of(like) * sums.width, VECTOR_BYTES):
-            store_vector(load_vector(place, like) * spread(factor), place)
+            store_vector(load_vector(place, like) * splat(factor), place)
     store_number(top, sums.peak, like)
 
 

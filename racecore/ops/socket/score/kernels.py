@@ -12,8 +12,8 @@ from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, matrices
-from racecore.ops.simd.products import NOTHING, padded, project, source_of
-from racecore.ops.simd.vectors import at, float_of, lanes, spread, store
+from racecore.ops.simd.products import NO_PREFETCH, padded, project, source_of
+from racecore.ops.simd.vectors import at, float_of, lanes, splat, store
 from racecore.ops.simd.vectors import load as load_vector
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
 from racecore.ops.socket.score.lookup_tile import score_tile
@@ -69,7 +69,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
             for t in range(begin, end, BLOCK):
                 n = min(BLOCK, end - t)
                 load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
-                project(call.planes[own], source_of(x), n_rows, n, u, NOTHING)
+                project(call.planes[own], source_of(x), n_rows, n, u, NO_PREFETCH)
                 _write_codes(
                     u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g]
                 )
@@ -156,7 +156,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
                     x[i : i + 1],
                     keep,
                 )
-            project(x, source_of(call.planes[own]), n, n_rows, u[0], NOTHING)
+            project(x, source_of(call.planes[own]), n, n_rows, u[0], NO_PREFETCH)
             _worth_of_bits(u, n, n_rows, call.kind, dtype.type(call.factor))
             for i in range(n):
                 _fill_digits(
@@ -169,11 +169,11 @@ def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -
     """Given projections u[0] [n, L*P], write what a set bit of a key is worth to u[1], an unset one
     to u[2].
     """
-    one = spread(u.dtype.type(1))
+    one = splat(u.dtype.type(1))
     for i in range(n):
         if kind == _SOFT:
             for c in range(0, n_rows, lanes(u)):
-                high, low = sigmoids(tanh(load_vector(u[0], i, c)) * spread(factor), one)
+                high, low = sigmoids(tanh(load_vector(u[0], i, c)) * splat(factor), one)
                 store(u[1], i, c, high)
                 store(u[2], i, c, low)
         else:

@@ -5,8 +5,8 @@ Why: an exact score asks two registers of float32 for every table, key and query
 are far from the best, and of those a rough score tells. The heads of a group, added up, have one
 number for each of the 256 codes of a table. It is cut to 14 bits: two planes of 7, each of 256
 bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at once.
-The sums are whole numbers, so how far they can be from the scores is known. `fill_coarse` makes the
-tables, `score_coarse` upper bounds, and `settling` picks by them.
+The sums are whole numbers, so how far they can be from the scores is known. `fill_bound_tables` makes the
+tables, `score_bounds` upper bounds, and `settling` picks by them.
 
 How: as in `ops.simd.tiles`. What the tile does is said in plain Python beside it. Only processors
 with AVX-512 VBMI can run it; for others `can_bound` says no, and everything is scored exactly.
@@ -22,20 +22,20 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.ops.simd.emitter import Emitter
-from racecore.ops.simd.vectors import at, highest, lanes, load_vector, maximum, spread, store_vector
+from racecore.ops.simd.vectors import at, highest, lanes, load_vector, maximum, splat, store_vector
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.score.lookup_tile import norms_of
 from racecore.runtime import arrays, processor
 from racecore.runtime.jit import helper, kernel
 
 __all__ = [
-    "CoarseCall",
+    "BoundCall",
     "can_bound",
-    "fill_coarse",
+    "fill_bound_tables",
     "fits",
     "new_call",
     "overflows",
-    "score_coarse",
+    "score_bounds",
 ]
 
 _CODES = 256  # of a table of at most eight planes
@@ -51,7 +51,7 @@ _AT_ONCE = (
 _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (8, 16))
 
 
-class CoarseCall(NamedTuple):
+class BoundCall(NamedTuple):
     """What coarse scores need. A row is a key/value head of a sequence."""
 
     tables: np.ndarray  # float32 [B, H, L, 2, 16]
@@ -106,7 +106,7 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     )
 
 
-def _coarse_tile(n_blocks: int) -> Any:
+def _bound_tile(n_blocks: int) -> Any:
     """Return a tile that scores `n_blocks` blocks of 64 tokens. In plain Python::
 
         for i in range(64 * n_blocks):
@@ -196,19 +196,19 @@ def _in_order(builder: Any, total: Any, odd: Any) -> list[Any]:
     ]
 
 
-_some, _one = _coarse_tile(_AT_ONCE), _coarse_tile(1)
+_some, _one = _bound_tile(_AT_ONCE), _bound_tile(1)
 
 
 def new_call(
     tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.ndarray, multiplies: bool
-) -> CoarseCall:
+) -> BoundCall:
     """Return a call with room for the tables of all key/value heads."""
     n_rows = len(tables) * n_kv_heads
     planes = arrays.empty((n_rows, tables.shape[2], _PLANES, _CODES), np.uint8)
-    return CoarseCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
+    return BoundCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
 
 
-def overflows(call: CoarseCall) -> bool:
+def overflows(call: BoundCall) -> bool:
     """Tell whether scores are so large that bounds of them could be infinite, or are not finite at
     all.
     """
@@ -216,13 +216,13 @@ def overflows(call: CoarseCall) -> bool:
 
 
 @helper
-def fits(call: CoarseCall, row: int) -> bool:
+def fits(call: BoundCall, row: int) -> bool:
     """Tell of one row that they are not."""
     return call.numbers[row, 3] < _LARGEST
 
 
 @kernel
-def fill_coarse(call: CoarseCall, first: int, last: int) -> None:
+def fill_bound_tables(call: BoundCall, first: int, last: int) -> None:
     """Fill `planes` and `numbers` of rows first ... last - 1, each of neighbouring heads."""
     n_heads, n_tables = call.tables.shape[1:3]
     group = len(call.tables) * n_heads // call.planes.shape[0]
@@ -254,7 +254,7 @@ def _add_table(digits: np.ndarray, multiplies: bool, worth: np.ndarray) -> None:
     low = load_vector(digits.ctypes.data, np.float32(0))
     for high in range(digits.shape[1]):
         place = worth.ctypes.data + 64 * high
-        more = spread(digits[1, high])
+        more = splat(digits[1, high])
         value = low * more if multiplies else low + more
         store_vector(load_vector(place, np.float32(0)) + value, place)
 
@@ -275,7 +275,7 @@ def _size(digits: np.ndarray, multiplies: bool) -> float:
 @helper
 def _range(worth: np.ndarray) -> tuple[Any, Any]:
     """Return the lowest and the highest number of a table."""
-    zero = spread(np.float32(0))
+    zero = splat(np.float32(0))
     high = load_vector(worth.ctypes.data, np.float32(0))
     negated = zero - high
     for code in range(lanes(worth), _CODES, lanes(worth)):
@@ -289,11 +289,11 @@ def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -
     """Write the 14 bits of every number, seven to each plane."""
     per_step = np.float32(1) / step
     for table in range(planes.shape[0]):
-        low, place = spread(lows[table]), planes[table].ctypes.data
+        low, place = splat(lows[table]), planes[table].ctypes.data
         for code in range(0, _CODES, lanes(worth)):
             value = load_vector(at(worth, table, code), np.float32(0)) - low
             _store_halves(
-                value * spread(per_step) + spread(np.float32(0.5)),
+                value * splat(per_step) + splat(np.float32(0.5)),
                 place + code,
                 place + _CODES + code,
             )
@@ -323,8 +323,8 @@ def _store_halves(typing_context, value, high, low):
 
 
 @kernel
-def score_coarse(
-    call: CoarseCall, tasks: np.ndarray, out: np.ndarray, first: int, last: int
+def score_bounds(
+    call: BoundCall, tasks: np.ndarray, out: np.ndarray, first: int, last: int
 ) -> None:
     """Write upper bounds of scores to rows of out [rows, tokens], whole blocks of 64.
 

@@ -15,17 +15,25 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from racecore.ops.simd.vectors import in_every_lane
+from racecore.ops.simd.vectors import splat_ir
 from racecore.runtime import processor
 from racecore.runtime.jit import helper, kernel
 
-__all__ = ["NOBODY", "add_groups", "candidates", "key_of", "limit_of", "pick", "write_selected"]
+__all__ = [
+    "LOWEST_KEY",
+    "add_groups",
+    "candidates",
+    "key_of",
+    "pick",
+    "threshold_of",
+    "write_selected",
+]
 
 _SAMPLE = 2048
 _RADIX_BITS = 11
 _LANES = 16
 _CAN_COMPRESS = processor.has("avx512f")  # processors then write the chosen of 16 lanes at once
-NOBODY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody reaches it
+LOWEST_KEY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody reaches it
 
 
 @kernel
@@ -61,7 +69,7 @@ def pick(
     for row in range(first, last):
         n, budget = lengths[row], min(budgets[row], lengths[row])
         tokens, keys, _ = candidates(scores[row], n, budget)
-        limit, n_equal = limit_of(keys, len(keys), budget)
+        limit, n_equal = threshold_of(keys, len(keys), budget)
         counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
 
 
@@ -120,12 +128,12 @@ def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.
     bar, the third result.
     """
     if budget <= 0:
-        return np.empty(0, np.int64), np.empty(0, np.int64), NOBODY
+        return np.empty(0, np.int64), np.empty(0, np.int64), LOWEST_KEY
     bar, room = _bar(scores, n, budget)
     tokens = np.empty(room + _LANES, np.int64)
     found = _note(scores, n, bar, tokens)
     if found < budget or found > room:  # the sample has misled
-        bar, tokens = NOBODY, np.empty(n + _LANES, np.int64)
+        bar, tokens = LOWEST_KEY, np.empty(n + _LANES, np.int64)
         found = _note(scores, n, bar, tokens)
     keys = np.empty(found, np.int64)
     for c in range(found):
@@ -172,7 +180,7 @@ def _who_reaches(builder: Any, address: Any, bar: Any, size: int) -> Any:
     kind = ir.VectorType(element, _LANES)
     values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
     number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
-    return builder.fcmp_unordered(">=", values, in_every_lane(builder, number, kind))
+    return builder.fcmp_unordered(">=", values, splat_ir(builder, number, kind))
 
 
 @intrinsic
@@ -204,7 +212,7 @@ def _append_reaching(typing_context, address, bar, like, first, out):
             builder.call(function, [numbers, numbers, reaches]),
             ir.VectorType(ir.IntType(64), _LANES),
         )
-        tokens = builder.add(wide, in_every_lane(builder, first, wide.type))
+        tokens = builder.add(wide, splat_ir(builder, first, wide.type))
         builder.store(tokens, builder.inttoptr(out, tokens.type.as_pointer()), align=8)
         return builder.zext(
             builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64)
@@ -230,12 +238,12 @@ def _bar(scores: np.ndarray, n: int, budget: int) -> tuple[Any, int]:
     """
     share = budget / max(n, 1)
     if n < 2 * _SAMPLE or share > 0.5:
-        return NOBODY, n
+        return LOWEST_KEY, n
     sample = np.empty(_SAMPLE, np.int64)
     for i in range(_SAMPLE):
         sample[i] = key_of(np.int64(scores[i * n // _SAMPLE]), scores.itemsize == 8)
     rank = _surely_more(share * _SAMPLE)
-    limit, _ = limit_of(sample, _SAMPLE, int(rank))
+    limit, _ = threshold_of(sample, _SAMPLE, int(rank))
     return limit, min(n, int(_surely_more(rank) / _SAMPLE * n) + 1)
 
 
@@ -246,7 +254,7 @@ def _surely_more(count: float) -> float:
 
 
 @helper
-def limit_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
+def threshold_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     """Return the rank-th largest of n keys, and how many of those equal to it belong to the `rank`
     largest.
     """

@@ -16,8 +16,14 @@ import numpy as np
 from racecore.ops.simd.vectors import bits_of, float_of
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.score.kernels import block_scorer, norm_of
-from racecore.ops.socket.select.bounds import fill_coarse, fits, score_coarse
-from racecore.ops.socket.select.top_k import NOBODY, candidates, key_of, limit_of, write_selected
+from racecore.ops.socket.select.bounds import fill_bound_tables, fits, score_bounds
+from racecore.ops.socket.select.top_k import (
+    LOWEST_KEY,
+    candidates,
+    key_of,
+    threshold_of,
+    write_selected,
+)
 from racecore.runtime.jit import helper, kernel
 
 __all__ = ["BOUND_AND_SETTLE", "SETTLE"]
@@ -73,7 +79,7 @@ def _row_settler(multiplies: bool) -> Any:
         """
         budget = min(most, n)
         tokens, keys, bar = candidates(highs, n, budget)
-        limit, _ = limit_of(keys, len(keys), budget)
+        limit, _ = threshold_of(keys, len(keys), budget)
         lows, lowest = _lower_bounds(call, row, highs, tokens, keys, limit)
         if lowest < bar:  # then others may matter than those that reached the bar
             tokens, keys, bar = candidates(highs, n, n)
@@ -86,7 +92,7 @@ def _row_settler(multiplies: bool) -> Any:
         n_in = _decide(lows, limit, lowest, keys)
         open_keys = np.empty(n_open, np.int64)
         score_undecided(call, row, tokens, undecided, keys, open_keys)
-        limit, n_equal = limit_of(open_keys, n_open, budget - n_in)
+        limit, n_equal = threshold_of(open_keys, n_open, budget - n_in)
         return write_selected(tokens, keys, limit, n_equal, n, ends, out)
 
     return settle_row
@@ -115,7 +121,7 @@ def _decide(lows: np.ndarray, limit: int, lowest: int, keys: np.ndarray) -> Any:
     """
     n_in = np.int64(0)
     for c in range(len(keys)):
-        key = keys[c] if keys[c] >= lowest else NOBODY
+        key = keys[c] if keys[c] >= lowest else LOWEST_KEY
         keys[c] = _IN if lows[c] > limit else key
         n_in += 1 if lows[c] > limit else 0
     return n_in
@@ -157,11 +163,11 @@ def _bound_and_settle_kernel(settle_row: Any, variant: str) -> Any:
         bounds, tasks = np.empty((1, longest), np.float32), np.zeros((1, 5), np.int64)
         highs = bounds[0].view(np.int32)
         for row in range(first, last):
-            fill_coarse(call, row, row + 1)
+            fill_bound_tables(call, row, row + 1)
             if fits(call, row):
                 tasks[0, 0], tasks[0, 1] = divmod(row, call.codes.shape[1])
                 tasks[0, 3] = -(-lengths[row] // BLOCK_TOKENS)
-                score_coarse(call, tasks, bounds, 0, 1)
+                score_bounds(call, tasks, bounds, 0, 1)
                 counts[row] = settle_row(
                     call, row, highs, lengths[row], budgets[row], ends, selected[row]
                 )
