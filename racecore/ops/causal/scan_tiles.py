@@ -27,8 +27,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.chunking import BLOCK
-from racecore.ops.simd.emitter import ADD, OVERWRITE, Emitter
+from racecore.ops.simd.emitter import Emitter
 from racecore.ops.simd.products import PrefetchRows, Rows, Source, prefetch_rows
+from racecore.ops.simd.tile_sums import ADD, OVERWRITE, kept, load_row, store_rows
 from racecore.ops.simd.vectors import lanes
 from racecore.runtime.jit import helper
 
@@ -120,7 +121,7 @@ def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
             def token(addresses: list[Any], state: list[Any]) -> list[Any]:
                 a, b, x, y, z = addresses
                 row = [
-                    emit.load_row(x, v * emit.lanes, emit.vector, is_bfloat16)
+                    load_row(emit, x, v * emit.lanes, emit.vector, is_bfloat16)
                     for v in range(n_vectors)
                 ]
                 old = [
@@ -128,7 +129,7 @@ def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
                     for v in range(n_vectors)
                 ]
                 state = list(state)
-                chains = _Chains(emit, [emit.kept(keep, value) for value in old], n_rows)
+                chains = _Chains(emit, [kept(emit, keep, value) for value in old], n_rows)
                 for r in range(n_rows):
                     weight = emit.splat(emit.load(emit.address(a, r * BLOCK), emit.element))
                     for v in range(n_vectors):
@@ -138,7 +139,7 @@ def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
                     chains.add(
                         r, emit.splat(emit.load(emit.address(b, r * BLOCK), emit.element)), state
                     )
-                emit.store_rows([chains.sums()], z, z_step, mode)
+                store_rows(emit, [chains.sums()], z, z_step, mode)
                 return state
 
             start = [emit.load(place(source, r, v), emit.vector) for r, v in places]
@@ -202,7 +203,7 @@ def _weights_tile(n_halves: int) -> Any:
                 ]
                 old = [emit.load(emit.address(c, v * emit.lanes), kind) for v in range(n_vectors)]
                 state = list(state)
-                chains = _Chains(emit, [emit.kept(keep, value) for value in old], _ROWS)
+                chains = _Chains(emit, [kept(emit, keep, value) for value in old], _ROWS)
                 for r in range(_ROWS):
                     added = emit.splat(emit.load(emit.address(x, r), emit.element), kind)
                     for v in range(n_vectors):

@@ -22,9 +22,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from racecore.ops.simd.emitter import ADD, OVERWRITE, STREAM, STREAM_BFLOAT16, Emitter, store_totals
+from racecore.ops.simd.emitter import VECTOR_BYTES, Emitter
 from racecore.ops.simd.half_precision import LANES
-from racecore.ops.simd.vectors import VECTOR_BYTES
+from racecore.ops.simd.tile_sums import (
+    ADD,
+    OVERWRITE,
+    STREAM,
+    STREAM_BFLOAT16,
+    kept_at,
+    load_row,
+    store_bfloat16_rows,
+    store_rows,
+    store_totals,
+)
 
 __all__ = [
     "ADD",
@@ -82,7 +92,7 @@ def _outer_tile(n_rows: int, n_halves: int, is_bfloat16: bool = False) -> Any:
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 row = [
-                    emit.load_row(addresses[1], v * emit.lanes, kind, is_bfloat16)
+                    load_row(emit, addresses[1], v * emit.lanes, kind, is_bfloat16)
                     for v in range(n_vectors)
                 ]
                 new = []
@@ -104,12 +114,12 @@ def _outer_tile(n_rows: int, n_halves: int, is_bfloat16: bool = False) -> Any:
             sums = emit.loop(count, start, [a, b], steps, step)
             # what was there is added last: shorter chains of additions lose less
             sums = [
-                builder.fadd(emit.kept_at(mode, p, b, kind), s)
+                builder.fadd(kept_at(emit, mode, p, b, kind), s)
                 for p, s in zip(places, sums, strict=True)
             ]
             if n_halves > 1:
                 rows = [sums[r * n_vectors : (r + 1) * n_vectors] for r in range(n_rows)]
-                emit.store_rows(rows, c, c_row, mode)
+                store_rows(emit, rows, c, c_row, mode)
             else:
                 for value, place in zip(sums, places, strict=True):
                     emit.store(value, place)
@@ -144,7 +154,7 @@ def _dot_tile(n_rows: int, n_columns: int, is_bfloat16: bool = False) -> Any:
                     start = builder.add(
                         addresses[1], emit.times(x_row, i * (2 if is_bfloat16 else emit.size))
                     )
-                    column = emit.load_row(start, 0, emit.vector, is_bfloat16)
+                    column = load_row(emit, start, 0, emit.vector, is_bfloat16)
                     for r in range(n_rows):
                         new[r * n_columns + i] = emit.fma(rows[r], column, sums[r * n_columns + i])
                 return new
@@ -240,11 +250,11 @@ def _row_copy(mode: int, widen: bool = False) -> Any:
 
             def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
                 values = [
-                    emit.load_row(addresses[1], v * emit.lanes, emit.vector, widen)
+                    load_row(emit, addresses[1], v * emit.lanes, emit.vector, widen)
                     for v in range(vectors_per_line)
                 ]
                 if mode == STREAM_BFLOAT16:
-                    emit.store_bfloat16_rows([values], addresses[0], ir.Constant(emit.word, 0))
+                    store_bfloat16_rows(emit, [values], addresses[0], ir.Constant(emit.word, 0))
                 elif mode == STREAM:
                     emit.stream(values[0], addresses[0])
                 else:

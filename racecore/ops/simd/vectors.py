@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
+from racecore.ops.simd.emitter import VECTOR_BYTES
 from racecore.runtime.jit import helper, inlined
 
 __all__ = [
@@ -62,7 +63,6 @@ __all__ = [
     "widen_add",
 ]
 
-VECTOR_BYTES = 64
 _FUSE = ("contract",)  # lets multiply and add fuse, and nothing else
 
 
