@@ -22,7 +22,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.ops.simd.emitter import Emitter
-from racecore.ops.simd.vectors import at, highest, lanes, load_vector, maximum, splat, store_vector
+from racecore.ops.simd.vectors import (
+    address_of,
+    highest,
+    lanes,
+    load_vector,
+    maximum,
+    splat,
+    store_vector,
+)
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.score.lookup_tile import norms_of
 from racecore.runtime import arrays, processor
@@ -291,7 +299,7 @@ def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -
     for table in range(planes.shape[0]):
         low, place = splat(lows[table]), planes[table].ctypes.data
         for code in range(0, _CODES, lanes(worth)):
-            value = load_vector(at(worth, table, code), np.float32(0)) - low
+            value = load_vector(address_of(worth, table, code), np.float32(0)) - low
             _store_halves(
                 value * splat(per_step) + splat(np.float32(0.5)),
                 place + code,
@@ -344,7 +352,7 @@ def score_bounds(
         while block < end:
             codes = call.codes[b, g, block].ctypes.data
             norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-            place = at(out, row, block * BLOCK_TOKENS)
+            place = address_of(out, row, block * BLOCK_TOKENS)
             if block + _AT_ONCE <= end:
                 _some(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
                 block += _AT_ONCE
