@@ -1,7 +1,8 @@
-"""The 16-bit formats: float16 and bfloat16 to float32 and back, as vectors and one by one.
+"""Half precision, float16 and bfloat16: widened to float32 and rounded from it, as vectors and one
+by one.
 
-Widening is exact; narrowing rounds to nearest, ties to even. Integer operations do both, so this
-needs no special instructions and no rounding mode. The plain twin is `array.astype`.
+Widening is exact; rounding is to nearest, ties to even. Integer operations do both, so this needs
+no special instructions and no rounding mode. The plain twin is `array.astype`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.ops.simd.vectors import Vector
 from racecore.runtime import processor
 
@@ -32,14 +33,14 @@ __all__ = [
     "to_half",
 ]
 
-LANES = 16  # numbers that a vector operation of this module converts
+LANES = 16  # numbers that a vector operation of this module converts: a vector of float32
 
 
 class _Words:
-    """LLVM code on 32-bit words, `n` of them at once."""
+    """LLVM code on vectors of `n` 32-bit words, the bits of float32 numbers."""
 
-    def __init__(self, builder: Any, n: int) -> None:
-        self.builder = builder
+    def __init__(self, emit: Emitter, n: int = LANES) -> None:
+        self.builder = emit.builder
         self.n = n
         self.words = ir.VectorType(ir.IntType(32), n)
         self.halves = ir.VectorType(ir.IntType(16), n)
@@ -51,11 +52,11 @@ class _Words:
     def real(self, value: float) -> Any:
         return ir.Constant(self.floats, [float(np.float32(value))] * self.n)
 
-    def both(self, a: Any, mask: int) -> Any:
+    def masked(self, a: Any, mask: int) -> Any:
         return self.builder.and_(a, self.constant(mask))
 
-    def above(self, a: Any, limit: int) -> Any:
-        return self.builder.icmp_unsigned(">", a, self.constant(limit))
+    def above(self, a: Any, threshold: int) -> Any:
+        return self.builder.icmp_unsigned(">", a, self.constant(threshold))
 
     def right(self, a: Any, bits: int) -> Any:
         return self.builder.lshr(a, self.constant(bits))
@@ -73,7 +74,7 @@ class _Words:
         return self.builder.bitcast(a, self.words)
 
 
-def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
+def has_subnormal(emit: Emitter, vectors: list[Any]) -> Any | None:
     """Return LLVM code for whether any float32 of some vectors is subnormal; None unless
     `round_pair_to_bfloat16` has its instruction.
     """
@@ -81,72 +82,80 @@ def has_subnormal(builder: Any, vectors: list[Any]) -> Any | None:
         return None
     kind = ir.FunctionType(ir.IntType(16), [vectors[0].type])
     masks = [
-        builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False)
+        # 0x20: the class of subnormal numbers
+        emit.builder.asm(kind, "vfpclassps $$0x20, $1, $0", "=k,v", [vector], False)
         for vector in vectors
     ]
     found = masks[0]
     for mask in masks[1:]:
-        found = builder.or_(found, mask)
-    return builder.icmp_unsigned("!=", found, ir.Constant(ir.IntType(16), 0))
+        found = emit.builder.or_(found, mask)
+    return emit.builder.icmp_unsigned("!=", found, ir.Constant(ir.IntType(16), 0))
 
 
-def round_pair_to_bfloat16(builder: Any, first: Any, second: Any, by_instruction: bool) -> Any:
+def round_pair_to_bfloat16(emit: Emitter, first: Any, second: Any, by_instruction: bool) -> Any:
     """Return LLVM code for two vectors of float32 rounded to bfloat16: the bits of 32 numbers, a
     whole cache line.
 
     The one instruction for it, AVX512-BF16, takes subnormal numbers for zero.
     """
-    w = _Words(builder, LANES)
+    w = _Words(emit)
     halves = ir.VectorType(ir.IntType(16), 2 * LANES)
     if by_instruction:
         kind = ir.FunctionType(halves, [w.floats, w.floats])
-        return builder.asm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", [first, second], False)
-    high = [
-        builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves) for value in (first, second)
-    ]
-    index = ir.VectorType(ir.IntType(32), 2 * LANES)
-    return builder.shuffle_vector(*high, ir.Constant(index, list(range(1, 4 * LANES, 2))))
+        return emit.builder.asm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", [first, second], False)
+    first, second = (
+        emit.builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves)
+        for value in (first, second)
+    )
+    # little-endian: the upper halves of the words are the odd ones of the halves
+    return emit.shuffle(first, second, range(1, 4 * LANES, 2))
 
 
 def _widen_bfloat16(w: _Words, bits: Any) -> Any:
+    """Return float32 numbers of words whose lower halves are bfloat16: its bits are the upper half
+    of a float32.
+    """
     return w.as_float(w.left(bits, 16))
 
 
-def load_widened(builder: Any, address: Any, widen: Any = _widen_bfloat16) -> Any:
-    """Return LLVM code for 16 numbers from an address on, bfloat16 if nothing else is said, as
-    float32.
-    """
-    w = _Words(builder, LANES)
-    bits = builder.load(builder.inttoptr(address, w.halves.as_pointer()), align=2)
-    return widen(w, builder.zext(bits, w.words))
+def load_widened(emit: Emitter, address: Any, widen: Any = _widen_bfloat16) -> Any:
+    """Return LLVM code for the 16 numbers from an address on as float32, bfloat16 by default."""
+    w = _Words(emit)
+    bits = emit.load(address, w.halves, align=2)
+    return widen(w, emit.builder.zext(bits, w.words))
 
 
-def load_widened_pairs(builder: Any, address: Any) -> tuple[Any, Any]:
-    """Return LLVM code for 32 bfloat16 numbers from an address on, as two vectors of float32: those
-    of even places, then the odd.
+def load_widened_pairs(emit: Emitter, address: Any) -> tuple[Any, Any]:
+    """Return LLVM code for the 32 bfloat16 numbers from an address on, as two vectors of float32:
+    those at even positions, then the odd.
 
     So a whole cache line takes two instructions; to keep the order of the numbers would take four.
     """
-    w = _Words(builder, LANES)
-    bits = builder.load(builder.inttoptr(address, w.words.as_pointer()), align=2)
-    return _widen_bfloat16(w, bits), w.as_float(w.both(bits, 0xFFFF0000))
+    w = _Words(emit)
+    bits = emit.load(address, w.words, align=2)
+    return _widen_bfloat16(w, bits), w.as_float(w.masked(bits, 0xFFFF0000))
 
 
 def _widen_half(w: _Words, bits: Any) -> Any:
-    size = w.left(w.both(bits, 0x7FFF), 13)
-    value = w.builder.fmul(w.as_float(size), w.real(2.0**112))  # moves the exponent's bias; exact
-    special = w.above(w.both(bits, 0x7C00), 0x7BFF)  # infinity and NaN
+    """Return float32 numbers of words whose lower halves are float16."""
+    # exponent and fraction to their places in a float32; the product moves the exponent's bias,
+    # exactly, and makes normal numbers of subnormal ones
+    size = w.left(w.masked(bits, 0x7FFF), 13)
+    value = w.builder.fmul(w.as_float(size), w.real(2.0**112))
+    special = w.above(w.masked(bits, 0x7C00), 0x7BFF)  # infinity and NaN
     value = w.builder.select(
         special, w.builder.or_(size, w.constant(0x7F800000)), w.as_words(value)
     )
-    return w.as_float(w.builder.or_(value, w.left(w.both(bits, 0x8000), 16)))
+    sign = w.left(w.masked(bits, 0x8000), 16)
+    return w.as_float(w.builder.or_(value, sign))
 
 
 def _round_bfloat16(w: _Words, bits: Any) -> Any:
-    """Return words whose upper halves are the bfloat16 numbers."""
-    odd = w.both(w.right(bits, 16), 1)
+    """Return words whose upper halves are the float32 numbers of `bits`, rounded to bfloat16."""
+    # adding half of the last bit kept, less one if that bit is even, carries to nearest even
+    odd = w.masked(w.right(bits, 16), 1)
     rounded = w.builder.add(w.plus(bits, 0x7FFF), odd)
-    quiet = w.builder.or_(bits, w.constant(0x400000))
+    quiet = w.builder.or_(bits, w.constant(0x400000))  # a carry could make infinity of a NaN
     value = w.as_float(bits)
     return w.builder.select(w.builder.fcmp_unordered("uno", value, value), quiet, rounded)
 
@@ -156,92 +165,82 @@ def _round_to_bfloat16_bits(w: _Words, bits: Any) -> Any:
 
 
 def _round_to_half_bits(w: _Words, bits: Any) -> Any:
-    size = w.both(bits, 0x7FFFFFFF)
-    odd = w.both(w.right(size, 13), 1)
+    """Return words whose lower halves are the float32 numbers of `bits`, rounded to float16."""
+    size = w.masked(bits, 0x7FFFFFFF)
+    odd = w.masked(w.right(size, 13), 1)
+    # 13 bits fewer of the fraction; 0x38000000 is 112, the difference of the biases, as exponent
     normal = w.right(w.builder.add(w.plus(size, 0xFFF - 0x38000000), odd), 13)
     # below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
     small = w.plus(w.as_words(w.builder.fadd(w.as_float(size), w.real(0.5))), -0x3F000000)
     result = w.builder.select(w.above(size, 0x387FFFFF), normal, small)
-    result = w.builder.select(
-        w.above(size, 0x477FEFFF), w.constant(0x7C00), result
-    )  # from 65,520 on: infinity
+    # from 65,520 on: infinity
+    result = w.builder.select(w.above(size, 0x477FEFFF), w.constant(0x7C00), result)
     result = w.builder.select(w.above(size, 0x7F800000), w.constant(0x7E00), result)  # NaN
-    return w.builder.or_(result, w.both(w.right(bits, 16), 0x8000))
+    return w.builder.or_(result, w.masked(w.right(bits, 16), 0x8000))
 
 
-def _loading(widen: Any) -> Any:
-    """Return an intrinsic that widens the 16 numbers from an address on."""
+def _load(name: str, widen: Any) -> Any:
+    """Return an intrinsic that loads and widens the 16 numbers from an address on."""
 
-    @intrinsic
-    def load(typing_context, address):
-        kind = Vector(types.float32)
-
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return load_widened(builder, arguments[0], widen)
-
-        return kind(types.int64), code
+    @codegen(Vector(types.float32), name=name)
+    def load(emit: Emitter, address: Any) -> Any:
+        return load_widened(emit, address, widen)
 
     return load
 
 
-def _storing(is_bfloat16: Any) -> Any:
-    """Return an intrinsic that narrows the 16 numbers of a vector of float32 and writes them from
-    an address on.
+def _store(name: str, round_to_bits: Any) -> Any:
+    """Return an intrinsic that rounds a vector of float32 and writes its 16 numbers to an
+    address.
     """
 
-    @intrinsic
-    def store(typing_context, value, address):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w = _Words(builder, LANES)
-            bits = builder.trunc(is_bfloat16(w, w.as_words(arguments[0])), w.halves)
-            builder.store(bits, builder.inttoptr(arguments[1], w.halves.as_pointer()), align=2)
-            return context.get_dummy_value()
-
-        return types.void(value, types.int64), code
+    @codegen(name=name, value=Vector(types.float32))
+    def store(emit: Emitter, value: Any, address: Any) -> None:
+        w = _Words(emit)
+        bits = emit.builder.trunc(round_to_bits(w, w.as_words(value)), w.halves)
+        emit.store(bits, address, align=2)
 
     return store
 
 
-def _loading_one(widen: Any) -> Any:
+def _from_bits(name: str, widen: Any) -> Any:
     """Return an intrinsic that widens one number, given as its bits."""
 
-    @intrinsic
-    def load(typing_context, bits):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w = _Words(builder, 1)
-            word = builder.insert_element(
-                ir.Constant(w.words, ir.Undefined),
-                builder.zext(arguments[0], ir.IntType(32)),
-                ir.Constant(ir.IntType(32), 0),
-            )
-            return builder.extract_element(widen(w, word), ir.Constant(ir.IntType(32), 0))
+    @codegen(types.float32, name=name, bits=types.uint16)
+    def from_bits(emit: Emitter, bits: Any) -> Any:
+        w = _Words(emit, 1)
+        word = _one_lane(emit, w.words, emit.builder.zext(bits, ir.IntType(32)))
+        return _first_lane(emit, widen(w, word))
 
-        return types.float32(types.uint16), code
-
-    return load
+    return from_bits
 
 
-def _storing_one(is_bfloat16: Any) -> Any:
-    """Return an intrinsic that narrows one float32 to the bits of a 16-bit number."""
+def _to_bits(name: str, round_to_bits: Any) -> Any:
+    """Return an intrinsic that rounds one float32 to the bits of a 16-bit number."""
 
-    @intrinsic
-    def store(typing_context, value):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w = _Words(builder, 1)
-            one = builder.insert_element(
-                ir.Constant(w.floats, ir.Undefined), arguments[0], ir.Constant(ir.IntType(32), 0)
-            )
-            bits = builder.extract_element(
-                is_bfloat16(w, w.as_words(one)), ir.Constant(ir.IntType(32), 0)
-            )
-            return builder.trunc(bits, ir.IntType(16))
+    @codegen(types.uint16, name=name, number=types.float32)
+    def to_bits(emit: Emitter, number: Any) -> Any:
+        w = _Words(emit, 1)
+        word = w.as_words(_one_lane(emit, w.floats, number))
+        return emit.builder.trunc(_first_lane(emit, round_to_bits(w, word)), ir.IntType(16))
 
-        return types.uint16(types.float32), code
-
-    return store
+    return to_bits
 
 
-load_half, load_bfloat16 = _loading(_widen_half), _loading(_widen_bfloat16)
-store_half, store_bfloat16 = _storing(_round_to_half_bits), _storing(_round_to_bfloat16_bits)
-from_half, from_bfloat16 = _loading_one(_widen_half), _loading_one(_widen_bfloat16)
-to_half, to_bfloat16 = _storing_one(_round_to_half_bits), _storing_one(_round_to_bfloat16_bits)
+def _one_lane(emit: Emitter, kind: Any, number: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    return emit.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+
+
+def _first_lane(emit: Emitter, vector: Any) -> Any:
+    return emit.builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+
+load_half = _load("load_half", _widen_half)
+load_bfloat16 = _load("load_bfloat16", _widen_bfloat16)
+store_half = _store("store_half", _round_to_half_bits)
+store_bfloat16 = _store("store_bfloat16", _round_to_bfloat16_bits)
+from_half = _from_bits("from_half", _widen_half)
+from_bfloat16 = _from_bits("from_bfloat16", _widen_bfloat16)
+to_half = _to_bits("to_half", _round_to_half_bits)
+to_bfloat16 = _to_bits("to_bfloat16", _round_to_bfloat16_bits)

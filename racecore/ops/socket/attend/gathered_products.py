@@ -20,9 +20,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from racecore.ops.simd.emitter import Emitter, store_totals
+from racecore.ops.simd.emitter import VECTOR_BYTES, Emitter
 from racecore.ops.simd.half_precision import load_widened_pairs
-from racecore.ops.simd.vectors import VECTOR_BYTES
+from racecore.ops.simd.tile_sums import store_totals
 from racecore.runtime import processor
 from racecore.runtime.jit import helper
 
@@ -50,7 +50,7 @@ def _load_line(emit: Emitter, address: Any, is_bfloat16: bool) -> list[Any]:
     order.
     """
     return (
-        list(load_widened_pairs(emit.builder, address))
+        list(load_widened_pairs(emit, address))
         if is_bfloat16
         else [emit.load(address, emit.vector)]
     )

@@ -30,8 +30,15 @@ from racecore.ops.cpu.row_io import (
     store,
 )
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
-from racecore.ops.simd.products import NO_PREFETCH, accumulate, padded, project, rows_of, source_of
-from racecore.ops.simd.vectors import at
+from racecore.ops.simd.products import (
+    NO_PREFETCH,
+    accumulate,
+    input_rows,
+    output_rows,
+    padded,
+    project,
+)
+from racecore.ops.simd.vectors import address_of
 from racecore.ops.socket.attend.decode import (
     GATHER_BLOCK,
     LISTS,
@@ -199,7 +206,7 @@ def _rows(call, tile, t, n, n_rows, k, v, keep):
     if call.selected.shape[2] > 0:
         load_scattered(call.table, KEY, b, g, call.selected[b, r], t, n, call.head_dim, k)
         load_scattered(call.table, VALUE, b, g, call.selected[b, r], t, n, call.value_dim, v)
-        return source_of(k), source_of(v), NO_PREFETCH, NO_PREFETCH
+        return input_rows(k), input_rows(v), NO_PREFETCH, NO_PREFETCH
     # a product takes bfloat16 as it is only if it has a whole number of register tiles
     read_mode = ANY_IN_PLACE if n_rows % 4 == 0 else IN_PLACE
     keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, keep, read_mode)
@@ -228,8 +235,8 @@ def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
                 peak.ctypes.data + peak.itemsize * r,
                 weight.ctypes.data + weight.itemsize * r,
             )
-            of_row = RowSums(peaks, weights, at(sums, r, 0), sums.shape[1])
-            weigh_row(at(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
+            of_row = RowSums(peaks, weights, address_of(sums, r, 0), sums.shape[1])
+            weigh_row(address_of(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
     return is_whole
 
 
@@ -255,4 +262,4 @@ def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -
             for d in range(call.value_dim):
                 row[0, d] = sums[d] / weight if weight != 0 else 0.0
             place = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
-            store(call.table, OUT, place, 1, call.value_dim, row, rows_of(row, False))
+            store(call.table, OUT, place, 1, call.value_dim, row, output_rows(row, False))

@@ -12,9 +12,8 @@ from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, matrices
-from racecore.ops.simd.products import NO_PREFETCH, padded, project, source_of
-from racecore.ops.simd.vectors import at, float_of, lanes, splat, store
-from racecore.ops.simd.vectors import load as load_vector
+from racecore.ops.simd.products import NO_PREFETCH, input_rows, padded, project
+from racecore.ops.simd.vectors import address_of, float_of, lanes, load_lanes, splat, store_lanes
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
 from racecore.ops.socket.score.lookup_tile import score_tile
 from racecore.runtime.jit import helper, kernel
@@ -69,7 +68,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
             for t in range(begin, end, BLOCK):
                 n = min(BLOCK, end - t)
                 load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
-                project(call.planes[own], source_of(x), n_rows, n, u, NO_PREFETCH)
+                project(call.planes[own], input_rows(x), n_rows, n, u, NO_PREFETCH)
                 _write_codes(
                     u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g]
                 )
@@ -156,7 +155,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
                     x[i : i + 1],
                     keep,
                 )
-            project(x, source_of(call.planes[own]), n, n_rows, u[0], NO_PREFETCH)
+            project(x, input_rows(call.planes[own]), n, n_rows, u[0], NO_PREFETCH)
             _worth_of_bits(u, n, n_rows, call.kind, dtype.type(call.factor))
             for i in range(n):
                 _fill_digits(
@@ -173,9 +172,9 @@ def _worth_of_bits(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any) -
     for i in range(n):
         if kind == _SOFT:
             for c in range(0, n_rows, lanes(u)):
-                high, low = sigmoids(tanh(load_vector(u[0], i, c)) * splat(factor), one)
-                store(u[1], i, c, high)
-                store(u[2], i, c, low)
+                high, low = sigmoids(tanh(load_lanes(u[0], i, c)) * splat(factor), one)
+                store_lanes(u[1], i, c, high)
+                store_lanes(u[2], i, c, low)
         else:
             for r in range(n_rows):
                 x = u[0, i, r]
@@ -271,7 +270,7 @@ def _score_kernel(n_digits: int, multiplies: bool) -> Any:
                     group,
                     head,
                     sizes,
-                    at(out, row, block * BLOCK_TOKENS),
+                    address_of(out, row, block * BLOCK_TOKENS),
                     out.shape[1],
                 )
 
