@@ -52,7 +52,7 @@ def padded(width: int) -> int:
     return -(-width // _PADDING) * _PADDING
 
 
-@helper
+@register_jitable
 def is_wide(n_rows: int) -> bool:
     """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows
     up to half vectors.
