@@ -9,7 +9,7 @@ import pytest
 
 from racecore.ops.causal import scan_tiles
 from racecore.ops.cpu import row_io, states
-from racecore.ops.cpu.call import scan
+from racecore.ops.cpu.call import exclusive_scan
 from racecore.ops.simd import elementary, products, tiles, vectors
 from racecore.ops.socket.select import top_k
 
@@ -377,9 +377,9 @@ def test_walks_never_meet_what_is_to_come(backward):
 def _round_trip(table, n, width, out):
     ones = np.ones(n, np.float32)
     block = np.empty((n, width), np.float32)
-    row_io.load(table, 0, (1, 2, 1), n, width, block, ones)
+    row_io.load_rows(table, 0, (1, 2, 1), n, width, block, ones)
     out[:] = block
-    row_io.store(table, 1, (1, 2, 1), n, width, block, products.output_rows(block, False))
+    row_io.store_rows(table, 1, (1, 2, 1), n, width, block, products.output_rows(block, False))
 
 
 @pytest.mark.parametrize("step", [1, 2, -1])
@@ -414,7 +414,7 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 
 @numba.njit
 def _store_only(table, block):
-    row_io.store(
+    row_io.store_rows(
         table,
         0,
         (0, 0, 0),
@@ -454,7 +454,7 @@ def test_scan(reverse):
     for i in range(9)[::-1] if reverse else range(9):
         expected_parts[i] = expected_carry[owners[i]]
         expected_carry[owners[i]] += parts[i]
-    scan(owners, parts, carry, reverse=reverse)
+    exclusive_scan(owners, parts, carry, reverse=reverse)
     np.testing.assert_array_equal(parts, expected_parts)
     np.testing.assert_array_equal(carry, expected_carry)
 

@@ -457,25 +457,25 @@ CAUSAL = {name: case for name, case in CASES.items() if "is_causal" in case}
 
 
 @pytest.mark.parametrize("case", CAUSAL.values(), ids=CAUSAL)
-def test_the_same_bits_in_series_and_side_by_side(
+def test_the_same_bits_serial_and_segmented(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = inputs(LONG, n_heads=6, n_kv_heads=3, dtype=np.float32)
     found = []
 
     def recorded(call: call.Call) -> Any:
-        found.append(in_series(call))
+        found.append(serial_calls(call))
         return found[-1]
 
-    in_series = causal.in_series
-    monkeypatch.setattr(causal, "in_series", recorded)
+    serial_calls = causal.serial_calls
+    monkeypatch.setattr(causal, "serial_calls", recorded)
     with racecore.threads(1):
         expected = forward_backward(*arrays, small_hash(), **case)
         assert all(found)
         monkeypatch.setattr(call, "_MAX_ROWS", 1)
         assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
         assert "cu_seqlens" in case or len(found[-1]) == 3
-        monkeypatch.setattr(causal, "in_series", lambda call: [])
+        monkeypatch.setattr(causal, "serial_calls", lambda call: [])
         assert different_bits(forward_backward(*arrays, small_hash(), **case), expected) == []
 
 
@@ -490,7 +490,7 @@ def test_the_same_bits_in_series_and_side_by_side(
         (300, 1, 2, 1),
     ],
 )
-def test_heads_walk_in_series_where_that_keeps_all_threads_busy(
+def test_scans_are_serial_where_that_keeps_all_threads_busy(
     n_tokens: int,
     n_heads: int,
     n_threads: int,
@@ -498,9 +498,9 @@ def test_heads_walk_in_series_where_that_keeps_all_threads_busy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = []
-    in_series = causal.in_series
+    serial_calls = causal.serial_calls
     monkeypatch.setattr(
-        causal, "in_series", lambda call: found.append(in_series(call)) or found[-1]
+        causal, "serial_calls", lambda call: found.append(serial_calls(call)) or found[-1]
     )
     q, k, v, _ = inputs(n_tokens, n_heads=n_heads, n_kv_heads=n_heads, dtype=np.float32)
     with racecore.threads(n_threads):

@@ -11,30 +11,38 @@ import numpy as np
 
 from racecore import chunking
 from racecore.chunking import BLOCK, TOKENS
-from racecore.ops.cpu.call import Call, empty_hash_parts, launch, make_call, scan
+from racecore.ops.cpu.call import (
+    Call,
+    add_hash_parts,
+    exclusive_scan,
+    launch,
+    make_call,
+    new_hash_parts,
+)
+from racecore.ops.cpu.read_modes import (
+    COPIES,
+    ReadModes,
+    add_mode,
+    d_out_mode,
+    hash_mode,
+    state_mode,
+)
 from racecore.ops.cpu.readout import weigh, weigh_backward
 from racecore.ops.cpu.row_io import (
-    ANY_IN_PLACE,
-    COPY,
     D_KEY,
-    D_OUT,
     D_QUERY,
     D_VALUE,
-    IN_PLACE,
     OUT,
-    QUERY,
-    WIDENED,
     rows_to_write,
-    store,
+    store_rows,
 )
 from racecore.ops.cpu.scratch import (
     Scratch,
-    add_read_mode,
     hash_of,
-    hash_read_mode,
     new_partial,
     new_scratch,
     new_states,
+    read_d_out,
     read_keys,
     read_query,
     task_of,
@@ -50,8 +58,8 @@ from racecore.ops.cpu.states import (
     expand_state,
     flush,
     group_ends,
-    spread_mass,
-    start,
+    round_states,
+    splat_mass,
 )
 from racecore.ops.simd.memory import clear_rows
 from racecore.ops.simd.products import (
@@ -64,7 +72,6 @@ from racecore.ops.simd.products import (
     transpose,
 )
 from racecore.ops.simd.tiles import fence
-from racecore.ops.simd.vectors import lanes
 from racecore.ops.soft_hash.cpu import hash_block, hash_block_backward
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.runtime import arrays, progress
@@ -81,28 +88,29 @@ def sum_keys(part: Problem, sketch: Sketch) -> None:
     """Add every key and value of `part` to `sketch`."""
     for chunk in chunking.chunks(part, "key"):
         if _are_groups(chunk, sketch):
-            n_tokens = launch(_sum_keys, make_call(part, chunk), sketch.flat, True, _NO_COUNTS)
+            call = _call_of_sums(part, chunk)
+            n_tokens = launch(_sum_keys, call, sketch.flat, True, _NO_COUNTS)
         else:
             sums = new_sums(part, len(chunk))
-            n_tokens = sum_segments(make_call(part, chunk), sums)
-            scan(chunk[:, 0], sums, sketch.flat)
-            del sums  # before the next chunk asks for as much
+            n_tokens = sum_segments(part, chunk, sums)
+            exclusive_scan(chunk[:, 0], sums, sketch.flat)
+            del sums  # before the next chunk needs as much
         progress.advance(n_tokens)
 
 
 def _are_groups(chunk: np.ndarray, sketch: Sketch) -> bool:
-    """Tell whether every sequence is one segment of one group.
+    """Return whether every sequence is one segment of one group.
 
-    A kernel then adds to every state once, and may as well do it in place: the same bits, but no
-    states of segments.
+    A kernel then adds to every state once, so it can do that in place: the same bits without states
+    of segments.
     """
     n_tokens = chunk[:, 3] - chunk[:, 2]
     return chunking.are_whole(chunk, len(sketch.flat)) and bool(n_tokens.max(initial=0) <= GROUP)
 
 
 def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
-    """Add few keys and values to `sketch` and their numbers to `lengths` [N], in one launch: no
-    interrupt can cut that.
+    """Add few keys and values to `sketch` and their numbers to `lengths` [N], uninterrupted: in one
+    launch.
 
     Returns
     -------
@@ -115,18 +123,22 @@ def add_at_once(part: Problem, sketch: Sketch, lengths: np.ndarray) -> bool:
     if more or too_many or not _are_groups(chunk, sketch):
         return False
     progress.advance(n_tokens)  # before: should the listener raise, nothing has happened yet
-    launch(_sum_keys, make_call(part, chunk), sketch.flat, True, lengths, at_once=True)
+    launch(_sum_keys, _call_of_sums(part, chunk), sketch.flat, True, lengths, at_once=True)
     return True
 
 
 def new_sums(part: Problem, n: int) -> np.ndarray:
-    """Make room for the states of n segments, float64 [n, M, S*(1+V)]."""
+    """Return memory for the states of n segments, float64 [n, M, S*(1+V)]."""
     return arrays.empty((n, part.n_state_heads, part.n_buckets * (1 + part.value_dim)), np.float64)
 
 
-def sum_segments(call: Call, sums: np.ndarray) -> int:
-    """Write the state that each segment alone amounts to; return the number of tokens."""
-    return launch(_sum_keys, call, sums, False, _NO_COUNTS)
+def sum_segments(part: Problem, chunk: np.ndarray, sums: np.ndarray) -> int:
+    """Write the state of each segment alone, from zero; return the number of tokens."""
+    return launch(_sum_keys, _call_of_sums(part, chunk), sums, False, _NO_COUNTS)
+
+
+def _call_of_sums(part: Problem, chunk: np.ndarray) -> Call:
+    return make_call(part, chunk, COPIES._replace(hash=hash_mode(part), value=add_mode(part)))
 
 
 @kernel
@@ -137,7 +149,6 @@ def _sum_keys(
     `counts`, unless that is empty.
     """
     w, partial = new_scratch(call), new_partial(call)
-    k_mode, v_mode = hash_read_mode(call, 0), add_read_mode(w.phi_k.shape[0])
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
         _, b, begin, end, _ = call.segments[index]
@@ -148,7 +159,7 @@ def _sum_keys(
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                keys = read_keys(call, b, t, m, n, TOKENS, True, k_mode, v_mode, w)
+                keys = read_keys(call, (b, t, m), n, TOKENS, True, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 add_block(w.phi_k, w.phi_k, keys.v, n, m - m0, partial, keys.next_v)
@@ -161,12 +172,12 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
     wants_hash = grads.hash is not None
     if grads.key is None and grads.value is None and not wants_hash:
         return
+    modes = ReadModes(hash_mode(part, grads.hash), state_mode(part), COPIES.d_out)
     for chunk in chunking.chunks(part, "key"):
-        call = make_call(part, chunk, d_key=grads.key, d_value=grads.value)
-        hash_parts = empty_hash_parts(part, chunk, grads.hash)
+        call = make_call(part, chunk, modes, d_key=grads.key, d_value=grads.value)
+        hash_parts = new_hash_parts(part, chunk, grads.hash)
         n_tokens = launch(_sum_keys_backward, call, d_sketch.flat, hash_parts)
-        if grads.hash is not None:
-            scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[1:])
+        add_hash_parts(hash_parts, grads.hash, 1)
         del hash_parts
         progress.advance(n_tokens)
 
@@ -176,91 +187,87 @@ def _sum_keys_backward(
     call: Call, first: int, last: int, d_states: np.ndarray, hash_parts: np.ndarray
 ) -> None:
     w, d_state = new_scratch(call), new_states(call)
-    heads = call.beta.shape[0] // call.n_kv_heads
-    k_mode = hash_read_mode(call, hash_parts.shape[2])
-    v_mode = COPY
-    if heads == 1 and w.phi_k.shape[0] <= 2 * lanes(w.phi_k):
-        v_mode = ANY_IN_PLACE if w.phi_k.shape[0] == 8 else IN_PLACE
+    heads = call.beta.shape[0] // call.n_kv_heads  # state heads that share a key/value head
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
-        owner, b, begin, end, _ = call.segments[index]
+        sequence, b, begin, end, _ = call.segments[index]
         clear_rows(hash_parts[index], m0, m1)
-        start(d_states[owner], m0, m1, True, d_state)
+        round_states(d_states[sequence], m0, m1, True, d_state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for m in range(m0, m1):
-                i, g, share = m - m0, m // heads, m % heads
-                keys = read_keys(call, b, t, m, n, TOKENS, True, k_mode, v_mode, w)
+                i, g, of_group = m - m0, m // heads, m % heads
+                keys = read_keys(call, (b, t, m), n, TOKENS, True, w)
                 hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
                 drop_masked(call.mask, w.keep, n, w.phi_k)
                 # value_sum += phi_k @ v
-                read_state(d_state, i, keys.v, n, w, keys.next_v)
+                multiply_state(d_state, i, keys.v, n, w, keys.next_v)
                 d_v = rows_to_write(
-                    call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, share > 0
+                    call.table, D_VALUE, (b, t, g), call.value_dim, w.d_v, heads == 1, of_group > 0
                 )
                 expand(w.phi_k, d_state.value_sum[i], w.phi_k.shape[0], n, d_v)
                 # mass += phi_k
                 add_mass(d_state.mass[i], w.d_phi)
                 # phi_k = hash_block(k)
                 d_k = rows_to_write(
-                    call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, share > 0
+                    call.table, D_KEY, (b, t, g), call.head_dim, w.d_k, heads == 1, of_group > 0
                 )
                 hash_block_backward(
                     hash_of(call, m, w), w.d_phi, keys.k, n, w.phi_k, d_k, hash_parts[index, m]
                 )
-                if share == heads - 1:
-                    store(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
-                    store(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
+                if of_group == heads - 1:
+                    store_rows(call.table, D_KEY, (b, t, g), n, call.head_dim, w.d_k, d_k)
+                    store_rows(call.table, D_VALUE, (b, t, g), n, call.value_dim, w.d_v, d_v)
     fence()
 
 
 @helper
-def read_state(
+def multiply_state(
     state: RoundedState, j: int, x: InputRows, n: int, w: Scratch, next_rows: PrefetchRows
 ) -> None:
-    """d_phi[:, i] = value_sum @ x[i], of head j."""
+    """d_phi[:, i] = value_sum @ x[i], for every token i, with the state of head j."""
     n_buckets = w.d_phi.shape[0]
     if x.size < w.d_phi.itemsize:
         project(state.value_sum[j], x, n_buckets, n, w.d_phi, next_rows)
     else:
-        project_wide(state.value_sum_t[j], x, n_buckets, n, w.answers_t, next_rows)
-        transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
+        project_wide(state.value_sum_t[j], x, n_buckets, n, w.products_t, next_rows)
+        transpose(w.products_t, TOKENS, n_buckets, w.d_phi)
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
     """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
+    modes = COPIES._replace(hash=hash_mode(part))
     for chunk in chunking.chunks(part, "query"):
-        progress.advance(launch(_read_out, make_call(part, chunk, out=out), sketch.flat))
+        progress.advance(launch(_read_out, make_call(part, chunk, modes, out=out), sketch.flat))
 
 
 @kernel
 def _read_out(call: Call, first: int, last: int, states: np.ndarray) -> None:
     w, state = new_scratch(call), new_states(call)
     repeats = call.n_heads // call.beta.shape[0]
-    q_mode = hash_read_mode(call, 0)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
-        owner, b, begin, end, _ = call.segments[index]
-        # for one or two queries, rounding a state would take longer than asking it
+        sequence, b, begin, end, _ = call.segments[index]
+        # for one or two queries, rounding a state would take longer than reading it out
         at_once = (end - begin) * repeats <= 2 and call.value_dim == w.o.shape[1]
         if not at_once:
-            start(states[owner], m0, m1, False, state)
+            round_states(states[sequence], m0, m1, False, state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
-                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, q_mode, w.q, w)
+                q, next_q = read_query(call, (b, t, h), n, TOKENS, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
-                spread_mass(states[owner, m] if at_once else state.mass[m - m0], w.mass)
+                splat_mass(states[sequence, m] if at_once else state.mass[m - m0], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 o = rows_to_write(
                     call.table, OUT, (b, t, h), call.value_dim, w.o, not at_once, False
                 )
                 if at_once:
-                    expand_state(w.rho, states[owner, m], n, w.o)
+                    expand_state(w.rho, states[sequence, m], n, w.o)
                 else:
                     expand(w.rho, state.value_sum[m - m0], w.rho.shape[0], n, o)
-                store(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
+                store_rows(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
     fence()
 
 
@@ -268,9 +275,10 @@ def read_out_backward(
     part: Problem, sketch: Sketch, d_out: np.ndarray, d_sketch: Sketch, grads: GradientBuffers
 ) -> None:
     """Write the gradient of the queries and add that of the state to `d_sketch`."""
+    modes = ReadModes(hash_mode(part, grads.hash), COPIES.value, d_out_mode(part))
     for chunk in chunking.chunks(part, "query"):
-        call = make_call(part, chunk, d_out=d_out, d_query=grads.query)
-        hash_parts = empty_hash_parts(part, chunk, grads.hash)
+        call = make_call(part, chunk, modes, d_out=d_out, d_query=grads.query)
+        hash_parts = new_hash_parts(part, chunk, grads.hash)
         if _are_groups(chunk, sketch):
             n_tokens = launch(
                 _read_out_backward, call, sketch.flat, d_sketch.flat, True, hash_parts
@@ -278,10 +286,9 @@ def read_out_backward(
         else:
             d_sums = arrays.empty((len(chunk), *sketch.flat.shape[1:]), np.float64)
             n_tokens = launch(_read_out_backward, call, sketch.flat, d_sums, False, hash_parts)
-            scan(chunk[:, 0], d_sums, d_sketch.flat)
+            exclusive_scan(chunk[:, 0], d_sums, d_sketch.flat)
             del d_sums
-        if grads.hash is not None:
-            scan(np.zeros_like(chunk[:, 0]), hash_parts, grads.hash[:1])
+        add_hash_parts(hash_parts, grads.hash, 0)
         del hash_parts
         progress.advance(n_tokens)
 
@@ -298,29 +305,25 @@ def _read_out_backward(
 ) -> None:
     w, state, partial = new_scratch(call), new_states(call), new_partial(call)
     repeats = call.n_heads // call.beta.shape[0]
-    q_mode, g_mode = (
-        hash_read_mode(call, hash_parts.shape[2]),
-        WIDENED if w.rho.shape[0] == 8 else COPY,
-    )
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
-        owner, b, begin, end, _ = call.segments[index]
+        sequence, b, begin, end, _ = call.segments[index]
         if not add:
             clear_rows(d_sums[index], m0, m1)
         clear_rows(hash_parts[index], m0, m1)
-        start(states[owner], m0, m1, True, state)
+        round_states(states[sequence], m0, m1, True, state)
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             for h in range(m0 * repeats, m1 * repeats):
                 m = h // repeats
                 i = m - m0
-                q, next_q = read_query(call, QUERY, b, t, h, n, TOKENS, q_mode, w.q, w)
-                g, next_g = read_query(call, D_OUT, b, t, h, n, TOKENS, g_mode, w.g, w)
+                q, next_q = read_query(call, (b, t, h), n, TOKENS, w)
+                g, next_g = read_d_out(call, (b, t, h), n, TOKENS, w)
                 hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
-                spread_mass(state.mass[i], w.mass)
+                splat_mass(state.mass[i], w.mass)
                 weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
                 # out = rho.T @ value_sum
-                read_state(state, i, g, n, w, next_g)
+                multiply_state(state, i, g, n, w, next_g)
                 # rho = weigh(phi_q, mass)
                 weigh_backward(
                     w.d_phi,
@@ -343,5 +346,5 @@ def _read_out_backward(
                 hash_block_backward(
                     hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, hash_parts[index, m]
                 )
-                store(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
+                store_rows(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
     fence()

@@ -6,8 +6,8 @@ Either way a token's output is ``sum_s rho[s] * value_sum[s]`` with ``rho = phi 
     ratio         factor = 1 / sum_s phi[s] * mass[s]      zero where the denominator vanishes
     bucket_mean   factor[s] = 1 / (L * (mass[s] + eps))
 
-`mass` has a column per token, because a causal query has masses of its own. All columns of a block
-are computed, also those past its last token, which nobody reads. The plain twins are `weights` and
+`mass` has a column per token, because causal queries differ in it. All columns of a block are
+computed, also those past its last token, which are never read. The plain twins are `weights` and
 `weights_backward` in `ops.reference_rows`.
 """
 
@@ -84,10 +84,12 @@ def weigh_backward(
         return
     # factor = 1 / sum_s phi * mass; rho = phi * factor
     for i in range(0, BLOCK, lanes(phi)):
-        f, asked = load_lanes(factor, 0, i), zero
+        f = load_lanes(factor, 0, i)
+        # sum_s rho[s] * h[s]
+        weighted = zero
         for s in range(n_buckets):
-            asked = fma(load_lanes(rho, s, i), load_lanes(h, s, i), asked)
-        d_den = (zero - asked) * f
+            weighted = fma(load_lanes(rho, s, i), load_lanes(h, s, i), weighted)
+        d_den = (zero - weighted) * f
         for s in range(n_buckets):
             store_lanes(h, s, i, fma(load_lanes(h, s, i), f, d_den * load_lanes(mass, s, i)))
             store_lanes(d_mass, s, i, d_den * load_lanes(phi, s, i))

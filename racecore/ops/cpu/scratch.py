@@ -1,45 +1,43 @@
 """The arrays of one block of tokens that a kernel works in: made once per launch, small enough for
 the nearest caches.
 
-All begin on a cache line, so that no vector crosses one. Some have room past their end, for
+All begin on a cache line, so that no vector crosses one. Some have memory past their end, for
 transpositions write whole squares of a vector's lanes. Fresh memory is not cleared: coefficients
 past a block's last token hold anything, and where that matters `states.clear_after` zeroes them.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.call import Call, n_buckets_of
 from racecore.ops.cpu.row_io import (
-    ANY_IN_PLACE,
     COPY,
-    IN_PLACE,
+    D_OUT,
     KEY,
     QUERY,
     VALUE,
     read,
     rows_to_prefetch,
+    rows_to_read,
 )
 from racecore.ops.cpu.states import Partial, RoundedState, load_keep, new_rounded_state
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.simd.products import NO_PREFETCH, InputRows, PrefetchRows, is_wide, padded
-from racecore.ops.simd.vectors import lanes
+from racecore.ops.simd.products import NO_PREFETCH, InputRows, PrefetchRows, padded
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.runtime.jit import helper
 
 __all__ = [
     "Keys",
     "Scratch",
-    "add_read_mode",
     "hash_of",
-    "hash_read_mode",
     "new_partial",
     "new_scratch",
     "new_states",
+    "read_d_out",
     "read_keys",
     "read_query",
     "task_of",
@@ -60,10 +58,10 @@ class Scratch(NamedTuple):
     d_k: np.ndarray
     v: np.ndarray  # [BLOCK, V]
     o: np.ndarray
-    g: np.ndarray
+    g: np.ndarray  # d_out
     d_v: np.ndarray
     keep: np.ndarray  # [1, BLOCK]: 1 where a key takes part, else 0
-    ones: np.ndarray
+    ones: np.ndarray  # [BLOCK]
     phi_q: np.ndarray  # [S, BLOCK]
     phi_k: np.ndarray
     d_phi: np.ndarray
@@ -71,8 +69,8 @@ class Scratch(NamedTuple):
     d_mass: np.ndarray
     factor: np.ndarray
     rho: np.ndarray
-    weights_t: np.ndarray  # [BLOCK, S]
-    answers_t: np.ndarray
+    weights_t: np.ndarray  # [BLOCK, S]: what goes into a product or scan over tokens,
+    products_t: np.ndarray  # and what comes out
     factors: np.ndarray  # this and the next three: see Hash
     d_u: np.ndarray
     d_planes: np.ndarray
@@ -82,10 +80,10 @@ class Scratch(NamedTuple):
 @helper
 def hash_of(call: Call, m: int, w: Scratch) -> Hash:
     """Return the hash of state head m with the arrays that it works in."""
-    own = m if call.planes.shape[0] > 1 else 0
+    planes = m if call.planes.shape[0] > 1 else 0  # 0 where all heads share them
     return Hash(
-        call.planes[own],
-        call.planes_t[own],
+        call.planes[planes],
+        call.planes_t[planes],
         call.beta[m],
         call.n_tables,
         w.factors,
@@ -105,11 +103,23 @@ def task_of(call: Call, task: int) -> tuple[int, int, int]:
     return task // n_groups, first * heads, last * heads
 
 
-_TOKENS_AT_ONCE = 8  # `project_wide` reads so many: what it reads where it lies must not end before
+# Rows of a block
+# ---------------
+
+_TOKENS_AT_ONCE = 8  # that `project_wide` reads: in place, they must not reach past the input's end
+
+
+@helper
+def _block_mode(call: Call, mode: int, n: int, may_be_masked: bool) -> int:
+    """Return the read mode of a block: that of its call, unless a mask or its last tokens need a
+    copy.
+    """
+    masked = may_be_masked and call.mask.shape[0] > 0
+    return COPY if masked or n % _TOKENS_AT_ONCE != 0 else mode
 
 
 class Keys(NamedTuple):
-    """A block of keys and values, and the next one to be asked for."""
+    """A block of keys and values, and the next one to prefetch."""
 
     k: InputRows
     v: InputRows
@@ -120,122 +130,105 @@ class Keys(NamedTuple):
 @helper
 def read_keys(
     call: Call,
-    b: int,
-    t: int,
-    m: int,
+    position: tuple[int, int, int],
     n: int,
     step: int,
     needs_k: bool,
-    k_mode: Any,
-    v_mode: Any,
     w: Scratch,
 ) -> Keys:
-    """Read n keys and values of a block for state head m, zeros where they are masked, and which
-    those are.
+    """Read n keys and values at (b, t, m) for state head m, zeros where they are masked, and
+    `keep`.
 
     Copies stay for the other state heads that share them. The next block is `step` tokens on.
-    Without `needs_k`, keys are left alone.
+    Without `needs_k`, keys are not read.
     """
+    b, t, m = position
     heads = call.beta.shape[0] // call.n_kv_heads
-    g, first, masked = m // heads, m % heads == 0, call.mask.shape[0] > 0
-    if first:
-        load_keep(call.mask, b, t, n, w.keep)
-    if masked or n % _TOKENS_AT_ONCE != 0:
-        k_mode, v_mode = COPY, COPY
-    n_loads = n if first else 0
-    k = read(
-        call.table,
-        KEY,
-        (b, t, g),
-        n_loads if needs_k else 0,
-        call.head_dim,
-        w.k,
-        w.keep[0],
-        k_mode,
-    )
-    v = read(call.table, VALUE, (b, t, g), n_loads, call.value_dim, w.v, w.keep[0], v_mode)
+    g, first = m // heads, m % heads == 0
+    at = (b, t, g)
+    keep, d, v_dim = w.keep[0], call.head_dim, call.value_dim
+    k_mode = _block_mode(call, call.modes.hash, n, True)
+    v_mode = _block_mode(call, call.modes.value, n, True)
     if not first:
+        k = rows_to_read(call.table, KEY, at, n, d, w.k, k_mode)
+        v = rows_to_read(call.table, VALUE, at, n, v_dim, w.v, v_mode)
         return Keys(k, v, NO_PREFETCH, NO_PREFETCH)
-    next_k = (
-        rows_to_prefetch(call.table, KEY, (b, t + step, g), call.head_dim)
-        if needs_k
-        else NO_PREFETCH
-    )
-    return Keys(k, v, next_k, rows_to_prefetch(call.table, VALUE, (b, t + step, g), call.value_dim))
+    load_keep(call.mask, b, t, n, w.keep)
+    v = read(call.table, VALUE, at, n, v_dim, w.v, keep, v_mode)
+    next_v = rows_to_prefetch(call.table, VALUE, (b, t + step, g), v_dim)
+    if not needs_k:
+        return Keys(rows_to_read(call.table, KEY, at, n, d, w.k, k_mode), v, NO_PREFETCH, next_v)
+    k = read(call.table, KEY, at, n, d, w.k, keep, k_mode)
+    return Keys(k, v, rows_to_prefetch(call.table, KEY, (b, t + step, g), d), next_v)
 
 
 @helper
 def read_query(
-    call: Call,
-    line: int,
-    b: int,
-    t: int,
-    h: int,
-    n: int,
-    step: int,
-    read_mode: int,
-    x: np.ndarray,
-    w: Scratch,
+    call: Call, position: tuple[int, int, int], n: int, step: int, w: Scratch
 ) -> tuple[InputRows, PrefetchRows]:
-    """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
-    width = call.head_dim if line == QUERY else call.value_dim
-    how = COPY if n % _TOKENS_AT_ONCE != 0 else read_mode
-    source = read(call.table, line, (b, t, h), n, width, x, w.ones, how)
-    return source, rows_to_prefetch(call.table, line, (b, t + step, h), width)
+    """Return n queries at (b, t, h), and those `step` tokens on to prefetch."""
+    b, t, h = position
+    mode = _block_mode(call, call.modes.hash, n, False)
+    rows = read(call.table, QUERY, position, n, call.head_dim, w.q, w.ones, mode)
+    return rows, rows_to_prefetch(call.table, QUERY, (b, t + step, h), call.head_dim)
 
 
 @helper
-def hash_read_mode(call: Call, d_hash_width: int) -> Any:
-    """Tell whether to read rows for their hash where they are: if once, with one pass over the
-    planes and no gradient of them.
-    """
-    n_rows = call.planes.shape[1]
-    one_pass = n_rows <= 4 or (is_wide(n_rows) and n_rows <= 2 * lanes(call.planes))
-    if d_hash_width > 1 or not one_pass:
-        return COPY
-    return ANY_IN_PLACE if n_rows == 4 else IN_PLACE
+def read_d_out(
+    call: Call, position: tuple[int, int, int], n: int, step: int, w: Scratch
+) -> tuple[InputRows, PrefetchRows]:
+    """Return n rows of d_out at (b, t, h), and those `step` tokens on to prefetch."""
+    b, t, h = position
+    mode = _block_mode(call, call.modes.d_out, n, False)
+    rows = read(call.table, D_OUT, position, n, call.value_dim, w.g, w.ones, mode)
+    return rows, rows_to_prefetch(call.table, D_OUT, (b, t + step, h), call.value_dim)
+
+
+# Arrays of a launch
+# ------------------
 
 
 @helper
-def add_read_mode(n_buckets: int) -> Any:
-    """Tell whether to read rows where they are that are added up, by weights, for so many buckets:
-    if in one pass.
-    """
-    return ANY_IN_PLACE if n_buckets == 8 else (IN_PLACE if n_buckets < 8 else COPY)
+def _heads_of_task(call: Call) -> int:
+    """Return how many state heads a task has at most."""
+    return call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
 
 
 @helper
 def new_partial(call: Call) -> Partial:
-    """Make empty sums for the state heads of a task."""
-    heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
-    n_buckets, dtype = n_buckets_of(call), call.planes.dtype
+    """Return empty partial sums for the state heads of a task."""
+    heads, n_buckets, dtype = _heads_of_task(call), n_buckets_of(call), call.planes.dtype
     mass = cleared_matrices(heads, n_buckets, TOKENS, dtype)
     return Partial(mass, cleared_matrices(heads, n_buckets, padded(call.value_dim), dtype))
 
 
 @helper
 def new_states(call: Call) -> RoundedState:
-    """Make room for the states of the heads of a task."""
-    heads = call.kv_heads_per_task * (call.beta.shape[0] // call.n_kv_heads)
-    return new_rounded_state(heads, n_buckets_of(call), call.value_dim, call.planes.dtype)
+    """Return memory for the states of the heads of a task."""
+    return new_rounded_state(
+        _heads_of_task(call), n_buckets_of(call), call.value_dim, call.planes.dtype
+    )
 
 
 @helper
 def new_scratch(call: Call) -> Scratch:
-    """Make the arrays for one launch."""
+    """Return the arrays for one launch."""
     dtype = call.planes.dtype
     n_rows, wide_d = call.planes.shape[1:]  # the planes come padded
     wide_v = padded(call.value_dim)
     n_buckets = n_buckets_of(call)
     wide_s = padded(n_buckets)
-    x, y = matrices(4, TOKENS, wide_d, dtype), matrices(4, TOKENS, wide_v, dtype)
+    x = matrices(4, TOKENS, wide_d, dtype)  # rows of head dim
+    y = matrices(4, TOKENS, wide_v, dtype)  # rows of value dim
     for i in range(4):
         clear_columns(x[i], call.head_dim)
         clear_columns(y[i], call.value_dim)
     ones = matrices(2, 1, TOKENS, dtype)
     for i in range(BLOCK):
         ones[0, 0, i] = ones[1, 0, i] = 1
-    c, mass = matrices(6, n_buckets, TOKENS, dtype), matrices(1, n_buckets, TOKENS, dtype)[0]
+    # d_phi and mass end their memory: transpositions write past them
+    c = matrices(6, n_buckets, TOKENS, dtype)
+    mass = matrices(1, n_buckets, TOKENS, dtype)[0]
     c_t = matrices(2, TOKENS, wide_s, dtype)
     return Scratch(
         x[0],
@@ -254,7 +247,7 @@ def new_scratch(call: Call) -> Scratch:
         mass,
         c[2],
         c[3],
-        c[4],  # d_phi and mass end their memory: transpositions write past them
+        c[4],
         c_t[0],
         c_t[1],
         *new_hash_arrays(n_rows, wide_d, dtype),

@@ -1,6 +1,4 @@
-"""States inside kernels: float64 rows of a sketch to and from the arrays of a block, running
-masses, masked keys.
-"""
+"""States inside kernels: float64 rows of a sketch to and from arrays of a block, masses, masks."""
 
 from __future__ import annotations
 
@@ -38,15 +36,15 @@ __all__ = [
     "new_rounded_state",
     "prefix_mass",
     "prefix_mass_backward",
-    "spread_mass",
-    "start",
+    "round_states",
+    "splat_mass",
 ]
 
-GROUP = 8 * BLOCK  # tokens whose sums are float32 before they are added to the float64 state
+GROUP = 8 * BLOCK  # tokens whose partial sums are float32 before they are added to a float64 state
 
 
 class Partial(NamedTuple):
-    """What the tokens since the last `flush` add to the state of each head of a task."""
+    """Partial sums for the state of each head of a task: of the tokens since the last `flush`."""
 
     mass: np.ndarray  # [heads, S, BLOCK]: the sum of a row is a mass
     value_sum: np.ndarray  # [heads, S, V], V padded
@@ -54,8 +52,8 @@ class Partial(NamedTuple):
 
 @helper
 def load_keep(mask: np.ndarray, b: int, t: int, n: int, keep: np.ndarray) -> None:
-    """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it stays as it
-    is, ones.
+    """Fill keep[:n] with 1 where a key takes part and 0 where not; without a mask it keeps its
+    ones.
     """
     if mask.shape[0] > 0:
         for i in range(n):
@@ -100,8 +98,8 @@ def add_block(
     partial: Partial,
     next_rows: PrefetchRows,
 ) -> None:
-    """Add a block to the sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to its
-    value sums.
+    """Add a block to the partial sums of head j: mass_terms [S, n] to its masses, c[:, i] * x[i] to
+    its value sums.
 
     Coefficients past token n must be zero.
     """
@@ -114,13 +112,13 @@ def add_block(
 
 @helper
 def group_ends(t: int, begin: int, end: int) -> bool:
-    """Tell whether the block at t is the last one before a `flush`."""
+    """Return whether the block at t is the last one before a `flush`."""
     return t + BLOCK >= end or (t + BLOCK - begin) % GROUP == 0
 
 
 @helper
 def flush(partial: Partial, j: int, state: np.ndarray) -> None:
-    """Add the sums of head j to a float64 state [S*(1+V)] and start again from zero."""
+    """Add the partial sums of head j to a float64 state [S*(1+V)], and clear them."""
     mass, value_sum = partial.mass[j], partial.value_sum[j]
     n_buckets, zero = mass.shape[0], splat(mass.dtype.type(0))
     width, step = state.shape[0] // n_buckets - 1, lanes(mass)
@@ -141,8 +139,9 @@ def flush(partial: Partial, j: int, state: np.ndarray) -> None:
 
 
 class RoundedState(NamedTuple):
-    """States of the heads of a task, or gradients of states, rounded to the dtype of the arithmetic
-    but for the masses.
+    """States of a task's heads, or gradients of states: value sums in the dtype of the arithmetic.
+
+    Masses stay float64: a causal scan adds to them token by token, over a whole segment.
     """
 
     mass: np.ndarray  # [heads, S], float64, S padded
@@ -152,7 +151,7 @@ class RoundedState(NamedTuple):
 
 @helper
 def new_rounded_state(heads: int, n_buckets: int, value_dim: int, dtype: Any) -> RoundedState:
-    """Make room for the states of so many heads."""
+    """Return memory for the states of so many heads."""
     wide_s, wide_v = padded(n_buckets), padded(value_dim)
     rows, columns = (
         matrices(heads, n_buckets, wide_v, dtype),
@@ -162,26 +161,30 @@ def new_rounded_state(heads: int, n_buckets: int, value_dim: int, dtype: Any) ->
 
 
 @helper
-def start(states: np.ndarray, m0: int, m1: int, transposed: bool, run: RoundedState) -> None:
-    """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]."""
-    n_buckets = run.value_sum.shape[1]
+def round_states(
+    states: np.ndarray, m0: int, m1: int, transposed: bool, rounded: RoundedState
+) -> None:
+    """Round the float64 states of heads m0 ... m1 - 1, rows of [M, S*(1+V)]; `transposed`, also
+    into value_sum_t.
+    """
+    n_buckets = rounded.value_sum.shape[1]
     width = states.shape[1] // n_buckets - 1
     for m in range(m0, m1):
         i, state = m - m0, states[m]
         for s in range(n_buckets):
-            run.mass[i, s] = state[s]
+            rounded.mass[i, s] = state[s]
             for d in range(width):
-                run.value_sum[i, s, d] = state[n_buckets + s * width + d]
-        clear_columns(
-            run.value_sum[i], width
-        )  # a NaN of the task before must not stay in the padding
+                rounded.value_sum[i, s, d] = state[n_buckets + s * width + d]
+        # a NaN of the task before must not stay in the padding
+        clear_columns(rounded.value_sum[i], width)
         if transposed:
-            transpose(run.value_sum[i], n_buckets, run.value_sum.shape[2], run.value_sum_t[i])
+            wide_v = rounded.value_sum.shape[2]
+            transpose(rounded.value_sum[i], n_buckets, wide_v, rounded.value_sum_t[i])
 
 
 @helper
-def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
-    """Repeat the masses of a state for every token of a block."""
+def splat_mass(mass: np.ndarray, masses: np.ndarray) -> None:
+    """Repeat the masses [S] of a state for every token of a block, masses [S, BLOCK]."""
     for s in range(masses.shape[0]):
         value = splat(masses.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(masses)):
@@ -190,13 +193,15 @@ def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
 
 @helper
 def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> None:
-    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` has it, from a float64 state [S*(1+V)]; V
-    whole vectors.
+    """x[i] = sum_s c[s, i] * value_sum[s], as `expand` does, with a float64 state [S*(1+V)].
+
+    V must be whole vectors. Each number is rounded as it is read: the same bits as `expand`.
     """
     n_buckets, width = c.shape[0], x.shape[1]
     like = x.dtype.type(0)
     clear_rows(x, 0, n)
-    for s in range(n_buckets):  # outside, for memory is read once and in its order
+    # buckets outside: memory is read once and in its order
+    for s in range(n_buckets):
         address = state.ctypes.data + 8 * (n_buckets + s * width)
         for i in range(n):
             weight = splat(c[s, i])
@@ -219,11 +224,11 @@ def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
 def prefix_mass(
     phi: np.ndarray, mass: np.ndarray, phi_t: np.ndarray, masses_t: np.ndarray, masses: np.ndarray
 ) -> None:
-    """Fill masses[:, i] with the masses up to and including token i, and advance `mass`, float64,
-    by the block.
+    """Fill masses[:, i] with the masses up to and including token i, and add the block to `mass`,
+    float64.
 
     phi [S, BLOCK] is zero past the block's last token. It is left transposed in phi_t [BLOCK, S]:
-    buckets in lanes make a running sum one addition per vector.
+    with buckets in vector lanes, a prefix sum over tokens is one addition per vector.
     """
     n_buckets = phi.shape[0]
     transpose(phi, n_buckets, TOKENS, phi_t)
@@ -245,10 +250,11 @@ def prefix_mass_backward(
     d_mass: np.ndarray,
     d_phi_t: np.ndarray,
 ) -> None:
-    """Add to d_phi_t[j] what tokens i >= j of this block ask of mass, d_masses [S, BLOCK].
+    """Add to d_phi_t[j] the gradients of the masses of tokens i >= j of this block, from d_masses
+    [S, BLOCK].
 
-    d_mass, float64, is what later blocks ask: it is added too where `from_later` says so, and moves
-    to before this block. mass_t [BLOCK, S] is for use meanwhile.
+    d_mass, float64, is their sum over later blocks: with `from_later` it is added too. This block
+    is added to it. mass_t [BLOCK, S] is scratch.
     """
     n_buckets = d_masses.shape[0]
     transpose(d_masses, n_buckets, TOKENS, mass_t)

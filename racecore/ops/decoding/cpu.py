@@ -1,11 +1,10 @@
-"""One token at a time: a Numba kernel that reads and writes each number of a state once; see
-`reference`.
+"""One token at a time: a kernel that reads and writes each number of a state once; see `reference`.
 
 A state is far larger than everything else of a token, so its memory sets the time. While a row of
-the state passes through the registers, the key's value is added to it and all query heads of its
-group ask it. Hashes of a token's heads are taken in one block, as those of a head's tokens are
-elsewhere: here "tokens" of the table are heads. Sums and products are the same, in the same order,
-as those of `bidirectional.sum_keys` followed by `read_out`, and so are the bits.
+the state is in registers, the key's value is added to it and it is read out for all query heads of
+its group. The heads of a token are hashed in one block, as the tokens of a head are elsewhere: here
+the table's "tokens" are heads. Sums and products are the same, in the same order, as those of
+`bidirectional.sum_keys` followed by `read_out`, and so are the bits.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
-from racecore.ops.cpu.call import NO_MASK, Call, n_buckets_of
+from racecore.ops.cpu.call import Call, n_buckets_of, new_call
+from racecore.ops.cpu.read_modes import COPIES
 from racecore.ops.cpu.readout import weigh
-from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load, store
+from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load_rows, store_rows
 from racecore.ops.cpu.scratch import task_of
 from racecore.ops.cpu.states import load_keep
 from racecore.ops.simd.accumulators import add_at
@@ -27,7 +27,6 @@ from racecore.ops.simd.products import NO_PREFETCH, input_rows, output_rows, pad
 from racecore.ops.simd.tiles import fence
 from racecore.ops.simd.vectors import fma, lanes, load_lanes, splat, store_lanes
 from racecore.ops.soft_hash.cpu import Hash, hash_block, new_hash_arrays
-from racecore.ops.soft_hash.planes import padded_planes
 from racecore.problem import Problem, Sketch
 from racecore.runtime import progress
 from racecore.runtime.jit import helper, kernel, piece
@@ -35,20 +34,20 @@ from racecore.runtime.threads import run
 
 __all__ = ["step"]
 
-_BYTES_AT_ONCE = 1 << 22  # of states: smaller pieces are done before another thread has woken up
+_BYTES_AT_ONCE = 1 << 22  # of states: less is done before another thread has woken up
 _NO_RUNS = np.zeros((0, 2), np.int64)
 
 
 def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Add the key and value of every sequence that has one to `sketch`, and answer its query into
-    out [B, 1, H, V].
+    """Add the key and value of every sequence that has one to `sketch`, then write the output of
+    its query to out [B, 1, H, V].
 
-    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys
-    that take part. Sequences without a token keep their bits; their rows of `out` are left alone.
+    `sketch` may be float32, and is rounded to it before it is read out. `lengths` [N] counts the
+    keys that take part. Sequences without a token keep their bits; their rows of `out` are not
+    written.
     """
-    progress.advance(
-        len(part.sequences)
-    )  # before: should the listener raise, nothing has happened yet
+    # before the work: should the listener raise, nothing has happened yet
+    progress.advance(len(part.sequences))
     if len(part.sequences) == 0:
         return
     hashed_at_once, call = _make_call(part, sketch, out)
@@ -63,20 +62,16 @@ def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) ->
 
 
 def _run_to_the_end(work: Callable[[int, int], object], n_tasks: int, per_launch: int) -> None:
-    """Run all tasks; where a signal raises something in between, do the others before it goes on: a
-    step is never half done.
-    """
+    """Run all tasks, even if a signal raises meanwhile: no step is left half done."""
     try:
         run(work, n_tasks, per_launch)
     except BaseException:
-        work(0, n_tasks)  # those that are done are left alone
+        work(0, n_tasks)  # skips those that are done
         raise
 
 
 def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Call]:
-    """Return how many state heads are hashed together, and the arguments, with heads where other
-    calls have tokens.
-    """
+    """Return the state heads that are hashed together, and the arguments, with heads for tokens."""
     if part.query is None or part.key is None or part.value is None:
         raise TypeError("a step needs a query, a key and a value")
     shared = part.planes.strides[0] == 0 and part.beta.strides[0] == 0
@@ -85,29 +80,11 @@ def _make_call(part: Problem, sketch: Sketch, out: np.ndarray) -> tuple[int, Cal
         BLOCK * part.n_kv_heads // part.n_heads, _BYTES_AT_ONCE // head_bytes, part.n_kv_heads
     )
     heads = max(1, fit) if shared else 1
-    planes, planes_t, beta = padded_planes(part)
     by_head = (x.swapaxes(1, 2) for x in (part.query, part.key, part.value, out))
-    return heads, Call(
-        table=describe(*by_head),
-        segments=part.sequences,
-        runs=_NO_RUNS,
-        planes=planes,
-        planes_t=planes_t,
-        beta=beta,
-        mask=NO_MASK
-        if part.key_mask is None
-        else np.ascontiguousarray(part.key_mask).view(np.uint8),
-        n_tables=part.planes.shape[1],
-        head_dim=part.planes.shape[3],
-        n_heads=part.n_heads,
-        n_kv_heads=part.n_kv_heads,
-        value_dim=part.value_dim,
-        kv_heads_per_task=heads,
-        bucket_mean=part.readout == "bucket_mean",
-    )
+    return heads, new_call(part, describe(*by_head), part.sequences, _NO_RUNS, heads, COPIES)
 
 
-class Room(NamedTuple):
+class StepScratch(NamedTuple):
     """The arrays of one launch, with heads as their rows [BLOCK, D or V] and last axis [S, BLOCK];
     D and V are padded.
     """
@@ -130,7 +107,7 @@ class Room(NamedTuple):
 
 
 @helper
-def _new_room(call: Call) -> Room:
+def _new_scratch(call: Call) -> StepScratch:
     dtype = call.planes.dtype
     n_rows, wide_d = call.planes.shape[1:]
     x, y = matrices(2, TOKENS, wide_d, dtype), matrices(2, TOKENS, padded(call.value_dim), dtype)
@@ -140,7 +117,7 @@ def _new_room(call: Call) -> Room:
     ones, c = matrices(2, 1, TOKENS, dtype), matrices(5, n_buckets_of(call), TOKENS, dtype)
     for i in range(BLOCK):
         ones[0, 0, i] = ones[1, 0, i] = 1
-    return Room(
+    return StepScratch(
         x[0],
         x[1],
         y[0],
@@ -166,10 +143,11 @@ def _step(
     lengths: np.ndarray,
     done: np.ndarray,
 ) -> None:
-    """Take tasks first ... last - 1, each some heads of a sequence, that are not `done` [tasks]
-    yet; states [N, M, S*(1+V)].
+    """Do the tasks first ... last - 1 that are not `done` [tasks]; states [N, M, S*(1+V)].
+
+    A task is some heads of a sequence.
     """
-    w = _new_room(call)
+    w = _new_scratch(call)
     tail = cleared_matrices(1, 2, TOKENS, states.dtype)[0]
     for task in range(first, last):
         if done[task] != 0:
@@ -188,13 +166,13 @@ def _step(
 
 @piece
 def _step_heads(
-    call: Call, b: int, m: int, n: int, states: np.ndarray, tail: np.ndarray, w: Room
+    call: Call, b: int, m: int, n: int, states: np.ndarray, tail: np.ndarray, w: StepScratch
 ) -> None:
-    """Take n state heads from m on, whose keys share a hash and are neighbours."""
-    own = m if call.planes.shape[0] > 1 else 0
+    """Do n state heads from m on, whose keys share a hash and are neighbours."""
+    planes = m if call.planes.shape[0] > 1 else 0  # 0 where all heads share them
     f = Hash(
-        call.planes[own],
-        call.planes_t[own],
+        call.planes[planes],
+        call.planes_t[planes],
         call.beta[m],
         call.n_tables,
         w.factors,
@@ -206,8 +184,8 @@ def _step_heads(
     keep = w.keep[0, 0]
     for i in range(n):
         w.keep[0, i] = keep
-    load(call.table, KEY, (b, g, 0), n, call.head_dim, w.k, w.keep[0])
-    load(call.table, VALUE, (b, g, 0), n, call.value_dim, w.v, w.keep[0])
+    load_rows(call.table, KEY, (b, g, 0), n, call.head_dim, w.k, w.keep[0])
+    load_rows(call.table, VALUE, (b, g, 0), n, call.value_dim, w.v, w.keep[0])
     hash_block(f, input_rows(w.k), n, w.phi_k, NO_PREFETCH)
     for i in range(n):
         for s in range(w.phi_k.shape[0]):
@@ -215,13 +193,13 @@ def _step_heads(
             states[m + i, s] += np.float64(w.phi_k[s, i])
     for h in range(0, n * repeats, BLOCK):
         rows = min(BLOCK, n * repeats - h)
-        load(call.table, QUERY, (b, m * repeats + h, 0), rows, call.head_dim, w.q, w.ones)
+        load_rows(call.table, QUERY, (b, m * repeats + h, 0), rows, call.head_dim, w.q, w.ones)
         hash_block(f, input_rows(w.q), rows, w.phi_q, NO_PREFETCH)
         _gather_mass(states, m, n, rows // n, w.mass)
         weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
         for i in range(n):
             _step_values(states[m + i], i, rows // n, tail, w)
-        store(
+        store_rows(
             call.table,
             OUT,
             (b, m * repeats + h, 0),
@@ -230,15 +208,14 @@ def _step_heads(
             w.o,
             output_rows(w.o, False),
         )
-        for s in range(
-            w.phi_k.shape[0]
-        ):  # a group of more heads than a block has asks again, and must not add again
+        # a group of more query heads than a block reads the state out again: it adds nothing then
+        for s in range(w.phi_k.shape[0]):
             w.phi_k[s, 0] = 0
 
 
 @helper
 def _gather_mass(states: np.ndarray, m: int, n: int, per_state: int, mass: np.ndarray) -> None:
-    """Fill mass [S, n * per_state] with the masses of the states that each query head asks."""
+    """Fill mass [S, n * per_state] with the masses of the state that each query head reads."""
     for s in range(mass.shape[0]):
         for i in range(n):
             value = mass.dtype.type(states[m + i, s])
@@ -247,7 +224,9 @@ def _gather_mass(states: np.ndarray, m: int, n: int, per_state: int, mass: np.nd
 
 
 @helper
-def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w: Room) -> None:
+def _step_values(
+    state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w: StepScratch
+) -> None:
     """value_sum += phi_k[:, i] * v[i], and o[j] = sum_s rho[s, j] * value_sum[s] for its query
     heads j; state [S*(1+V)].
     """
@@ -257,9 +236,8 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
     for j in range(i * per_state, (i + 1) * per_state):
         for d in range(wide):
             w.o[j, d] = 0
-    for s in range(
-        0, n_buckets, 2
-    ):  # outside, for memory is read once and in its order; there is an even number of them
+    # buckets outside: memory is read once and in its order; S = L * 2^P is even
+    for s in range(0, n_buckets, 2):
         first, second = n_buckets + s * width, n_buckets + (s + 1) * width
         start, step = state.ctypes.data, state.itemsize
         for d in range(0, whole, lanes(w.o)):
@@ -284,13 +262,20 @@ def _step_values(state: np.ndarray, i: int, per_state: int, tail: np.ndarray, w:
 
 @helper
 def _step_vector(
-    address: int, next_address: int, like: Any, i: int, per_state: int, s: int, d: int, w: Room
+    address: int,
+    next_address: int,
+    like: Any,
+    i: int,
+    per_state: int,
+    s: int,
+    d: int,
+    w: StepScratch,
 ) -> None:
-    """Add to and ask the columns from d on of buckets s and s + 1, at two addresses: two answer for
-    one read of the output.
+    """Add to the columns from d on of buckets s and s + 1, at two addresses, and read them out: two
+    buckets for one load and store of the output.
     """
     v, zero = load_lanes(w.v, i, d), splat(w.o.dtype.type(0))
-    # c * v + 0 and not c * v: a product might fuse with the sum, and `append` rounds it first
+    # c * v + 0 and not c * v: a product might fuse with the sum, and `append` rounds it before
     sums = add_at(fma(splat(w.phi_k[s, i]), v, zero), address, like)
     next_sums = add_at(fma(splat(w.phi_k[s + 1, i]), v, zero), next_address, like)
     for j in range(i * per_state, (i + 1) * per_state):

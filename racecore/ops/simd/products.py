@@ -54,7 +54,7 @@ def padded(width: int) -> int:
     return -(-width // _PADDING) * _PADDING
 
 
-@helper
+@register_jitable
 def is_wide(n_rows: int) -> bool:
     """Return whether `project_wide` beats `project` for so many rows of M.
 

@@ -36,21 +36,31 @@ from racecore.ops.soft_hash.planes import pad_planes
 from racecore.runtime.jit import helper, kernel
 from racecore.runtime.threads import run
 
-__all__ = ["soft_hash", "soft_hash_backward"]
+__all__ = [
+    "Hash",
+    "hash_again",
+    "hash_block",
+    "hash_block_backward",
+    "new_hash_arrays",
+    "soft_hash",
+    "soft_hash_backward",
+]
+
+_BLOCKS_PER_LAUNCH = 64
 
 
 class Hash(NamedTuple):
-    """The hash of one state head, and the arrays of a block that it works in. D and the planes of
-    the last three are padded.
+    """The hash of one state head, and the arrays of a block that it works in.
+
+    D is padded to whole vectors, and so is L*P in u_t.
     """
 
     planes: np.ndarray  # [L*P, D]
     planes_t: np.ndarray  # [D, L*P]
     beta: float
     n_tables: int  # L
-    factors: (
-        np.ndarray
-    )  # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), 1 - that; kept for the way back
+    # [3, L*P, BLOCK]: tanh(u), sigmoid(2 beta tanh(u)), 1 - that; the backward pass needs them
+    factors: np.ndarray
     d_u: np.ndarray  # [L*P, BLOCK]
     d_planes: np.ndarray  # [L*P, D]
     u_t: np.ndarray  # [BLOCK, L*P]
@@ -58,9 +68,9 @@ class Hash(NamedTuple):
 
 @helper
 def hash_block(f: Hash, x: InputRows, n: int, phi: np.ndarray, next_rows: PrefetchRows) -> None:
-    """Hash n rows x [n, D] into phi [S, n], and ask for the rows that come next.
+    """Hash n rows x [n, D] into phi [S, n], and prefetch the next rows.
 
-    Element-wise loops run over whole blocks; nobody reads columns past n.
+    Element-wise loops run over whole vectors; columns past n are never read.
     """
     tanh_u, n_rows = f.factors[0], f.planes.shape[0]
     if is_wide(n_rows):
@@ -76,9 +86,7 @@ def hash_block(f: Hash, x: InputRows, n: int, phi: np.ndarray, next_rows: Prefet
 
 @helper
 def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
-    """Fill phi [S, n] from tanh(u) [L*P, n] that `hash_block` left in f.factors[0], or from a copy
-    of it.
-    """
+    """Fill phi [S, n] from tanh(u) [L*P, n], as `hash_block` leaves it in f.factors[0]."""
     kept, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     twice_beta, one = splat(f.beta + f.beta), splat(phi.dtype.type(1))
     n_rows = f.planes.shape[0]
@@ -104,9 +112,7 @@ def _corner_products(
     n: int,
     phi: np.ndarray,
 ) -> None:
-    """Fill the rows of one table from `row` on, plane by plane from the least significant bit:
-    every plane doubles them.
-    """
+    """Fill the rows of one table, `row` on, from the last bit: every plane doubles them."""
     last_plane = first + n_planes - 1
     for i in range(0, n, lanes(phi)):
         store_lanes(phi, row, i, load_lanes(minus, last_plane, i))
@@ -130,11 +136,10 @@ def hash_block_backward(
     d_x: OutputRows,
     d_hash: np.ndarray,
 ) -> None:
-    """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes
-    and one for beta.
+    """Invert `hash_block`: write d_x [n, D], and add to d_hash [L*P*D + 1], beta's gradient last.
 
-    `f` is as `hash_block` left it. An empty d_hash means that this gradient is not wanted. d_phi
-    [S, n] is overwritten.
+    `f` is as `hash_block` left it. With d_hash [1] only that of beta is wanted, with d_hash [0]
+    neither. d_phi [S, n] is overwritten.
     """
     tanh_u, plus, minus = f.factors[0], f.factors[1], f.factors[2]
     n_rows, one = f.planes.shape[0], splat(phi.dtype.type(1))
@@ -195,8 +200,8 @@ def _corner_products_backward(
     tanh(u).
 
     With w = d_phi * phi, and s1, s0 its sums over corners that have the plane's bit set or not, d_y
-    = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)): folding the first bit away serves plane after
-    plane.
+    = 2 * (s1 * sigmoid(-2y) - s0 * sigmoid(2y)). Adding the two halves of w removes the first bit,
+    so each plane takes half as many sums as the one before.
     """
     zero = splat(phi.dtype.type(0))
     for i in range(0, BLOCK, lanes(phi)):
@@ -217,7 +222,7 @@ def _corner_products_backward(
 def new_hash_arrays(
     n_rows: int, wide_d: int, dtype: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Make the arrays of a `Hash`: factors, d_u, d_planes and u_t."""
+    """Return the arrays of a `Hash`: factors, d_u, d_planes and u_t."""
     wide_rows = padded(n_rows)
     rows = matrices(4, wide_rows, TOKENS, dtype)
     return (
@@ -271,17 +276,14 @@ def _hash_rows_backward(
     d_x: np.ndarray,
     d_hash: np.ndarray,
 ) -> None:
-    """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has a line per block."""
+    """Invert `_hash_rows`; d_hash [N / BLOCK, M, L*P*D + 1] has partial sums of each block."""
     head_dim, n_buckets = x.shape[2], d_out.shape[2]
-    block, d_block = (
-        matrices(1, TOKENS, planes.shape[2], x.dtype)[0],
-        matrices(1, TOKENS, planes.shape[2], x.dtype)[0],
-    )
+    block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
+    d_block = matrices(1, TOKENS, planes.shape[2], x.dtype)[0]
     clear_rows(block, 0, BLOCK)
-    phi, d_phi = (
-        matrices(1, n_buckets, TOKENS, x.dtype)[0],
-        matrices(1, n_buckets, TOKENS, x.dtype)[0],
-    )
+    # two arrays, not one of two: each needs memory past its end, see ops.cpu.scratch
+    phi = matrices(1, n_buckets, TOKENS, x.dtype)[0]
+    d_phi = matrices(1, n_buckets, TOKENS, x.dtype)[0]
     arrays = new_hash_arrays(planes.shape[1], planes.shape[2], x.dtype)
     for m in range(x.shape[1]):
         f = Hash(planes[m], planes_t[m], beta[m], n_tables, *arrays)
@@ -312,13 +314,13 @@ def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray
     """Return phi [..., M, S] of the rows x [..., M, D], with planes [M, L, P, D] and beta [M]."""
     rows, (w, w_t), b, n_tables = _flat(x, planes, beta)
     out = np.empty((*rows.shape[:2], n_tables << planes.shape[2]), x.dtype)
-    run(
-        lambda i, j: _hash_rows(
-            rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), out
-        ),
-        -(-len(rows) // BLOCK),
-        64,
-    )
+    n_blocks = -(-len(rows) // BLOCK)
+
+    def work(first: int, last: int) -> None:
+        tokens = first * BLOCK, min(last * BLOCK, len(rows))
+        _hash_rows(rows, w, w_t, b, n_tables, *tokens, out)
+
+    run(work, n_blocks, _BLOCKS_PER_LAUNCH)
     return out.reshape(*x.shape[:-1], out.shape[2])
 
 
@@ -331,13 +333,12 @@ def soft_hash_backward(
     d_x = np.empty_like(rows)
     n_blocks = -(-len(rows) // BLOCK)
     d_hash = np.zeros((n_blocks, len(w), planes[0].size + 1))
-    run(
-        lambda i, j: _hash_rows_backward(
-            d_rows, rows, w, w_t, b, n_tables, i * BLOCK, min(j * BLOCK, len(rows)), d_x, d_hash
-        ),
-        n_blocks,
-        64,
-    )
+
+    def work(first: int, last: int) -> None:
+        tokens = first * BLOCK, min(last * BLOCK, len(rows))
+        _hash_rows_backward(d_rows, rows, w, w_t, b, n_tables, *tokens, d_x, d_hash)
+
+    run(work, n_blocks, _BLOCKS_PER_LAUNCH)
     total = d_hash.sum(axis=0)
     return d_x.reshape(x.shape), total[:, :-1].reshape(planes.shape), total[:, -1]
 
@@ -345,6 +346,6 @@ def soft_hash_backward(
 def _flat(
     x: np.ndarray, planes: np.ndarray, beta: np.ndarray
 ) -> tuple[np.ndarray, Any, np.ndarray, int]:
-    """Return x [N, M, D], planes as `pad_planes` gives them and beta [M] in the dtype of x, and L."""
+    """Return x [N, M, D]; planes as `pad_planes` does and beta [M], in the dtype of x; and L."""
     rows = np.ascontiguousarray(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]))
     return rows, pad_planes(planes, x.dtype), np.ascontiguousarray(beta, x.dtype), planes.shape[1]

@@ -13,15 +13,17 @@ from racecore.runtime import arrays
 
 __all__ = ["pad_planes", "padded_planes"]
 
+# By the identity of planes and beta, and the dtype: their weak references, and the result. A weak
+# reference shows whether an array of the same identity is still the same array.
 _padded: dict[tuple[int, int, str], tuple[Any, Any, tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
 
 def padded_planes(part: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the planes of a problem as `pad_planes` does, one for all heads where they share them,
-    and beta [M].
+    """Return the planes of a problem as `pad_planes` does, M = 1 where heads share them, and beta
+    [M].
 
-    A hash gives the same arrays every time (`SoftLSH.per_head`), and making these takes longer than
-    decoding a token may: they are kept for as long as the hash lives.
+    They are kept as long as the hash lives, since padding takes longer than decoding a token may: a
+    hash gives the same arrays every time (`SoftLSH.per_head`).
     """
     key = id(part.planes), id(part.beta), part.dtype.char
     kept = _padded.get(key)
@@ -36,8 +38,8 @@ def padded_planes(part: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def pad_planes(planes: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return planes [M, L, P, D] as [M, L*P, D] and transposed, with D and the other's L*P padded
-    with zeros.
+    """Return planes [M, L, P, D] as [M, L*P, D] and [M, D, L*P], padded with zeros: D in both, L*P
+    in the second.
     """
     m, n_tables, n_planes, head_dim = planes.shape
     n_rows = n_tables * n_planes

@@ -23,11 +23,11 @@ from racecore.ops.cpu.row_io import (
     OUT,
     QUERY,
     VALUE,
-    load,
+    load_rows,
     load_scattered,
     read,
     rows_to_prefetch,
-    store,
+    store_rows,
 )
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
@@ -178,7 +178,7 @@ def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
     keep = np.ones(1)
     for r in range(n * call.heads_per_tile):
         place = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
-        load(call.table, QUERY, place, 1, call.head_dim, q[r : r + 1], keep)
+        load_rows(call.table, QUERY, place, 1, call.head_dim, q[r : r + 1], keep)
 
 
 @helper
@@ -262,4 +262,4 @@ def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -
             for d in range(call.value_dim):
                 row[0, d] = sums[d] / weight if weight != 0 else 0.0
             place = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
-            store(call.table, OUT, place, 1, call.value_dim, row, output_rows(row, False))
+            store_rows(call.table, OUT, place, 1, call.value_dim, row, output_rows(row, False))

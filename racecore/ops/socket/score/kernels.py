@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
-from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
+from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load_rows
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, matrices
 from racecore.ops.simd.products import NO_PREFETCH, input_rows, padded, project
@@ -67,7 +67,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
             own = g if call.planes.shape[0] > 1 else 0
             for t in range(begin, end, BLOCK):
                 n = min(BLOCK, end - t)
-                load(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
+                load_rows(call.table, KEY, (b, t, g), n, call.head_dim, x, keep)
                 project(call.planes[own], input_rows(x), n_rows, n, u, NO_PREFETCH)
                 _write_codes(
                     u, n, place + t - begin, call.n_tables, call.high_bits, call.codes[b, g]
@@ -77,7 +77,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
                 if call.weighs_keys:
                     _times_square(x, n, call.head_dim, norms[b, g, t : t + n])
                 if call.weighs_values:
-                    load(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
+                    load_rows(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
                     _times_square(v, n, call.value_dim, norms[b, g, t : t + n])
 
 
@@ -146,7 +146,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
         for i0 in range(0, group, BLOCK):
             n = min(BLOCK, group - i0)
             for i in range(n):
-                load(
+                load_rows(
                     call.table,
                     QUERY,
                     (b, 0, g * group + i0 + i),
