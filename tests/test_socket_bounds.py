@@ -54,15 +54,15 @@ def group_scores(tables: np.ndarray, keys: layout.HashedKeys, multiplies: bool) 
 @pytest.mark.parametrize("kind", ["random", "sinks"])
 def test_bounds_hold(scorer, n_planes, kind):
     tables, keys, multiplies = make(scorer, n_planes=n_planes, kind=kind)
-    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_bound_tables(call, 0, len(call.planes))
+    call = bounds.new_bound_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_bound_tables(call, 0, len(call.byte_tables))
     n_blocks = -(-T // layout.BLOCK_TOKENS)
     highs = np.empty((B * G, n_blocks * layout.BLOCK_TOKENS), np.float32)
     tasks = np.array([(b, g, 0, n_blocks, b * G + g) for b in range(B) for g in range(G)])
     bounds.score_bounds(call, tasks, highs, 0, len(tasks))
     norm = layout.from_norm16(keys.norms[:, :, :T]).astype(np.float64)
     high = highs[:, :T].reshape(B, G, T).astype(np.float64)
-    low = high - call.numbers[:, 2].reshape(B, G, 1) * norm
+    low = high - call.scales[:, bounds.WIDTH].reshape(B, G, 1) * norm
     exact = group_scores(tables, keys, multiplies)
     seen = np.isfinite(exact)
     assert (high >= exact)[seen].all()
@@ -78,7 +78,7 @@ def test_bounds_hold(scorer, n_planes, kind):
 @pytest.mark.parametrize("way", ["whole heads", "pieces", "pieces of three heads"])
 def test_bounds_select_what_exact_scores_select(scorer, kind, way, monkeypatch):
     tables, keys, multiplies = make(scorer, kind=kind)
-    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if way == "whole heads" else 1000)
+    monkeypatch.setattr(cpu, "_HEADS_PER_THREAD", 0 if way == "whole heads" else 1000)
     if way == "pieces of three heads":
         monkeypatch.setattr(cpu, "_SCORE_BYTES", 3 * 4 * 79 * 64)
     for budget in (1, 37, 400, 3000, 4999):
@@ -100,21 +100,21 @@ def test_wide_bounds_decide_less_but_never_wrongly(widened):
     the bar matter.
     """
     tables, keys, multiplies = make("signed_jl", kind="sinks")
-    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_bound_tables(call, 0, len(call.planes))
+    call = bounds.new_bound_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_bound_tables(call, 0, len(call.byte_tables))
     exact = group_scores(tables, keys, multiplies)[0]
     by = np.float32(
         widened
         * (exact / layout.from_norm16(keys.norms[0, :, :T]).clip(1e-30)).std(where=exact != 0)
     )
-    call.numbers[:, 1] += by
-    call.numbers[:, 2] += 2 * by
+    call.scales[:, bounds.OFFSET] += by
+    call.scales[:, bounds.WIDTH] += 2 * by
     n_blocks, budget = -(-T // layout.BLOCK_TOKENS), 300
     highs = np.empty((G, n_blocks * layout.BLOCK_TOKENS), np.float32)
     bounds.score_bounds(call, np.array([(0, g, 0, n_blocks, g) for g in range(G)]), highs, 0, G)
     selected, counts = np.empty((G, budget), np.int64), np.empty(G, np.int64)
     limits = (np.full(G, T), np.full(G, budget))
-    top_k_by_bounds.SETTLE[multiplies](
+    top_k_by_bounds.SELECT_BY_BOUNDS[multiplies](
         call, highs.view(np.int32), 0, *limits, (0, 0), selected, counts, 0, G
     )
     for g in range(G):
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_left_to_exact_scores(number, digit, whole_heads, 
     tables, keys, multiplies = make("soft")
     tables[1, H - 1, 3, digit, 7] = number
     answers, decide = [], cpu._select_by_bounds
-    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
+    monkeypatch.setattr(cpu, "_HEADS_PER_THREAD", 0 if whole_heads else 1000)
     monkeypatch.setattr(
         cpu,
         "_select_by_bounds",
@@ -160,7 +160,7 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     tables, keys, multiplies = make("signed_jl")
     tables *= np.float32(factor)
     answers, decide = [], cpu._select_by_bounds
-    monkeypatch.setattr(cpu, "_ROWS_EACH", 0 if whole_heads else 1000)
+    monkeypatch.setattr(cpu, "_HEADS_PER_THREAD", 0 if whole_heads else 1000)
     monkeypatch.setattr(
         cpu,
         "_select_by_bounds",
@@ -168,10 +168,10 @@ def test_huge_scores_are_left_to_exact_ones(whole_heads, factor, fits, monkeypat
     )
     selected = cpu.select(tables, keys, multiplies, np.array([100, 100]), (0, 1), True)
     assert answers == [fits]
-    call = bounds.new_call(tables, G, keys.codes, keys.norms, multiplies)
-    bounds.fill_bound_tables(call, 0, len(call.planes))
-    assert bounds.overflows(call) != fits
-    assert np.isfinite(call.numbers).all() or not fits
+    call = bounds.new_bound_call(tables, G, keys.codes, keys.norms, multiplies)
+    bounds.fill_bound_tables(call, 0, len(call.byte_tables))
+    assert bounds.have_finite_bounds(call) == fits
+    assert np.isfinite(call.scales).all() or not fits
     scores = cpu.scores(tables, keys, multiplies).reshape(B, G, H // G, -1)
     exact = scores[:, :, 0].copy()
     for h in range(1, H // G):  # one after the other, as kernels do
