@@ -52,14 +52,14 @@ __all__ = [
     "scale_of",
 ]
 
-_FLOAT_BYTES = np.int64(4)
+_FLOAT_BYTES = 4
 
 
 class DecodeScratch(NamedTuple):
     """Scratch arrays of tiles that attend to the same tokens, float32; R rows of a tile."""
 
     q: np.ndarray  # [tiles, R, D]: see `arrange_queries`
-    scale: float  # 1/sqrt(D), float32
+    scale: np.float32  # 1/sqrt(D)
     logits: np.ndarray  # [R, 64], then weights
     peak: np.ndarray  # [tiles, R], this and the next two: see `online_softmax`
     weight: np.ndarray  # [tiles, R]
@@ -73,7 +73,7 @@ class QueryTile(NamedTuple):
     q: ScratchRows
     logits: ScratchRows
     sums: RowSums  # of the first row
-    scale: float
+    scale: np.float32
     is_bfloat16: bool  # queries are bfloat16 in memory, see `keeps_bfloat16`
     n_heads: int
     n_rows: int  # R: of scratch, from a tile to the next

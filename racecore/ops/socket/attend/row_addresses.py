@@ -63,8 +63,8 @@ SLOTS = 3  # of a tile
 # Not literals: Numba would compile functions once for each.
 _FIRST_BLOCK, _PARTIAL_BLOCK, _PREFETCH = np.int64(0), np.int64(1), np.int64(2)
 _EVEN_BLOCK = _FIRST_BLOCK  # and the odd one behind it
-_ADDRESS_BYTES = np.int64(8)
-_KEY_SLOT_BYTES = _ADDRESS_BYTES * GATHER_BLOCK  # the values follow
+_ADDRESS_BYTES = 8
+_KEY_SLOT_BYTES = _ADDRESS_BYTES * int(GATHER_BLOCK)  # the values follow
 _SLOT_BYTES = 2 * _KEY_SLOT_BYTES
 _TILE_0 = np.int64(0)
 _NO_OFFSET = np.int64(0)
@@ -111,7 +111,7 @@ def cache_rows(
     size = 2 if is_bfloat16(table, KEY) else 4
     return CacheRows(
         address_of(row_addresses),
-        address_of(selected[b, row]) if selected.shape[2] > 0 else _CONSECUTIVE,
+        address_of(selected[b, row]) if selected.shape[2] > 0 else 0,
         first_row(table, KEY, b, g),
         first_row(table, VALUE, b, g),
         row_bytes(table, KEY),
@@ -123,7 +123,7 @@ def cache_rows(
 
 
 @helper
-def address_of(x: np.ndarray) -> int:
+def address_of(x: np.ndarray) -> np.int64:
     """Return the address of an array, signed like all others."""
     return np.int64(x.ctypes.data)
 
