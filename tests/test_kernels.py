@@ -35,8 +35,8 @@ def aligned(*shape, dtype, rng=None):
     return result
 
 
-def source_of(x):
-    return products.Source(x.ctypes.data, x.shape[1], x.itemsize)
+def input_rows(x):
+    return products.InputRows(x.ctypes.data, x.shape[1], x.itemsize)
 
 
 def _elementwise(function):
@@ -45,7 +45,7 @@ def _elementwise(function):
     @numba.njit
     def run(x, out):
         for i in range(0, x.shape[1], vectors.lanes(x)):
-            vectors.store(out, 0, i, function(vectors.load(x, 0, i)))
+            vectors.store_lanes(out, 0, i, function(vectors.load_lanes(x, 0, i)))
 
     def apply(x):
         padded = np.zeros((1, -(-x.size // 16) * 16), x.dtype)
@@ -87,9 +87,9 @@ def test_sigmoids(dtype):
     def run(z, high, low):
         one = vectors.splat(z.dtype.type(1))
         for i in range(0, z.shape[1], vectors.lanes(z)):
-            a, b = elementary.sigmoids(vectors.load(z, 0, i), one)
-            vectors.store(high, 0, i, a)
-            vectors.store(low, 0, i, b)
+            a, b = elementary.sigmoids(vectors.load_lanes(z, 0, i), one)
+            vectors.store_lanes(high, 0, i, a)
+            vectors.store_lanes(low, 0, i, b)
 
     z = np.linspace(-80, 80, 1600).astype(dtype)[None]
     high, low = np.empty_like(z), np.empty_like(z)
@@ -103,7 +103,7 @@ def test_sigmoids(dtype):
 def test_totals(dtype):
     @numba.njit
     def run(x):
-        return vectors.total(vectors.load(x, 0, 0))
+        return vectors.total(vectors.load_lanes(x, 0, 0))
 
     assert run(np.arange(16, dtype=dtype)[None]) == np.arange(64 // np.dtype(dtype).itemsize).sum()
 
@@ -169,7 +169,7 @@ def test_products(n_rows, n, width, dtype, tolerance):
         aligned(*shape, dtype=dtype, rng=rng)
         for shape in ((n_rows, width), (32, width), (n_rows, 32))
     )
-    nothing, x_source = products.NO_PREFETCH, source_of(x)
+    nothing, x_source = products.NO_PREFETCH, input_rows(x)
     result = aligned(n_rows, 32, dtype=dtype)
     compiled(products.project)(m, x_source, n_rows, n, result, nothing)
     np.testing.assert_allclose(result[:, :n], m @ x[:n].T, atol=tolerance)
@@ -182,7 +182,7 @@ def test_products(n_rows, n, width, dtype, tolerance):
         result = aligned(32, width, dtype=dtype)
         result[:] = start
         compiled(products.expand)(
-            c, m, n_rows, n, products.Rows(result.ctypes.data, width, mode, result.itemsize)
+            c, m, n_rows, n, products.OutputRows(result.ctypes.data, width, mode, result.itemsize)
         )
         np.testing.assert_allclose(
             result[:n], c[:, :n].T @ m + (2 if mode == tiles.ADD else 0), atol=tolerance
@@ -213,7 +213,7 @@ def test_products_that_read_bfloat16(width):
             aligned(n_rows, 32, dtype=np.float32),
         )
         compiled(products.project)(
-            m, source_of(is_bfloat16), n_rows, 32, result, products.NO_PREFETCH
+            m, input_rows(is_bfloat16), n_rows, 32, result, products.NO_PREFETCH
         )
         np.testing.assert_allclose(result, m @ x.T, atol=1e-4)
     for n_rows, n in ((8, 32), (16, 32), (8, 7)):
@@ -223,7 +223,7 @@ def test_products_that_read_bfloat16(width):
         )
         result = m.copy()
         compiled(products.accumulate)(
-            c, source_of(is_bfloat16), n_rows, n, result, products.NO_PREFETCH
+            c, input_rows(is_bfloat16), n_rows, n, result, products.NO_PREFETCH
         )
         np.testing.assert_allclose(result, m + c[:, :n] @ x[:n], atol=1e-4)
 
@@ -239,10 +239,10 @@ def test_products_that_write_bfloat16(n_rows, n):
     written, _ = _bfloat16_rows(rng, 32, 64)
     before, exact = written.copy(), aligned(32, 64, dtype=np.float32)
     compiled(products.expand)(
-        c, m, n_rows, n, products.Rows(exact.ctypes.data, 64, tiles.OVERWRITE, 4)
+        c, m, n_rows, n, products.OutputRows(exact.ctypes.data, 64, tiles.OVERWRITE, 4)
     )
     compiled(products.expand)(
-        c, m, n_rows, n, products.Rows(written.ctypes.data, 64, tiles.STREAM_BFLOAT16, 2)
+        c, m, n_rows, n, products.OutputRows(written.ctypes.data, 64, tiles.STREAM_BFLOAT16, 2)
     )
     rounded = exact[:n].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(
@@ -262,12 +262,12 @@ def test_walks_from_bfloat16_to_bfloat16(n, backward):
     )
     results = []
     for source, mode in (
-        (source_of(x), tiles.OVERWRITE),
-        (source_of(is_bfloat16), tiles.STREAM_BFLOAT16),
+        (input_rows(x), tiles.OVERWRITE),
+        (input_rows(is_bfloat16), tiles.STREAM_BFLOAT16),
     ):
         rows, after = aligned(32, 96, dtype=np.float32), aligned(8, 96, dtype=np.float32)
         written, _ = _bfloat16_rows(rng, 32, 96)
-        to = products.Rows(
+        to = products.OutputRows(
             *(
                 (rows.ctypes.data, 96, mode, 4)
                 if mode == tiles.OVERWRITE
@@ -318,16 +318,16 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     rows[:] = 1
     streamed = aligned(32, width, dtype=dtype)
     for mode in (tiles.OVERWRITE, tiles.ADD):
-        written = products.Rows(rows.ctypes.data, width, mode, rows.itemsize)
+        written = products.OutputRows(rows.ctypes.data, width, mode, rows.itemsize)
         compiled(scan_tiles.scan_rows)(
-            before, after, a, source_of(x), b, rows, written, n, backward, products.NO_PREFETCH
+            before, after, a, input_rows(x), b, rows, written, n, backward, products.NO_PREFETCH
         )
     np.testing.assert_allclose(after, expected, atol=tolerance)
     np.testing.assert_allclose(rows[:n], 2 * expected_rows, atol=4 * tolerance)
     assert (rows[n:] == 1).all()
-    written = products.Rows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
+    written = products.OutputRows(streamed.ctypes.data, width, tiles.STREAM, streamed.itemsize)
     compiled(scan_tiles.scan_rows)(
-        before, after, a, source_of(x), b, rows, written, n, backward, products.NO_PREFETCH
+        before, after, a, input_rows(x), b, rows, written, n, backward, products.NO_PREFETCH
     )
     np.testing.assert_allclose(streamed[:n], expected_rows, atol=2 * tolerance)
     assert np.isnan(streamed[n:]).all()
@@ -352,9 +352,9 @@ def test_walks_never_meet_what_is_to_come(backward):
     x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))
     x[13, 5] = np.nan
     rows = aligned(32, 16, dtype=np.float32)
-    written = products.Rows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
+    written = products.OutputRows(rows.ctypes.data, 16, tiles.OVERWRITE, 4)
     compiled(scan_tiles.scan_rows)(
-        state, state.copy(), a, source_of(x), b, rows, written, 32, backward, products.NO_PREFETCH
+        state, state.copy(), a, input_rows(x), b, rows, written, 32, backward, products.NO_PREFETCH
     )
     clean, poisoned = (slice(14, 32), slice(0, 14)) if backward else (slice(0, 13), slice(13, 32))
     assert np.isfinite(rows[clean]).all()
@@ -377,7 +377,7 @@ def _round_trip(table, n, width, out):
     block = np.empty((n, width), np.float32)
     row_io.load(table, 0, (1, 2, 1), n, width, block, ones)
     out[:] = block
-    row_io.store(table, 1, (1, 2, 1), n, width, block, products.rows_of(block, False))
+    row_io.store(table, 1, (1, 2, 1), n, width, block, products.output_rows(block, False))
 
 
 @pytest.mark.parametrize("step", [1, 2, -1])
@@ -413,7 +413,13 @@ def test_every_16_bit_number_widens_exactly_and_comes_back(dtype):
 @numba.njit
 def _store_only(table, block):
     row_io.store(
-        table, 0, (0, 0, 0), block.shape[0], block.shape[1], block, products.rows_of(block, False)
+        table,
+        0,
+        (0, 0, 0),
+        block.shape[0],
+        block.shape[1],
+        block,
+        products.output_rows(block, False),
     )
 
 

@@ -215,9 +215,9 @@ def between_nan(array: np.ndarray) -> np.ndarray:
 
 @numba.njit
 def _there_and_back(f, x, n, phi, d_phi, d_x, d_hash):
-    soft_hash_cpu.hash_block(f, products.source_of(x), n, phi, products.NO_PREFETCH)
+    soft_hash_cpu.hash_block(f, products.input_rows(x), n, phi, products.NO_PREFETCH)
     soft_hash_cpu.hash_block_backward(
-        f, d_phi, products.source_of(x), n, phi, products.rows_of(d_x, False), d_hash
+        f, d_phi, products.input_rows(x), n, phi, products.output_rows(d_x, False), d_hash
     )
 
 

@@ -56,8 +56,8 @@ from racecore.ops.cpu.states import (
 from racecore.ops.simd.memory import clear_rows
 from racecore.ops.simd.products import (
     NO_PREFETCH,
+    InputRows,
     PrefetchRows,
-    Source,
     expand,
     project,
     project_wide,
@@ -216,7 +216,7 @@ def _sum_keys_backward(
 
 @helper
 def read_state(
-    state: RoundedState, j: int, x: Source, n: int, w: Scratch, next_rows: PrefetchRows
+    state: RoundedState, j: int, x: InputRows, n: int, w: Scratch, next_rows: PrefetchRows
 ) -> None:
     """d_phi[:, i] = value_sum @ x[i], of head j."""
     n_buckets = w.d_phi.shape[0]

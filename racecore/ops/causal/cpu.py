@@ -75,12 +75,12 @@ from racecore.ops.simd import vectors
 from racecore.ops.simd.memory import add_rows, clear_rows, copy_rows, matrices
 from racecore.ops.simd.products import (
     NO_PREFETCH,
+    InputRows,
+    OutputRows,
     PrefetchRows,
-    Rows,
-    Source,
+    input_rows,
+    output_rows,
     prefetch_rows,
-    rows_of,
-    source_of,
     transpose,
 )
 from racecore.ops.simd.tiles import fence
@@ -147,7 +147,9 @@ def _add_to(state: np.ndarray, more: np.ndarray) -> None:
     """state += more, of matrices whose rows are whole vectors."""
     for r in range(state.shape[0]):
         for c in range(0, state.shape[1], lanes(state)):
-            vectors.store(state, r, c, vectors.load(state, r, c) + vectors.load(more, r, c))
+            vectors.store_lanes(
+                state, r, c, vectors.load_lanes(state, r, c) + vectors.load_lanes(more, r, c)
+            )
 
 
 @kernel
@@ -437,7 +439,7 @@ def _walk_queries(
                 copy(w.rho, _part_of(stash, block, m, per_head, line, n_buckets))
                 copy(w.d_mass, _part_of(stash, block, m, per_head, line + n_buckets, n_buckets))
                 # sums of these are what earlier keys and values of the sequence get
-                add_block(w.d_mass, w.rho, source_of(w.g), n, i, partial, NO_PREFETCH)
+                add_block(w.d_mass, w.rho, input_rows(w.g), n, i, partial, NO_PREFETCH)
                 # phi_q = hash_block(q)
                 d_q = rows_to_write(
                     call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False
@@ -469,7 +471,7 @@ def _read_block_backward(
     next_v: PrefetchRows,
     read_mode: int,
     w: Scratch,
-) -> Source:
+) -> InputRows:
     """Read queries and d_out of one block, walk over it, and invert the read-out: fills rho, d_mass
     and d_phi.
 
@@ -557,7 +559,7 @@ def _walk_keys(
 @piece
 def _ask_gradients(
     rho: np.ndarray,
-    d_v: Rows,
+    d_v: OutputRows,
     d_state: RoundedState,
     i: int,
     r: int,
@@ -581,8 +583,8 @@ def _ask_gradients(
     after, after_t = (state, state_t) if r == 0 else (spare.after, spare.after_t)
     # value_sum[s] += phi_k[s, i] * v[i], read with rho by this query and all later ones
     if r > 0 or not first_share:
-        d_v = rows_of(w.d_v, True)
-    scan_rows(before, after, rho, source_of(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
+        d_v = output_rows(w.d_v, True)
+    scan_rows(before, after, rho, input_rows(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
     scan_weights(
         before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g
     )

@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from racecore.chunking import BLOCK
 from racecore.ops.simd.emitter import Emitter
-from racecore.ops.simd.products import PrefetchRows, Rows, Source, prefetch_rows
+from racecore.ops.simd.products import InputRows, OutputRows, PrefetchRows, prefetch_rows
 from racecore.ops.simd.tile_sums import ADD, OVERWRITE, kept, load_row, store_rows
 from racecore.ops.simd.vectors import lanes
 from racecore.runtime.jit import helper
@@ -240,10 +240,10 @@ def scan_rows(
     source: np.ndarray,
     target: np.ndarray,
     a: np.ndarray,
-    x: Source,
+    x: InputRows,
     b: np.ndarray,
     y: np.ndarray,
-    written: Rows,
+    written: OutputRows,
     n: int,
     backward: bool,
     next_rows: PrefetchRows,

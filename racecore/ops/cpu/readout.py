@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from racecore.chunking import BLOCK
-from racecore.ops.simd.vectors import at_least, fma, lanes, load, select, splat, store
+from racecore.ops.simd.vectors import at_least, fma, lanes, load_lanes, select, splat, store_lanes
 from racecore.problem import BUCKET_MEAN_EPS
 from racecore.runtime.jit import helper
 
@@ -44,20 +44,20 @@ def weigh(
         eps, tables = splat(phi.dtype.type(BUCKET_MEAN_EPS)), splat(phi.dtype.type(n_tables))
         for s in range(n_buckets):
             for i in range(0, BLOCK, lanes(phi)):
-                f = one / (tables * (load(mass, s, i) + eps))
-                store(factor, s, i, f)
-                store(rho, s, i, load(phi, s, i) * f)
+                f = one / (tables * (load_lanes(mass, s, i) + eps))
+                store_lanes(factor, s, i, f)
+                store_lanes(rho, s, i, load_lanes(phi, s, i) * f)
         return
     tiny = splat(phi.dtype.type(_TINY32 if phi.itemsize == 4 else _TINY64))
     for i in range(0, BLOCK, lanes(phi)):
         den = zero
         for s in range(n_buckets):
-            den = fma(load(phi, s, i), load(mass, s, i), den)
+            den = fma(load_lanes(phi, s, i), load_lanes(mass, s, i), den)
         # NaN is neither at least tiny nor below it: it stays visible
         f = select(at_least(den, tiny), one / den, select(at_least(tiny, den), zero, den))
-        store(factor, 0, i, f)
+        store_lanes(factor, 0, i, f)
         for s in range(n_buckets):
-            store(rho, s, i, load(phi, s, i) * f)
+            store_lanes(rho, s, i, load_lanes(phi, s, i) * f)
 
 
 @helper
@@ -78,16 +78,16 @@ def weigh_backward(
         minus_tables = splat(phi.dtype.type(-n_tables))
         for s in range(n_buckets):
             for i in range(0, BLOCK, lanes(phi)):
-                d_phi = load(h, s, i) * load(factor, s, i)
-                store(d_mass, s, i, load(rho, s, i) * d_phi * minus_tables)
-                store(h, s, i, d_phi)
+                d_phi = load_lanes(h, s, i) * load_lanes(factor, s, i)
+                store_lanes(d_mass, s, i, load_lanes(rho, s, i) * d_phi * minus_tables)
+                store_lanes(h, s, i, d_phi)
         return
     # factor = 1 / sum_s phi * mass; rho = phi * factor
     for i in range(0, BLOCK, lanes(phi)):
-        f, asked = load(factor, 0, i), zero
+        f, asked = load_lanes(factor, 0, i), zero
         for s in range(n_buckets):
-            asked = fma(load(rho, s, i), load(h, s, i), asked)
+            asked = fma(load_lanes(rho, s, i), load_lanes(h, s, i), asked)
         d_den = (zero - asked) * f
         for s in range(n_buckets):
-            store(h, s, i, fma(load(h, s, i), f, d_den * load(mass, s, i)))
-            store(d_mass, s, i, d_den * load(phi, s, i))
+            store_lanes(h, s, i, fma(load_lanes(h, s, i), f, d_den * load_lanes(mass, s, i)))
+            store_lanes(d_mass, s, i, d_den * load_lanes(phi, s, i))

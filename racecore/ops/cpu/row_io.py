@@ -31,7 +31,7 @@ from racecore.ops.simd.half_precision import (
     to_bfloat16,
     to_half,
 )
-from racecore.ops.simd.products import PrefetchRows, Rows, Source, rows_of, source_of
+from racecore.ops.simd.products import InputRows, OutputRows, PrefetchRows, input_rows, output_rows
 from racecore.ops.simd.vectors import load_number, load_vector, store_number, store_vector
 from racecore.runtime import arrays
 from racecore.runtime.jit import helper
@@ -307,7 +307,7 @@ def read(
     block: np.ndarray,
     keep: np.ndarray,
     read_mode: int,
-) -> Source:
+) -> InputRows:
     """Return where a product reads rows of an input, which are loaded into `block` unless it can
     read them `read_mode`.
 
@@ -324,9 +324,9 @@ def read(
         and width % 32 == 0
     )
     if whole and (as_it_is or widens):
-        return Source(_address(table, line, place), table[line, 2], _size(code))
+        return InputRows(_address(table, line, place), table[line, 2], _size(code))
     load(table, line, place, n, width, block, keep)
-    return source_of(block)
+    return input_rows(block)
 
 
 @helper
@@ -340,7 +340,7 @@ def rows_to_prefetch(table: np.ndarray, line: int, place: Any, width: int) -> Pr
 @helper
 def rows_to_write(
     table: np.ndarray, line: int, place: Any, width: int, block: np.ndarray, alone: bool, add: bool
-) -> Rows:
+) -> OutputRows:
     """Return where a product writes the rows of an output; `store` finishes them.
 
     A product that is `alone` goes straight to the output, around the caches, if rows are whole
@@ -348,13 +348,13 @@ def rows_to_write(
     """
     if alone and _fills_lines(table, line, place, width, block):
         size = _size(table[line, _CODE])
-        return Rows(
+        return OutputRows(
             _address(table, line, place),
             table[line, 2],
             tiles.STREAM if size == block.itemsize else tiles.STREAM_BFLOAT16,
             size,
         )
-    return rows_of(block, add)
+    return output_rows(block, add)
 
 
 @helper
@@ -381,7 +381,13 @@ def _fills_lines(table: np.ndarray, line: int, place: Any, width: int, block: np
 
 @helper
 def store(
-    table: np.ndarray, line: int, place: Any, n: int, width: int, block: np.ndarray, written: Rows
+    table: np.ndarray,
+    line: int,
+    place: Any,
+    n: int,
+    width: int,
+    block: np.ndarray,
+    written: OutputRows,
 ) -> None:
     """Write block[:n, :width] to rows (b, t ... t + n - 1, h) of an array, unless they are
     `written` there already.

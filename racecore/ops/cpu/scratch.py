@@ -26,7 +26,7 @@ from racecore.ops.cpu.row_io import (
 )
 from racecore.ops.cpu.states import Partial, RoundedState, load_keep, new_rounded_state
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.simd.products import NO_PREFETCH, PrefetchRows, Source, is_wide, padded
+from racecore.ops.simd.products import NO_PREFETCH, InputRows, PrefetchRows, is_wide, padded
 from racecore.ops.simd.vectors import lanes
 from racecore.ops.soft_hash.cpu import Hash, new_hash_arrays
 from racecore.runtime.jit import helper
@@ -111,8 +111,8 @@ _TOKENS_AT_ONCE = 8  # `project_wide` reads so many: what it reads where it lies
 class Keys(NamedTuple):
     """A block of keys and values, and the next one to be asked for."""
 
-    k: Source
-    v: Source
+    k: InputRows
+    v: InputRows
     next_k: PrefetchRows
     next_v: PrefetchRows
 
@@ -176,7 +176,7 @@ def read_query(
     read_mode: int,
     x: np.ndarray,
     w: Scratch,
-) -> tuple[Source, PrefetchRows]:
+) -> tuple[InputRows, PrefetchRows]:
     """Read n rows of a query head, of queries or of d_out; return them and those `step` tokens on."""
     width = call.head_dim if line == QUERY else call.value_dim
     how = COPY if n % _TOKENS_AT_ONCE != 0 else read_mode

@@ -10,14 +10,14 @@ import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.simd.memory import clear_columns, clear_rows, cleared_matrices, matrices
-from racecore.ops.simd.products import PrefetchRows, Source, accumulate, padded, transpose
+from racecore.ops.simd.products import InputRows, PrefetchRows, accumulate, padded, transpose
 from racecore.ops.simd.vectors import (
     fma,
     lanes,
-    load,
+    load_lanes,
     load_rounded,
     splat,
-    store,
+    store_lanes,
     total,
     widen_add,
 )
@@ -80,7 +80,7 @@ def drop_masked(mask: np.ndarray, keep: np.ndarray, n: int, phi: np.ndarray) -> 
     if mask.shape[0] > 0:
         for s in range(phi.shape[0]):
             for i in range(0, BLOCK, lanes(phi)):
-                store(phi, s, i, load(phi, s, i) * load(keep, 0, i))
+                store_lanes(phi, s, i, load_lanes(phi, s, i) * load_lanes(keep, 0, i))
     clear_after(n, phi)
 
 
@@ -95,7 +95,7 @@ def clear_after(n: int, c: np.ndarray) -> None:
 def add_block(
     mass_terms: np.ndarray,
     c: np.ndarray,
-    x: Source,
+    x: InputRows,
     n: int,
     j: int,
     partial: Partial,
@@ -109,7 +109,7 @@ def add_block(
     mass = partial.mass[j]
     for s in range(mass.shape[0]):
         for i in range(0, BLOCK, lanes(mass)):
-            store(mass, s, i, load(mass, s, i) + load(mass_terms, s, i))
+            store_lanes(mass, s, i, load_lanes(mass, s, i) + load_lanes(mass_terms, s, i))
     accumulate(c, x, mass.shape[0], n, partial.value_sum[j], next_rows)
 
 
@@ -129,13 +129,13 @@ def flush(partial: Partial, j: int, state: np.ndarray) -> None:
     for s in range(n_buckets):
         sums = zero
         for i in range(0, BLOCK, step):
-            sums = sums + load(mass, s, i)
-            store(mass, s, i, zero)
+            sums = sums + load_lanes(mass, s, i)
+            store_lanes(mass, s, i, zero)
         state[s] += np.float64(total(sums))
         row = n_buckets + s * width
         for d in range(0, whole, step):
-            widen_add(load(value_sum, s, d), state.ctypes.data + 8 * (row + d))
-            store(value_sum, s, d, zero)
+            widen_add(load_lanes(value_sum, s, d), state.ctypes.data + 8 * (row + d))
+            store_lanes(value_sum, s, d, zero)
         for d in range(whole, width):
             state[row + d] += value_sum[s, d]
             value_sum[s, d] = 0
@@ -186,7 +186,7 @@ def spread_mass(mass: np.ndarray, masses: np.ndarray) -> None:
     for s in range(masses.shape[0]):
         value = splat(masses.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(masses)):
-            store(masses, s, i, value)
+            store_lanes(masses, s, i, value)
 
 
 @helper
@@ -202,7 +202,9 @@ def expand_state(c: np.ndarray, state: np.ndarray, n: int, x: np.ndarray) -> Non
         for i in range(n):
             weight = splat(c[s, i])
             for d in range(0, width, lanes(x)):
-                store(x, i, d, fma(weight, load_rounded(address + 8 * d, like), load(x, i, d)))
+                store_lanes(
+                    x, i, d, fma(weight, load_rounded(address + 8 * d, like), load_lanes(x, i, d))
+                )
 
 
 @helper
@@ -211,7 +213,7 @@ def add_mass(mass: np.ndarray, c: np.ndarray) -> None:
     for s in range(c.shape[0]):
         value = splat(c.dtype.type(mass[s]))
         for i in range(0, BLOCK, lanes(c)):
-            store(c, s, i, load(c, s, i) + value)
+            store_lanes(c, s, i, load_lanes(c, s, i) + value)
 
 
 @helper
@@ -230,8 +232,8 @@ def prefix_mass(
         before = load_rounded(mass.ctypes.data + 8 * s, phi.dtype.type(0))
         sums = before - before
         for i in range(BLOCK):
-            sums = sums + load(phi_t, i, s)
-            store(masses_t, i, s, before + sums)
+            sums = sums + load_lanes(phi_t, i, s)
+            store_lanes(masses_t, i, s, before + sums)
         widen_add(sums, mass.ctypes.data + 8 * s)
     transpose(masses_t, TOKENS, n_buckets, masses)
 
@@ -255,6 +257,8 @@ def prefix_mass_backward(
         later = load_rounded(d_mass.ctypes.data + 8 * s, mass_t.dtype.type(0))
         sums = splat(mass_t.dtype.type(0))
         for i in range(BLOCK - 1, -1, -1):
-            sums = sums + load(mass_t, i, s)
-            store(d_phi_t, i, s, load(d_phi_t, i, s) + (later + sums if from_later else sums))
+            sums = sums + load_lanes(mass_t, i, s)
+            store_lanes(
+                d_phi_t, i, s, load_lanes(d_phi_t, i, s) + (later + sums if from_later else sums)
+            )
         widen_add(sums, d_mass.ctypes.data + 8 * s)

@@ -22,11 +22,9 @@ from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load, stor
 from racecore.ops.cpu.scratch import task_of
 from racecore.ops.cpu.states import load_keep
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
-from racecore.ops.simd.products import NO_PREFETCH, padded, rows_of, source_of
+from racecore.ops.simd.products import NO_PREFETCH, input_rows, output_rows, padded
 from racecore.ops.simd.tiles import fence
-from racecore.ops.simd.vectors import add_at, fma, lanes, splat
-from racecore.ops.simd.vectors import load as load_lanes
-from racecore.ops.simd.vectors import store as store_lanes
+from racecore.ops.simd.vectors import add_at, fma, lanes, load_lanes, splat, store_lanes
 from racecore.ops.soft_hash.cpu import Hash, hash_block, new_hash_arrays
 from racecore.ops.soft_hash.planes import padded_planes
 from racecore.problem import Problem, Sketch
@@ -209,7 +207,7 @@ def _step_heads(
         w.keep[0, i] = keep
     load(call.table, KEY, (b, g, 0), n, call.head_dim, w.k, w.keep[0])
     load(call.table, VALUE, (b, g, 0), n, call.value_dim, w.v, w.keep[0])
-    hash_block(f, source_of(w.k), n, w.phi_k, NO_PREFETCH)
+    hash_block(f, input_rows(w.k), n, w.phi_k, NO_PREFETCH)
     for i in range(n):
         for s in range(w.phi_k.shape[0]):
             w.phi_k[s, i] *= keep
@@ -217,13 +215,19 @@ def _step_heads(
     for h in range(0, n * repeats, BLOCK):
         rows = min(BLOCK, n * repeats - h)
         load(call.table, QUERY, (b, m * repeats + h, 0), rows, call.head_dim, w.q, w.ones)
-        hash_block(f, source_of(w.q), rows, w.phi_q, NO_PREFETCH)
+        hash_block(f, input_rows(w.q), rows, w.phi_q, NO_PREFETCH)
         _gather_mass(states, m, n, rows // n, w.mass)
         weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
         for i in range(n):
             _step_values(states[m + i], i, rows // n, tail, w)
         store(
-            call.table, OUT, (b, m * repeats + h, 0), rows, call.value_dim, w.o, rows_of(w.o, False)
+            call.table,
+            OUT,
+            (b, m * repeats + h, 0),
+            rows,
+            call.value_dim,
+            w.o,
+            output_rows(w.o, False),
         )
         for s in range(
             w.phi_k.shape[0]

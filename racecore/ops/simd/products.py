@@ -27,18 +27,18 @@ from racecore.runtime.jit import helper
 
 __all__ = [
     "NO_PREFETCH",
+    "InputRows",
+    "OutputRows",
     "PrefetchRows",
-    "Rows",
-    "Source",
     "accumulate",
     "expand",
+    "input_rows",
     "is_wide",
+    "output_rows",
     "padded",
     "prefetch_rows",
     "project",
     "project_wide",
-    "rows_of",
-    "source_of",
     "transpose",
 ]
 
@@ -60,7 +60,7 @@ def is_wide(n_rows: int) -> bool:
     return n_rows >= _HALF and -n_rows % _HALF * 2 < n_rows
 
 
-class Source(NamedTuple):
+class InputRows(NamedTuple):
     """Where a product reads rows: scratch, or straight from an input."""
 
     address: Any  # of the first row, int64
@@ -69,9 +69,9 @@ class Source(NamedTuple):
 
 
 @helper
-def source_of(x: np.ndarray) -> Source:
+def input_rows(x: np.ndarray) -> InputRows:
     """Return where the rows of a scratch array are."""
-    return Source(np.int64(x.ctypes.data), x.shape[1], x.itemsize)
+    return InputRows(np.int64(x.ctypes.data), x.shape[1], x.itemsize)
 
 
 class PrefetchRows(NamedTuple):
@@ -100,7 +100,7 @@ def prefetch_rows(next_rows: PrefetchRows, first: int, last: int) -> None:
 
 @helper
 def project(
-    m: np.ndarray, x: Source, n_rows: int, n: int, c: np.ndarray, next_rows: PrefetchRows
+    m: np.ndarray, x: InputRows, n_rows: int, n: int, c: np.ndarray, next_rows: PrefetchRows
 ) -> None:
     """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples
     of 4.
@@ -134,7 +134,7 @@ def project(
 
 @helper
 def project_wide(
-    m_t: np.ndarray, x: Source, n_rows: int, n: int, c_t: np.ndarray, next_rows: PrefetchRows
+    m_t: np.ndarray, x: InputRows, n_rows: int, n: int, c_t: np.ndarray, next_rows: PrefetchRows
 ) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
@@ -180,7 +180,7 @@ def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarra
             )
 
 
-class Rows(NamedTuple):
+class OutputRows(NamedTuple):
     """Where a product writes its rows: scratch, or straight to an output."""
 
     address: Any  # of the first row, int64
@@ -190,15 +190,15 @@ class Rows(NamedTuple):
 
 
 @helper
-def rows_of(x: np.ndarray, add: bool) -> Rows:
+def output_rows(x: np.ndarray, add: bool) -> OutputRows:
     """Return where the rows of a scratch array are, to be added to or overwritten."""
-    return Rows(
+    return OutputRows(
         np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE, x.itemsize
     )
 
 
 @helper
-def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
+def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: OutputRows) -> None:
     """x[i] = sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
     a, b, y = (
         (c.ctypes.data, 1, c.shape[1]),
@@ -210,7 +210,7 @@ def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: Rows) -> None:
 
 @helper
 def accumulate(
-    c: np.ndarray, x: Source, n_rows: int, n: int, m: np.ndarray, next_rows: PrefetchRows
+    c: np.ndarray, x: InputRows, n_rows: int, n: int, m: np.ndarray, next_rows: PrefetchRows
 ) -> None:
     """m[k] += sum_i c[k, i] * x[i] over i < n, for every k < n_rows.
 

@@ -2,7 +2,7 @@
 
 Why: left to itself the compiler turns about half of the element-wise loops of a block into vector
 code, and that at a half or a quarter of the width. With this type the loops say what they mean:
-``store(a, r, i, load(b, r, i) * load(c, r, i))`` works on 64 bytes at once. Everything element-wise
+``store_lanes(a, r, i, load_lanes(b, r, i) * load_lanes(c, r, i))`` works on 64 bytes at once. Everything element-wise
 in the kernels is written with it; the products are in `ops.simd.tiles`.
 
 How: `Vector` is a Numba type over an LLVM vector of 16 float32 or 8 float64; each operation below
@@ -32,7 +32,7 @@ __all__ = [
     "Vector",
     "absolute",
     "add_at",
-    "at",
+    "address_of",
     "at_least",
     "bits_of",
     "copy",
@@ -43,7 +43,7 @@ __all__ = [
     "fma",
     "highest",
     "lanes",
-    "load",
+    "load_lanes",
     "load_number",
     "load_rounded",
     "load_vector",
@@ -55,7 +55,7 @@ __all__ = [
     "size_of",
     "splat",
     "splat_ir",
-    "store",
+    "store_lanes",
     "store_number",
     "store_vector",
     "tanh_by_lanes",
@@ -209,21 +209,21 @@ def lanes(m: Any) -> int:
 
 
 @inlined
-def at(m: Any, row: int, column: int) -> int:
+def address_of(m: Any, row: int, column: int) -> int:
     """Return the address of an element of a C-contiguous matrix."""
     return m.ctypes.data + m.itemsize * (row * m.shape[1] + column)
 
 
 @inlined
-def load(m: Any, row: int, column: int) -> Any:
+def load_lanes(m: Any, row: int, column: int) -> Any:
     """Return the vector that begins at an element."""
-    return load_vector(at(m, row, column), m.dtype.type(0))
+    return load_vector(address_of(m, row, column), m.dtype.type(0))
 
 
 @inlined
-def store(m: Any, row: int, column: int, value: Any) -> None:
+def store_lanes(m: Any, row: int, column: int, value: Any) -> None:
     """Write a vector from an element on."""
-    store_vector(value, at(m, row, column))
+    store_vector(value, address_of(m, row, column))
 
 
 @helper
@@ -231,7 +231,7 @@ def copy(source: Any, target: Any) -> None:
     """Copy a matrix whose rows are whole vectors."""
     for r in range(source.shape[0]):
         for c in range(0, source.shape[1], lanes(source)):
-            store(target, r, c, load(source, r, c))
+            store_lanes(target, r, c, load_lanes(source, r, c))
 
 
 # Arithmetic

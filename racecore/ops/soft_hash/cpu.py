@@ -18,20 +18,20 @@ from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
     NO_PREFETCH,
+    InputRows,
+    OutputRows,
     PrefetchRows,
-    Rows,
-    Source,
     accumulate,
     expand,
+    input_rows,
     is_wide,
+    output_rows,
     padded,
     project,
     project_wide,
-    rows_of,
-    source_of,
     transpose,
 )
-from racecore.ops.simd.vectors import fma, lanes, load, splat, store, total
+from racecore.ops.simd.vectors import fma, lanes, load_lanes, splat, store_lanes, total
 from racecore.ops.soft_hash.planes import pad_planes
 from racecore.runtime.jit import helper, kernel
 from racecore.runtime.threads import run
@@ -57,7 +57,7 @@ class Hash(NamedTuple):
 
 
 @helper
-def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, next_rows: PrefetchRows) -> None:
+def hash_block(f: Hash, x: InputRows, n: int, phi: np.ndarray, next_rows: PrefetchRows) -> None:
     """Hash n rows x [n, D] into phi [S, n], and ask for the rows that come next.
 
     Element-wise loops run over whole blocks; nobody reads columns past n.
@@ -70,7 +70,7 @@ def hash_block(f: Hash, x: Source, n: int, phi: np.ndarray, next_rows: PrefetchR
         project(f.planes, x, n_rows, n, tanh_u, next_rows)
     for k in range(n_rows):
         for i in range(0, n, lanes(phi)):
-            store(tanh_u, k, i, tanh(load(tanh_u, k, i)))
+            store_lanes(tanh_u, k, i, tanh(load_lanes(tanh_u, k, i)))
     hash_again(f, tanh_u, n, phi)
 
 
@@ -84,11 +84,11 @@ def hash_again(f: Hash, tanh_u: np.ndarray, n: int, phi: np.ndarray) -> None:
     n_rows = f.planes.shape[0]
     for k in range(n_rows):
         for i in range(0, n, lanes(phi)):
-            t = load(tanh_u, k, i)
+            t = load_lanes(tanh_u, k, i)
             high, low = sigmoids(twice_beta * t, one)
-            store(kept, k, i, t)
-            store(plus, k, i, high)
-            store(minus, k, i, low)
+            store_lanes(kept, k, i, t)
+            store_lanes(plus, k, i, high)
+            store_lanes(minus, k, i, low)
     n_planes = n_rows // f.n_tables
     for table in range(f.n_tables):
         _corner_products(plus, minus, table * n_planes, n_planes, table << n_planes, n, phi)
@@ -109,20 +109,26 @@ def _corner_products(
     """
     last_plane = first + n_planes - 1
     for i in range(0, n, lanes(phi)):
-        store(phi, row, i, load(minus, last_plane, i))
-        store(phi, row + 1, i, load(plus, last_plane, i))
+        store_lanes(phi, row, i, load_lanes(minus, last_plane, i))
+        store_lanes(phi, row + 1, i, load_lanes(plus, last_plane, i))
         for bit in range(1, n_planes):
-            a, b = load(plus, last_plane - bit, i), load(minus, last_plane - bit, i)
+            a, b = load_lanes(plus, last_plane - bit, i), load_lanes(minus, last_plane - bit, i)
             half = 1 << bit
             for r in range(row, row + half):
-                value = load(phi, r, i)
-                store(phi, r + half, i, value * a)
-                store(phi, r, i, value * b)
+                value = load_lanes(phi, r, i)
+                store_lanes(phi, r + half, i, value * a)
+                store_lanes(phi, r, i, value * b)
 
 
 @helper
 def hash_block_backward(
-    f: Hash, d_phi: np.ndarray, x: Source, n: int, phi: np.ndarray, d_x: Rows, d_hash: np.ndarray
+    f: Hash,
+    d_phi: np.ndarray,
+    x: InputRows,
+    n: int,
+    phi: np.ndarray,
+    d_x: OutputRows,
+    d_hash: np.ndarray,
 ) -> None:
     """Invert `hash_block`: write the rows d_x [n, D], and add to d_hash, L*P*D numbers for planes
     and one for beta.
@@ -145,8 +151,8 @@ def hash_block_backward(
     beta = splat(f.beta)
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(phi)):
-            t = load(tanh_u, k, i)
-            store(f.d_u, k, i, load(f.d_u, k, i) * (beta * (one - t) * (one + t)))
+            t = load_lanes(tanh_u, k, i)
+            store_lanes(f.d_u, k, i, load_lanes(f.d_u, k, i) * (beta * (one - t) * (one + t)))
     # u = planes @ x.T
     expand(f.d_u, f.planes, n_rows, n, d_x)
     if wants_hash and d_hash.shape[0] > 1:
@@ -170,7 +176,7 @@ def _add_d_beta(
     sums = splat(tanh_u.dtype.type(0))
     for k in range(n_rows):
         for i in range(0, BLOCK, lanes(tanh_u)):
-            sums = fma(load(d_y, k, i), load(tanh_u, k, i), sums)
+            sums = fma(load_lanes(d_y, k, i), load_lanes(tanh_u, k, i), sums)
     d_hash[-1] += np.float64(total(sums))
 
 
@@ -198,13 +204,13 @@ def _corner_products_backward(
             half = 1 << (n_planes - 1 - p)
             s0, s1 = zero, zero
             for r in range(row, row + half):
-                low, high = load(d_phi, r, i), load(d_phi, r + half, i)
+                low, high = load_lanes(d_phi, r, i), load_lanes(d_phi, r + half, i)
                 if p == 0:
-                    low, high = low * load(phi, r, i), high * load(phi, r + half, i)
+                    low, high = low * load_lanes(phi, r, i), high * load_lanes(phi, r + half, i)
                 s0, s1 = s0 + low, s1 + high
-                store(d_phi, r, i, low + high)
-            d = s1 * load(minus, first + p, i) - s0 * load(plus, first + p, i)
-            store(d_y, first + p, i, d + d)
+                store_lanes(d_phi, r, i, low + high)
+            d = s1 * load_lanes(minus, first + p, i) - s0 * load_lanes(plus, first + p, i)
+            store_lanes(d_y, first + p, i, d + d)
 
 
 @helper
@@ -246,7 +252,7 @@ def _hash_rows(
             for i in range(n):
                 for d in range(head_dim):
                     block[i, d] = x[start + i, m, d]
-            hash_block(f, source_of(block), n, phi, NO_PREFETCH)
+            hash_block(f, input_rows(block), n, phi, NO_PREFETCH)
             for i in range(n):
                 for s in range(n_buckets):
                     out[start + i, m, s] = phi[s, i]
@@ -287,14 +293,14 @@ def _hash_rows_backward(
             for i in range(n):
                 for s in range(n_buckets):
                     d_phi[s, i] = d_out[start + i, m, s]
-            hash_block(f, source_of(block), n, phi, NO_PREFETCH)
+            hash_block(f, input_rows(block), n, phi, NO_PREFETCH)
             hash_block_backward(
                 f,
                 d_phi,
-                source_of(block),
+                input_rows(block),
                 n,
                 phi,
-                rows_of(d_block, False),
+                output_rows(d_block, False),
                 d_hash[start // BLOCK, m],
             )
             for i in range(n):

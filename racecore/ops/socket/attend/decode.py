@@ -32,7 +32,6 @@ from racecore.ops.socket.attend.row_addresses import (
     GATHER_BLOCK,
     AddressSlot,
     CacheRows,
-    address_of,
     cache_rows,
     fill_dense_slots,
     fill_partial_block,
@@ -41,6 +40,7 @@ from racecore.ops.socket.attend.row_addresses import (
     prefetch_order,
     prefetch_slot,
     selected_block,
+    signed_address,
 )
 from racecore.runtime.jit import helper
 
@@ -195,10 +195,10 @@ def attend_gathered(
 @helper
 def _first_tile(table: np.ndarray, n_heads: int, scratch: DecodeScratch) -> QueryTile:
     """Return the addresses of the first tile's rows in scratch."""
-    q = ScratchRows(address_of(scratch.q), scratch.q.shape[2])
-    logits = ScratchRows(address_of(scratch.logits), scratch.logits.shape[1])
-    peak, weight = address_of(scratch.peak), address_of(scratch.weight)
-    sums = RowSums(peak, weight, address_of(scratch.sums), scratch.sums.shape[2])
+    q = ScratchRows(signed_address(scratch.q), scratch.q.shape[2])
+    logits = ScratchRows(signed_address(scratch.logits), scratch.logits.shape[1])
+    peak, weight = signed_address(scratch.peak), signed_address(scratch.weight)
+    sums = RowSums(peak, weight, signed_address(scratch.sums), scratch.sums.shape[2])
     return QueryTile(
         q, logits, sums, scratch.scale, keeps_bfloat16(table), n_heads, scratch.q.shape[1]
     )

@@ -34,15 +34,15 @@ from racecore.ops.cpu.row_io import (
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
     NO_PREFETCH,
+    InputRows,
     PrefetchRows,
-    Source,
     accumulate,
+    input_rows,
+    output_rows,
     padded,
     project,
-    rows_of,
-    source_of,
 )
-from racecore.ops.simd.vectors import at
+from racecore.ops.simd.vectors import address_of
 from racecore.ops.socket.attend.decode import (
     DecodeScratch,
     arrange_queries,
@@ -258,7 +258,7 @@ def _n_visible(call: AttendCall, tile: int, r: int) -> int:
 @helper
 def _read_block(
     call: AttendCall, tile: int, t: int, n: int, scratch: SplitScratch
-) -> tuple[Source, Source, PrefetchRows, PrefetchRows]:
+) -> tuple[InputRows, InputRows, PrefetchRows, PrefetchRows]:
     """Return the keys and values t ... t + n - 1 of a tile, and those to prefetch meanwhile."""
     b, row, g = _tile_heads(call, tile)
     k, v = scratch.k, scratch.v
@@ -266,7 +266,7 @@ def _read_block(
         tokens = call.selected[b, row]
         load_scattered(call.table, KEY, b, g, tokens, t, n, call.head_dim, k)
         load_scattered(call.table, VALUE, b, g, tokens, t, n, call.value_dim, v)
-        return source_of(k), source_of(v), NO_PREFETCH, NO_PREFETCH
+        return input_rows(k), input_rows(v), NO_PREFETCH, NO_PREFETCH
     # a product reads bfloat16 in place only if it has a whole number of register tiles
     read_mode = ANY_IN_PLACE if _n_rows(call, tile) % 4 == 0 else IN_PLACE
     keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, scratch.keep, read_mode)
@@ -295,10 +295,10 @@ def _weigh_block(
             row = RowSums(
                 peak.ctypes.data + peak.itemsize * r,
                 weight.ctypes.data + weight.itemsize * r,
-                at(sums, r, 0),
+                address_of(sums, r, 0),
                 sums.shape[1],
             )
-            weigh_row(at(logits, r, 0), visible, logits.shape[1], row, logits.dtype.type(0))
+            weigh_row(address_of(logits, r, 0), visible, logits.shape[1], row, logits.dtype.type(0))
     return is_whole
 
 
@@ -325,4 +325,4 @@ def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -
             for d in range(call.value_dim):
                 row[0, d] = sums[d] / weight if weight != 0 else 0.0
             position = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
-            store(call.table, OUT, position, 1, call.value_dim, row, rows_of(row, False))
+            store(call.table, OUT, position, 1, call.value_dim, row, output_rows(row, False))

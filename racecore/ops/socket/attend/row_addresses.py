@@ -45,7 +45,6 @@ __all__ = [
     "SLOTS",
     "AddressSlot",
     "CacheRows",
-    "address_of",
     "cache_rows",
     "fill_dense_slots",
     "fill_partial_block",
@@ -54,6 +53,7 @@ __all__ = [
     "prefetch_order",
     "prefetch_slot",
     "selected_block",
+    "signed_address",
 ]
 
 # Tokens of a block: twice those of other kernels, as nothing is copied and every block has a cost
@@ -110,8 +110,8 @@ def cache_rows(
     b, row, g = tile_heads[0]
     size = 2 if is_bfloat16(table, KEY) else 4
     return CacheRows(
-        address_of(row_addresses),
-        address_of(selected[b, row]) if selected.shape[2] > 0 else 0,
+        signed_address(row_addresses),
+        signed_address(selected[b, row]) if selected.shape[2] > 0 else 0,
         first_row(table, KEY, b, g),
         first_row(table, VALUE, b, g),
         row_bytes(table, KEY),
@@ -123,7 +123,7 @@ def cache_rows(
 
 
 @helper
-def address_of(x: np.ndarray) -> np.int64:
+def signed_address(x: np.ndarray) -> np.int64:
     """Return the address of an array, signed like all others."""
     return np.int64(x.ctypes.data)
 

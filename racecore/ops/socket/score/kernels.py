@@ -10,11 +10,10 @@ import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
 from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
-from racecore.ops.simd import vectors
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, matrices
-from racecore.ops.simd.products import NO_PREFETCH, padded, project, source_of
-from racecore.ops.simd.vectors import at, float_of, lanes, splat
+from racecore.ops.simd.products import NO_PREFETCH, input_rows, padded, project
+from racecore.ops.simd.vectors import address_of, float_of, lanes, load_lanes, splat, store_lanes
 from racecore.ops.socket.layout import BLOCK_TOKENS, DIGIT_BITS, DIGIT_VALUES
 from racecore.ops.socket.score.lookup_tile import score_tile
 from racecore.runtime.jit import helper, kernel
@@ -72,7 +71,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
             for t in range(begin, end, BLOCK):
                 n = min(BLOCK, end - t)
                 load(call.table, KEY, (b, t, g), n, call.head_dim, k, keep)
-                project(planes, source_of(k), n_rows, n, u, NO_PREFETCH)
+                project(planes, input_rows(k), n_rows, n, u, NO_PREFETCH)
                 start = position + t - begin
                 _write_codes(u, n, start, call.n_tables, call.high_bits, call.codes[b, g])
                 for i in range(n):
@@ -149,7 +148,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
     clear_columns(q, call.head_dim)
     for task in range(first, last):
         b, g = task // call.n_kv_heads, task % call.n_kv_heads
-        planes = source_of(call.planes[g if call.planes.shape[0] > 1 else 0])
+        planes = input_rows(call.planes[g if call.planes.shape[0] > 1 else 0])
         for h0 in range(g * group, (g + 1) * group, BLOCK):
             n = min(BLOCK, (g + 1) * group - h0)
             for i in range(n):
@@ -170,9 +169,9 @@ def _fill_bit_entries(u: np.ndarray, n: int, n_rows: int, kind: int, factor: Any
     for i in range(n):
         if kind == _SOFT:
             for c in range(0, n_rows, lanes(u)):
-                high, low = sigmoids(tanh(vectors.load(u[0], i, c)) * splat(factor), one)
-                vectors.store(u[1], i, c, high)
-                vectors.store(u[2], i, c, low)
+                high, low = sigmoids(tanh(load_lanes(u[0], i, c)) * splat(factor), one)
+                store_lanes(u[1], i, c, high)
+                store_lanes(u[2], i, c, low)
         else:
             for r in range(n_rows):
                 x = u[0, i, r]
@@ -264,7 +263,7 @@ def _score_kernel(n_digits: int, multiplies: bool) -> Any:
             for block in range(begin, end):
                 codes = call.codes[b, g, block].ctypes.data
                 norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-                scores = at(out, row, block * BLOCK_TOKENS)
+                scores = address_of(out, row, block * BLOCK_TOKENS)
                 score_block(codes, norms, tables, group, head, sizes, scores, out.shape[1])
 
     return kernel(score, f"{n_digits}_digits_{'multiplied' if multiplies else 'added'}")

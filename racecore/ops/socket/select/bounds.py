@@ -21,7 +21,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from racecore.ops.simd.emitter import Emitter
-from racecore.ops.simd.vectors import at, highest, lanes, load_vector, maximum, splat, store_vector
+from racecore.ops.simd.vectors import (
+    address_of,
+    highest,
+    lanes,
+    load_vector,
+    maximum,
+    splat,
+    store_vector,
+)
 from racecore.ops.socket.layout import BLOCK_TOKENS
 from racecore.ops.socket.score.lookup_tile import norms_of
 from racecore.runtime import arrays, processor
@@ -303,7 +311,7 @@ def _quantise(
     for table in range(byte_tables.shape[0]):
         low, address = splat(lowest[table]), byte_tables[table].ctypes.data
         for code in range(0, _CODES, lanes(entries)):
-            value = load_vector(at(entries, table, code), np.float32(0)) - low
+            value = load_vector(address_of(entries, table, code), np.float32(0)) - low
             _store_halves(
                 value * splat(per_step) + splat(np.float32(0.5)),
                 address + code,
@@ -353,7 +361,7 @@ def score_bounds(
         while block < end:
             codes = call.codes[b, g, block].ctypes.data
             norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-            bounds = at(out, row, block * BLOCK_TOKENS)
+            bounds = address_of(out, row, block * BLOCK_TOKENS)
             if block + _AT_ONCE <= end:
                 _some(codes, block_bytes, norms, tables, pairs, step, offset, bounds)
                 block += _AT_ONCE
