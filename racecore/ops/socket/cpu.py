@@ -128,10 +128,10 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
 
 def _padded(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return planes [G, L, P, D] as [G or 1, L*P, D padded with zeros]."""
-    different = planes[:1] if planes.strides[0] == 0 else planes  # [:1] if heads share them
-    n_heads, n_tables, n_planes, head_dim = different.shape
+    distinct = planes[:1] if planes.strides[0] == 0 else planes  # one if all heads share them
+    n_heads, n_tables, n_planes, head_dim = distinct.shape
     wide = np.zeros((n_heads, n_tables * n_planes, padded(head_dim)), dtype)
-    wide[:, :, :head_dim] = different.reshape(n_heads, n_tables * n_planes, head_dim)
+    wide[:, :, :head_dim] = distinct.reshape(n_heads, n_tables * n_planes, head_dim)
     return wide
 
 
