@@ -244,7 +244,7 @@ def _add_all(cache: CacheRows, begin: int, end: int, n_tiles: int, first: QueryT
             else:
                 block = fill_partial_block(cache, j, t, n)
             next_block = prefetch_order(cache, j, t + GATHER_BLOCK)
-            _add_block(cache, n, block, next_block, _tile(first, j))
+            _add_block(_gathered_rows(cache, block, next_block), n, _tile(first, j))
 
 
 @helper
@@ -264,20 +264,16 @@ def _add_selected(
             fill_selected(cache, i + GATHER_BLOCK, n_next, next_block)
         else:
             next_block = block  # there is no next one: these rows are in the caches already
-        _add_block(cache, n, block, next_block, tile)
+        _add_block(_gathered_rows(cache, block, next_block), n, tile)
 
 
 @helper
-def _add_block(
-    cache: CacheRows, n: int, block: AddressSlot, next_block: AddressSlot, tile: QueryTile
-) -> None:
-    """Add the first n tokens of a block to the sums of a tile; prefetch another block."""
+def _gathered_rows(
+    cache: CacheRows, block: AddressSlot, next_block: AddressSlot
+) -> tuple[GatheredRows, GatheredRows]:
+    """Return the keys and values of a block, with those of another one to prefetch."""
     keys = GatheredRows(
-        block.keys,
-        block.key_offset,
-        next_block.keys,
-        next_block.key_offset,
-        cache.is_bfloat16,
+        block.keys, block.key_offset, next_block.keys, next_block.key_offset, cache.is_bfloat16
     )
     values = GatheredRows(
         block.values,
@@ -286,6 +282,13 @@ def _add_block(
         next_block.value_offset,
         cache.is_bfloat16,
     )
+    return keys, values
+
+
+@helper
+def _add_block(rows: tuple[GatheredRows, GatheredRows], n: int, tile: QueryTile) -> None:
+    """Add n keys and values to the sums of a tile."""
+    keys, values = rows
     logits = tile.logits
     project_gathered(tile.q, keys, tile.n_heads, n, logits, tile.is_bfloat16, tile.scale)
     for r in range(tile.n_heads):

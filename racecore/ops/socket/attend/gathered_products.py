@@ -25,7 +25,7 @@ from racecore.ops.simd.emitter import VECTOR_BYTES, Emitter, codegen
 from racecore.ops.simd.half_precision import load_widened_pairs
 from racecore.ops.simd.tile_sums import store_totals
 from racecore.runtime import processor
-from racecore.runtime.jit import helper
+from racecore.runtime.jit import helper, piece
 
 __all__ = [
     "CAN_DOT_BFLOAT16",
@@ -252,7 +252,7 @@ _project_widened = _projection(True, False)
 _project_bfloat16 = _projection(True, True) if CAN_DOT_BFLOAT16 else _project_widened
 
 
-@helper
+@piece
 def project_gathered(
     q: ScratchRows,
     keys: GatheredRows,
@@ -312,7 +312,7 @@ def _accumulation(is_bfloat16: bool) -> Any:
 _accumulate_float32, _accumulate_bfloat16 = _accumulation(False), _accumulation(True)
 
 
-@helper
+@piece
 def accumulate_gathered(
     c: ScratchRows, values: GatheredRows, n_queries: int, n: int, m: ScratchRows
 ) -> None:

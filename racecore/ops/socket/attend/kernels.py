@@ -57,7 +57,7 @@ from racecore.ops.socket.attend.online_softmax import (
     weigh_row,
 )
 from racecore.ops.socket.attend.row_addresses import GATHER_BLOCK, SLOTS
-from racecore.runtime.jit import helper, kernel
+from racecore.runtime.jit import helper, kernel, piece
 
 __all__ = ["TILE_ROWS", "AttendCall", "attend_splits", "merge_splits"]
 
@@ -129,7 +129,8 @@ def attend_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) 
     for split in range(first, last):
         first_tile, last_tile, begin, end = call.splits[split]
         for j in range(last_tile - first_tile):
-            _prepare_tile(call, first_tile + j, j, is_gathered, scratch)
+            heads = scratch.tile_heads[j]
+            _prepare_tile(call, first_tile + j, is_gathered, scratch.q[j], heads)
             clear_sums(partial[split, j])
         if is_gathered:
             _attend_gathered(call, last_tile - first_tile, (begin, end), scratch, partial[split])
@@ -139,14 +140,10 @@ def attend_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) 
 
 @helper
 def _prepare_tile(
-    call: AttendCall, tile: int, j: int, is_gathered: bool, scratch: SplitScratch
+    call: AttendCall, tile: int, is_gathered: bool, q: np.ndarray, heads: np.ndarray
 ) -> None:
-    """Read the queries of a tile into slot j of the scratch, scaled."""
-    b, row, g = _tile_heads(call, tile)
-    scratch.tile_heads[j, 0] = b
-    scratch.tile_heads[j, 1] = row
-    scratch.tile_heads[j, 2] = g
-    q = scratch.q[j]
+    """Read the queries of a tile into q [R, D], scaled, and its `_tile_heads` into heads [3]."""
+    heads[0], heads[1], heads[2] = _tile_heads(call, tile)
     _read_queries(call, tile, q)
     if is_gathered:
         arrange_queries(call.table, q[: call.heads_per_tile], call.head_dim)
@@ -154,7 +151,7 @@ def _prepare_tile(
         q[: _n_rows(call, tile)] *= call.like.dtype.type(scale_of(call.head_dim))
 
 
-@helper
+@piece
 def _attend_gathered(
     call: AttendCall,
     n_tiles: int,
