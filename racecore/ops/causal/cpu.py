@@ -486,9 +486,8 @@ def _read_block_backward(
     # o[i] = sum_s rho[s, i] * value_sum[s], after token i was added
     n_buckets = w.rho.shape[0]
     prefetch_rows(next_v, 0, n // 2)
-    scan_weights(
-        before_t, after_t, w.weights_t, w.v, w.g, w.answers_t, n_buckets, n, False, False, next_g
-    )
+    c = output_rows(w.answers_t, False)
+    scan_weights(before_t, after_t, w.weights_t, w.v, w.g, c, n_buckets, n, False, next_g)
     transpose(w.answers_t, TOKENS, n_buckets, w.d_phi)
     prefetch_rows(next_v, n // 2, n)
     # rho = weigh(phi_q, mass)
@@ -585,9 +584,8 @@ def _ask_gradients(
     if r > 0 or not first_share:
         d_v = output_rows(w.d_v, True)
     scan_rows(before, after, rho, input_rows(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
-    scan_weights(
-        before_t, after_t, w.weights_t, w.g, w.v, w.answers_t, n_buckets, n, True, r > 0, next_g
-    )
+    c = output_rows(w.answers_t, r > 0)
+    scan_weights(before_t, after_t, w.weights_t, w.g, w.v, c, n_buckets, n, True, next_g)
     if r > 0:
         _add_to(state, after)
         _add_to(state_t, after_t)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
 from racecore.chunking import BLOCK
 from racecore.ops.simd import tiles
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.ops.simd.half_precision import (
     LANES,
     from_bfloat16,
@@ -92,14 +92,10 @@ def describe(*tensors: np.ndarray | None) -> np.ndarray:
     return np.array(lines, np.int64)
 
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+@codegen(types.voidptr)
+def _pointer(emit: Emitter, address: Any) -> Any:
     """Turn an address into a pointer."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), code
+    return emit.builder.inttoptr(address, ir.IntType(8).as_pointer())
 
 
 @helper
