@@ -76,6 +76,7 @@ def hash_keys(
     for start in range(0, n_tokens, _HASHED_AT_ONCE):
         stop = min(start + _HASHED_AT_ONCE, n_tokens)
         norms = np.empty((batch, n_kv_heads, stop - start))
+        # a segment each; tokens that are padding belong to none
         tasks = [
             (b, t - start, min(t + SEGMENT, stop, int(count)) - start, int(keys.lengths[b]) + t)
             for b, count in enumerate(counts)
@@ -95,6 +96,7 @@ def hash_keys(
             weighs_values=scorer.weighs_values,
         )
         launch(partial(hash_blocks, call, norms), len(tasks))
+        # rounded here and not in the kernel, so that the rule stands in one function, of `layout`
         for b, first, last, position in tasks:
             with np.errstate(over="ignore", invalid="ignore"):
                 keys.norms[b, :, position : position + last - first] = to_norm16(
@@ -204,11 +206,13 @@ def select(
     batch, n_heads = tables.shape[:2]
     n_kv_heads = keys.codes.shape[1]
     rows_per_pair = 1 if is_shared else n_heads // n_kv_heads
+    # the best and both ends, if no token is chosen twice
     most = np.minimum(keys.lengths, np.minimum(budgets, keys.lengths) + sum(ends))
     selected = np.empty((batch * n_kv_heads * rows_per_pair, int(most.max(initial=0))), np.int64)
     counts = np.zeros(len(selected), np.int64)
     sequence = np.repeat(np.arange(batch), n_kv_heads * rows_per_pair)
     rows = _SelectedRows(keys.lengths[sequence], budgets[sequence], ends, selected, counts)
+    # bounds are made for the sums of groups
     if not (
         is_shared and n_heads > n_kv_heads and _select_by_bounds(tables, keys, multiplies, rows)
     ):
@@ -252,6 +256,7 @@ def _select_by_scores(
             by_group = score.reshape(len(some), group, n_padded)
             score = sums[: len(some)]
             run(partial(sum_group_scores, by_group, score), len(some), 1)
+        # integers of the same bits order as the scores do, see `top_k.sort_key`
         arguments = rows.some(start * rows_per_pair, (start + len(some)) * rows_per_pair)
         launch(partial(select_top_k, score.view(bits), *arguments), len(score))
 
@@ -265,6 +270,8 @@ def _select_by_bounds(
     call = new_bound_call(tables, keys.codes.shape[1], keys.codes, keys.norms, multiplies)
     pairs, n_padded = _pairs(keys), _padded_length(keys)
     at_once = min(len(pairs), max(1, _SCORE_BYTES // (4 * n_padded)))
+    # With enough heads for every thread, one kernel takes a head through all stages: threads wait
+    # for each other once, and select from scores in the cache of their core.
     if at_once >= count() and len(pairs) >= _HEADS_PER_THREAD * count():
         kernel = BOUND_AND_SELECT[multiplies]
         run(partial(kernel, call, n_padded, *rows.some(0, len(pairs))), len(pairs), 1)

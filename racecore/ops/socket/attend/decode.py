@@ -113,6 +113,7 @@ def arrange_queries(table: np.ndarray, q: np.ndarray, head_dim: int) -> None:
     1/sqrt(D), and if keys are bfloat16 their columns come into paired order.
     """
     if keeps_bfloat16(table):
+        # queries were widened to float32 when read, so their upper halves are the bfloat16 bits
         for r in range(q.shape[0]):
             bits, words = q[r].view(np.uint16), q[r].view(np.uint32)
             for d in range(q.shape[1]):
@@ -170,13 +171,13 @@ def attend_gathered(
     tile = _first_tile(table, n_heads, scratch)
     if cache.selected == 0:
         fill_dense_slots(table, tile_heads, cache, scratch.row_addresses)
-    # float32 within a segment, float64 across segments
+    # float32 within a segment, float64 across segments: [tiles, R, V] and [tiles, R, 2 + V]
     for begin in range(span[0], span[1], SEGMENT):
         end = min(begin + SEGMENT, span[1])
         scratch.peak[:] = -np.inf
         scratch.weight[:] = 0
         scratch.sums[:] = 0
-        if cache.selected == 0:
+        if cache.selected == 0:  # one branch per segment, none per block
             _add_all(cache, begin, end, n_tiles, tile)
         else:
             _add_selected(cache, begin, end, span, tile)

@@ -141,6 +141,8 @@ def _dot_tile(n_queries: int, has_bfloat16_keys: bool, has_bfloat16_queries: boo
             ]
             new = list(sums)
             for i in range(_KEYS):
+                # spread over the arithmetic: a Zen 4 core drops requests that come faster than
+                # memory delivers
                 emit.prefetch(next_rows[i])
                 if has_bfloat16_queries:
                     parts = [emit.load(rows[i], words)]

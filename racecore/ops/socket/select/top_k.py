@@ -88,7 +88,8 @@ def write_selected(
     it, and both ends of a sequence of n tokens; return how many tokens these are.
     """
     n_sink = min(ends[0], n)
-    begin = max(n - ends[1], n_sink)
+    begin = max(n - ends[1], n_sink)  # of the last tokens
+    # candidates ascend and those at the ends are skipped: the result ascends without sorting
     n_out = 0
     for t in range(n_sink):
         out[n_out] = t

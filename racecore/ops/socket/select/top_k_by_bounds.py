@@ -47,6 +47,8 @@ def _row_selector(multiplies: bool) -> Any:
         """Return exact sort keys of uncertain candidates, written to sort_keys[uncertain] too."""
         group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
         b, g = divmod(row, call.codes.shape[1])
+        # one block, filled again and again: the last one may repeat some keys, whose scores are
+        # not read
         tables = call.tables[b, g * group].ctypes.data
         head = call.tables.strides[1] // 4
         sizes = (n_tables, 0)
@@ -77,12 +79,14 @@ def _row_selector(multiplies: bool) -> Any:
         its upper bound is below the cutoff: `budget` tokens have lower bounds that reach it.
         """
         budget = min(budget, n)
+        # candidates by upper bound: at least the `budget` largest are among them
         tokens, sort_keys, sampled = candidates(upper, n, budget)
         threshold, _ = threshold_of(sort_keys, len(sort_keys), budget)
         lower, cutoff = _lower_bounds(call, row, upper, tokens, sort_keys, threshold)
         if cutoff < sampled:  # then tokens matter that are no candidates yet
             tokens, sort_keys, _ = candidates(upper, n, n)
             lower, cutoff = _lower_bounds(call, row, upper, tokens, sort_keys, threshold)
+        # exact scores decide between those that remain, for what remains of the budget
         uncertain = _uncertain(lower, sort_keys, threshold, cutoff)
         n_selected = _apply_bounds(lower, threshold, cutoff, sort_keys)
         exact = score_uncertain(call, row, tokens, uncertain, sort_keys)
@@ -111,7 +115,7 @@ def _lower_bounds(
         bound = float_of(np.int64(upper[tokens[c]]))
         bound -= widen_norm16(norms[tokens[c]]) * width
         lower[c] = sort_key(bits_of(bound), False)
-    for c in range(n):  # without a branch, as sort keys are random
+    for c in range(n):
         cutoff = min(cutoff, lower[c] if sort_keys[c] >= threshold else _SELECTED)
     return lower, cutoff
 
@@ -133,6 +137,7 @@ def _apply_bounds(lower: np.ndarray, threshold: int, cutoff: int, sort_keys: np.
     are selected.
     """
     n_selected = np.int64(0)
+    # selections instead of branches: which way a random key goes cannot be predicted
     for c in range(len(sort_keys)):
         key = sort_keys[c] if sort_keys[c] >= cutoff else LOWEST_SORT_KEY
         sort_keys[c] = _SELECTED if lower[c] > threshold else key
