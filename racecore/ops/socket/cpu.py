@@ -17,7 +17,7 @@ from racecore.ops.simd.products import padded
 from racecore.ops.socket.attend.splits import (
     ALL_TOKENS,
     TileGroup,
-    attend,
+    attend_groups,
     dense_groups,
     heads_per_tile,
 )
@@ -315,7 +315,7 @@ def attend_selected(
         for b in range(len(query))
         for h in range(0, query.shape[2], heads)
     ]
-    attend((query, key, value, out), np.zeros(len(query), np.int64), selected, heads, groups)
+    attend_groups((query, key, value, out), np.zeros(len(query), np.int64), selected, heads, groups)
 
 
 def _counts(selected: np.ndarray) -> np.ndarray:
@@ -334,4 +334,4 @@ def attend_dense(
     _, n_queries, n_heads, _ = query.shape
     heads = heads_per_tile(n_heads // key.shape[2])
     groups = dense_groups(lengths, n_queries, n_heads, heads)
-    attend((query, key, value, out), lengths, ALL_TOKENS, heads, groups)
+    attend_groups((query, key, value, out), lengths, ALL_TOKENS, heads, groups)

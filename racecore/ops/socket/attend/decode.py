@@ -274,14 +274,18 @@ def _gathered_rows(
 ) -> tuple[GatheredRows, GatheredRows]:
     """Return the keys and values of a block, with those of another one to prefetch."""
     keys = GatheredRows(
-        block.keys, block.key_offset, next_block.keys, next_block.key_offset, cache.is_bfloat16
+        rows=block.keys,
+        offset=block.key_offset,
+        next_rows=next_block.keys,
+        next_offset=next_block.key_offset,
+        is_bfloat16=cache.is_bfloat16,
     )
     values = GatheredRows(
-        block.values,
-        block.value_offset,
-        next_block.values,
-        next_block.value_offset,
-        cache.is_bfloat16,
+        rows=block.values,
+        offset=block.value_offset,
+        next_rows=next_block.values,
+        next_offset=next_block.value_offset,
+        is_bfloat16=cache.is_bfloat16,
     )
     return keys, values
 

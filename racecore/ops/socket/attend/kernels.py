@@ -25,11 +25,15 @@ from racecore.ops.cpu.row_io import (
     OUT,
     QUERY,
     VALUE,
-    load,
     load_scattered,
     read,
     rows_to_prefetch,
-    store,
+)
+from racecore.ops.cpu.row_io import (
+    load as load_rows,
+)
+from racecore.ops.cpu.row_io import (
+    store as store_rows,
 )
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
@@ -61,7 +65,7 @@ from racecore.runtime.jit import helper, kernel, piece
 
 __all__ = ["TILE_ROWS", "AttendCall", "attend_splits", "merge_splits"]
 
-TILE_ROWS = 32  # at most: as many as a block has tokens
+TILE_ROWS = 32  # at most
 
 
 class AttendCall(NamedTuple):
@@ -111,16 +115,16 @@ def attend_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) 
     dims = (call.head_dim, call.value_dim)
     is_gathered = can_attend_gathered(call.table, call.n_queries, dims, k, v)
     scratch = SplitScratch(
-        matrices(n_tiles, n_rows, head_dim, dtype),
-        k,
-        v,
-        matrices(1, n_rows, GATHER_BLOCK if is_gathered else TOKENS, dtype)[0],
-        np.ones(BLOCK),
-        np.empty((n_tiles, n_rows), dtype),
-        np.empty((n_tiles, n_rows), dtype),
-        matrices(n_tiles, n_rows, value_dim, dtype),
-        np.empty((n_tiles, 3), np.int64),
-        np.empty((n_tiles, SLOTS, 2, GATHER_BLOCK), np.int64),
+        q=matrices(n_tiles, n_rows, head_dim, dtype),
+        k=k,
+        v=v,
+        logits=matrices(1, n_rows, GATHER_BLOCK if is_gathered else TOKENS, dtype)[0],
+        keep=np.ones(BLOCK),
+        peak=np.empty((n_tiles, n_rows), dtype),
+        weight=np.empty((n_tiles, n_rows), dtype),
+        sums=matrices(n_tiles, n_rows, value_dim, dtype),
+        tile_heads=np.empty((n_tiles, 3), np.int64),
+        row_addresses=np.empty((n_tiles, SLOTS, 2, GATHER_BLOCK), np.int64),
     )
     for j in range(n_tiles):
         clear_columns(scratch.q[j], call.head_dim)
@@ -161,13 +165,13 @@ def _attend_gathered(
 ) -> None:
     """Add the tokens of a split to the sums of its tiles, reading keys and values by address."""
     decode = DecodeScratch(
-        scratch.q[:n_tiles],
-        np.float32(scale_of(call.head_dim)),
-        scratch.logits,
-        scratch.peak[:n_tiles],
-        scratch.weight[:n_tiles],
-        scratch.sums[:n_tiles],
-        scratch.row_addresses,
+        q=scratch.q[:n_tiles],
+        scale=np.float32(scale_of(call.head_dim)),
+        logits=scratch.logits,
+        peak=scratch.peak[:n_tiles],
+        weight=scratch.weight[:n_tiles],
+        sums=scratch.sums[:n_tiles],
+        row_addresses=scratch.row_addresses,
     )
     tile_heads = scratch.tile_heads[:n_tiles]
     shape = (call.heads_per_tile, call.value_dim)
@@ -239,7 +243,7 @@ def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
     keep = np.ones(1)
     for r in range(n * call.heads_per_tile):
         position = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
-        load(call.table, QUERY, position, 1, call.head_dim, q[r : r + 1], keep)
+        load_rows(call.table, QUERY, position, 1, call.head_dim, q[r : r + 1], keep)
 
 
 @helper
@@ -322,4 +326,4 @@ def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -
             for d in range(call.value_dim):
                 row[0, d] = sums[d] / weight if weight != 0 else 0.0
             position = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
-            store(call.table, OUT, position, 1, call.value_dim, row, output_rows(row, False))
+            store_rows(call.table, OUT, position, 1, call.value_dim, row, output_rows(row, False))

@@ -110,15 +110,15 @@ def cache_rows(
     b, row, g = tile_heads[0]
     size = 2 if is_bfloat16(table, KEY) else 4
     return CacheRows(
-        signed_address(row_addresses),
-        signed_address(selected[b, row]) if selected.shape[2] > 0 else 0,
-        first_row(table, KEY, b, g),
-        first_row(table, VALUE, b, g),
-        row_bytes(table, KEY),
-        row_bytes(table, VALUE),
-        size * widths[0],
-        size * widths[1],
-        is_bfloat16(table, KEY),
+        slots=signed_address(row_addresses),
+        selected=signed_address(selected[b, row]) if selected.shape[2] > 0 else 0,
+        first_key=first_row(table, KEY, b, g),
+        first_value=first_row(table, VALUE, b, g),
+        key_step=row_bytes(table, KEY),
+        value_step=row_bytes(table, VALUE),
+        key_bytes=size * widths[0],
+        value_bytes=size * widths[1],
+        is_bfloat16=is_bfloat16(table, KEY),
     )
 
 

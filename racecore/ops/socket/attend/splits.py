@@ -19,7 +19,7 @@ from racecore.ops.socket.launches import launch, task_table
 from racecore.runtime import arrays
 from racecore.runtime.threads import run
 
-__all__ = ["ALL_TOKENS", "TileGroup", "attend", "dense_groups", "heads_per_tile"]
+__all__ = ["ALL_TOKENS", "TileGroup", "attend_groups", "dense_groups", "heads_per_tile"]
 
 _PARTIAL_BYTES = 32 << 20  # of partial results in memory
 _MOST_SPLITS = 64  # of a tile that decodes: enough for any number of threads
@@ -64,7 +64,7 @@ def dense_groups(lengths: np.ndarray, n_queries: int, n_heads: int, heads: int) 
     return groups
 
 
-def attend(
+def attend_groups(
     tensors: tuple[np.ndarray, ...],
     lengths: np.ndarray,
     selected: np.ndarray,

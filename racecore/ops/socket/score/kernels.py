@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
-from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, load
+from racecore.ops.cpu.row_io import KEY, QUERY, VALUE
+from racecore.ops.cpu.row_io import load as load_rows
 from racecore.ops.simd.elementary import sigmoids, tanh
 from racecore.ops.simd.memory import clear_columns, matrices
 from racecore.ops.simd.products import NO_PREFETCH, input_rows, padded, project
@@ -70,7 +71,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
             planes = call.planes[g if call.planes.shape[0] > 1 else 0]
             for t in range(begin, end, BLOCK):
                 n = min(BLOCK, end - t)
-                load(call.table, KEY, (b, t, g), n, call.head_dim, k, keep)
+                load_rows(call.table, KEY, (b, t, g), n, call.head_dim, k, keep)
                 project(planes, input_rows(k), n_rows, n, u, NO_PREFETCH)
                 start = position + t - begin
                 _write_codes(u, n, start, call.n_tables, call.high_bits, call.codes[b, g])
@@ -79,7 +80,7 @@ def hash_blocks(call: HashCall, norms: np.ndarray, first: int, last: int) -> Non
                 if call.weighs_keys:
                     _multiply_squares(k, n, call.head_dim, norms[b, g, t : t + n])
                 if call.weighs_values:
-                    load(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
+                    load_rows(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep)
                     _multiply_squares(v, n, call.value_dim, norms[b, g, t : t + n])
 
 
@@ -152,7 +153,7 @@ def fill_tables(call: TableCall, tables: np.ndarray, first: int, last: int) -> N
         for h0 in range(g * group, (g + 1) * group, BLOCK):
             n = min(BLOCK, (g + 1) * group - h0)
             for i in range(n):
-                load(call.table, QUERY, (b, 0, h0 + i), 1, call.head_dim, q[i : i + 1], keep)
+                load_rows(call.table, QUERY, (b, 0, h0 + i), 1, call.head_dim, q[i : i + 1], keep)
             project(q, planes, n, n_rows, u[0], NO_PREFETCH)
             _fill_bit_entries(u, n, n_rows, call.kind, dtype.type(call.factor))
             for i in range(n):
