@@ -61,6 +61,7 @@ def nan_filled_memory() -> Iterator[None]:
     from racecore.ops.causal import reference as causal
     from racecore.ops.socket import cpu as socket_cpu
     from racecore.ops.socket import reference as socket
+    from racecore.ops.socket.attend import splits as socket_splits
     from racecore.ops.soft_hash import reference as soft_hash
 
     genuine = arrays.empty
@@ -78,6 +79,7 @@ def nan_filled_memory() -> Iterator[None]:
             causal,
             socket,
             socket_cpu,
+            socket_splits,
             soft_hash,
             sys.modules["racecore.chunking"],
         ):

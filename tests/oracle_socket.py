@@ -1,8 +1,8 @@
-"""An independent judge of SOCKET: scores, selected sets and exact attention, in float64 and
-straight from the definitions.
+"""An independent oracle of SOCKET: scores, selected sets and exact attention, in float64.
 
-Nothing here comes from the library under test. A query's probabilities are an explicit softmax over
-all 2^P corners of the cube, codes are integers, sets are Python sets.
+Everything follows the definitions and nothing comes from the library under test. A query's
+probabilities are an explicit softmax over all 2^P corners of the cube, codes are integers, sets are
+Python sets.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ __all__ = ["attention", "codes", "probabilities", "scores", "selected_set"]
 
 def corners(n_planes: int) -> np.ndarray:
     """Return [R, P] of -1 and +1: row r spells r in binary, plane 0 its most significant digit."""
-    return (
-        2.0
-        * np.array(
-            [[int(digit) for digit in format(r, f"0{n_planes}b")] for r in range(2**n_planes)]
-        )
-        - 1.0
-    )
+    digits = [[int(digit) for digit in format(r, f"0{n_planes}b")] for r in range(2**n_planes)]
+    return 2.0 * np.array(digits) - 1.0
 
 
 def codes(key: Any, planes: Any) -> np.ndarray:
-    """Return the bucket of every key in every table, [B, T, G, L], of keys [B, T, G, D] and planes
-    [L, P, D].
-    """
+    """Return the buckets [B, T, G, L] of keys [B, T, G, D], given planes [L, P, D]."""
     u = np.einsum("btgd,lpd->btglp", np.asarray(key, np.float64), np.asarray(planes, np.float64))
     weights = 2 ** np.arange(u.shape[-1])[::-1]
     return ((u >= 0) * weights).sum(-1)
 
 
 def probabilities(query: Any, planes: Any, tau: float) -> np.ndarray:
-    """Return prob [B, H, L, R] of queries [B, 1, H, D]: softmax over corners of sum_p tanh(u_p)
-    c_r[p] / (sqrt(D) tau).
+    """Return the probabilities [B, H, L, R] of queries [B, 1, H, D].
+
+    They are the softmax, over corners, of sum_p tanh(u_p) c_r[p] / (sqrt(D) tau).
     """
     x, w = np.asarray(query, np.float64)[:, 0], np.asarray(planes, np.float64)
     u = np.einsum("bhd,lpd->bhlp", x, w)
@@ -55,7 +49,7 @@ def scores(
     tau: float = 0.4,
     weight_by_value_norm: bool = True,
 ) -> np.ndarray:
-    """Return [B, H, T]: what a scorer thinks of every key, token by token."""
+    """Return the scores [B, H, T] of all keys, token by token."""
     key, value, planes = (np.asarray(x, np.float64) for x in (key, value, planes))
     n_batch, n_tokens, n_kv_heads = key.shape[:3]
     n_heads, n_tables = np.shape(query)[2], planes.shape[0]
@@ -83,8 +77,9 @@ def scores(
 
 
 def selected_set(score: Any, budget: int, sink: int, window: int) -> list[int]:
-    """Return, ascending, the first `sink` tokens, the last `window` ones and the `budget` best of
-    one row of scores.
+    """Return the tokens that a row of scores selects, ascending.
+
+    They are the first `sink`, the last `window` and the `budget` best ones.
     """
     n_tokens = len(score)
     best = sorted(range(n_tokens), key=lambda t: (-score[t], t))[:budget]
@@ -94,10 +89,9 @@ def selected_set(score: Any, budget: int, sink: int, window: int) -> list[int]:
 
 
 def attention(query: Any, key: Any, value: Any, chosen: Any = None) -> np.ndarray:
-    """Return exact softmax attention [B, Tq, H, V], scale 1/sqrt(D); the queries are the last Tq of
-    the Tk tokens.
+    """Return exact softmax attention [B, Tq, H, V], scale 1/sqrt(D), of the last Tq of Tk tokens.
 
-    `chosen`, if there is one, gives for [b][h] the tokens that the (only) query may see.
+    `chosen`, if given, holds for [b][h] the tokens that the (only) query sees.
     """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     n_batch, n_queries, n_heads, dim = query.shape

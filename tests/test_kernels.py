@@ -469,11 +469,11 @@ def test_a_sample_leaves_few_candidates_for_the_best(kind, n, budget):
         scores.sort()
     if kind == "few above":  # so few that the sample may miss all of them
         scores[:] = np.where(np.arange(n) % 4001 == 5, scores, -3)
-    tokens, keys, bar = compiled(top_k.candidates)(scores.view(np.int32), n, budget)
+    tokens, sort_keys, threshold = compiled(top_k.candidates)(scores.view(np.int32), n, budget)
     best = np.argsort(-scores, kind="stable")[:budget]
-    assert np.isin(best, tokens[: len(keys)]).all() or kind == "few above"
-    assert np.sort(scores[tokens[: len(keys)]])[-budget] == np.sort(scores)[-budget]
+    assert np.isin(best, tokens[: len(sort_keys)]).all() or kind == "few above"
+    assert np.sort(scores[tokens[: len(sort_keys)]])[-budget] == np.sort(scores)[-budget]
     if kind != "few above":
-        assert bar > top_k.LOWEST_KEY
-        assert len(keys) < 2 * budget + n // 50
+        assert threshold > top_k.LOWEST_SORT_KEY
+        assert len(sort_keys) < 2 * budget + n // 50
         assert len(tokens) < 3 * budget + n // 40

@@ -1,6 +1,4 @@
-"""SOCKET: scores, selected sets, exact attention over them, and the index that keeps the bits;
-against oracle_socket.py.
-"""
+"""SOCKET against oracle_socket.py: scores, selected sets, exact attention, and the index."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ BF16 = ml_dtypes.bfloat16
 def make(
     seed: int = 0, t: int = T, dtype: Any = np.float32, h: int = H, d: int = D, v: int = V
 ) -> list[np.ndarray]:
-    """Return a query, keys and values whose norms differ much."""
+    """Return a query, keys, and values whose norms differ much."""
     rng = np.random.default_rng(seed)
     value = rng.standard_normal((B, t, G, v)) * rng.gamma(1, 1, (B, t, G, 1))
     arrays = rng.standard_normal((B, 1, h, d)), rng.standard_normal((B, t, G, d)), value
@@ -73,9 +71,7 @@ def attend(
 
 
 def rounded_norms(key: np.ndarray, value: np.ndarray, scorer: str, weighted: bool) -> np.ndarray:
-    """Return [B, G, T], what scores are multiplied with, as far as 16 bits hold it, divided by what
-    it should be.
-    """
+    """Return the factors of scores, rounded to 16 bits, over their exact values: [B, G, T]."""
     norm = np.ones(key.shape[:3])
     if weighted:
         norm = norm * np.linalg.norm(value.astype(np.float64), axis=-1)
@@ -114,14 +110,14 @@ def test_scores_equal_the_definition(scorer, n_planes, dtype, weighted, backend)
         query, key, value, lsh.planes, scorer=scorer, tau=0.3, weight_by_value_norm=weighted
     ) * np.repeat(rounded_norms(key, value, scorer, weighted), 5, axis=1)
     assert found.dtype == (np.float64 if dtype is np.float64 else np.float32)
-    limit = 1e-12 if dtype is np.float64 else 3e-6
-    np.testing.assert_allclose(found, expected, rtol=limit, atol=limit * np.abs(expected).max())
+    tolerance = 1e-12 if dtype is np.float64 else 3e-6
+    np.testing.assert_allclose(
+        found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+    )
 
 
 def test_norms_of_sixteen_bits():
-    """Six bits of exponent, ten of fraction: right to 2^-11 where float16 over- or underflows, and
-    never NaN.
-    """
+    """Six bits of exponent and ten of fraction: errors of 2^-11 where float16 overflows, no NaN."""
     norms = np.exp2(np.random.default_rng(0).uniform(-31.9, 31.9, 5000))
     back = layout.from_norm16(layout.to_norm16(norms))
     assert np.abs(back / norms - 1).max() <= 2.0**-11
@@ -180,9 +176,12 @@ def test_heads_of_a_group_select_together(backend):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> np.ndarray:
-    """Return what a backend selects by scores [rows, tokens] of sequences of one head, sink 2,
-    window 3.
+def select_by_scores(
+    scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str
+) -> np.ndarray:
+    """Return what a backend selects, sink 2 and window 3, by scores [rows, tokens].
+
+    A row is a sequence of one head.
     """
     budgets, shape = np.full(len(scores), budget), (len(scores), min(scores.shape[1], budget + 5))
     if backend == "cuda":
@@ -196,7 +195,7 @@ def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> 
     from racecore.ops.socket.select import top_k
 
     selected, counts = np.full(shape, -7), np.zeros(len(scores), np.int64)
-    top_k.pick(
+    top_k.select_top_k(
         scores.view(f"i{scores.itemsize}"),
         lengths,
         budgets,
@@ -213,10 +212,8 @@ def pick(scores: np.ndarray, lengths: np.ndarray, budget: int, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("kind", ["random", "equal", "few values", "wide", "negative", "special"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
-    """On the CPU long rows go by a sample; rows that a sample says little of must come out right as
-    well.
-    """
+def test_top_k_of_many_scores_is_exact(kind, dtype, backend):
+    """On the CPU a sample of a long row gives a threshold: untypical samples must do no harm."""
     rng = np.random.default_rng(3)
     n, rows = 20_032, 3
     scores = {
@@ -228,12 +225,12 @@ def test_the_best_of_many_are_exactly_the_best(kind, dtype, backend):
         "special": rng.choice([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 1.0], (rows, n)),
     }[kind]
     if kind == "random":
-        scores[1, ::9] = 1e3  # what a sample of every ninth token sees is not what there is
+        scores[1, ::9] = 1e3  # a sample of every ninth token is not typical
         scores[2, :500] = 1e3
     scores = scores.astype(dtype)
     lengths = np.array([n, n, n - 61])
     for budget in (0, 1, 37, 1000, n - 1, n):
-        selected = pick(scores, lengths, budget, backend)
+        selected = select_by_scores(scores, lengths, budget, backend)
         for row in range(rows):
             usable = np.where(np.isnan(scores[row]), np.inf, scores[row])[: lengths[row]]
             best = np.argsort(-usable, kind="stable")[:budget]
@@ -291,16 +288,16 @@ def test_sparse_attention_is_exact_over_the_selected(d, v, h, selection, dtype, 
     expected = oracle.attention(
         query, key, value, [[row[row >= 0] for row in heads] for heads in selected]
     )
-    limit = 1e-5 if dtype is np.float32 else 2.0**-8
+    tolerance = 1e-5 if dtype is np.float32 else 2.0**-8
     np.testing.assert_allclose(
-        found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max()
+        found.astype(np.float64), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 @pytest.mark.parametrize("budget", [60, 64, 200, 1100, 2090])  # blocks are of 64, segments of 1,024
-def test_long_lists_are_attended_to_block_by_block(budget, dtype, backend):
+def test_many_selected_tokens_are_read_block_by_block(budget, dtype, backend):
     query, key, value = make(5, t=2100, dtype=dtype, d=64, v=64)
     index = make_index(key, value, make_lsh(d=64), backend=backend)
     options = dict(budget=budget, sink=0, window=4, backend=backend)
@@ -309,9 +306,9 @@ def test_long_lists_are_attended_to_block_by_block(budget, dtype, backend):
     expected = oracle.attention(
         query, key, value, [[row[row >= 0] for row in heads] for heads in selected]
     )
-    limit = 1e-5 if dtype is np.float32 else 2.0**-8
+    tolerance = 1e-5 if dtype is np.float32 else 2.0**-8
     np.testing.assert_allclose(
-        found.astype(np.float64), expected, rtol=limit, atol=limit * np.abs(expected).max()
+        found.astype(np.float64), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
     )
 
 
@@ -323,7 +320,7 @@ def test_a_budget_of_all_tokens_is_dense_attention(backend):
     for budget in (T, T + 1, 10**9, 1.0):
         found = attend(query, key, value, index, budget=budget, backend=backend)
         np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-6)
-    # and so is attention over a list of all of them
+    # and so is attention over a selection of all of them
     every, out = (
         np.broadcast_to(np.arange(T), (B, H, T)),
         put(np.empty((B, 1, H, V), np.float32), backend),
@@ -335,20 +332,20 @@ def test_a_budget_of_all_tokens_is_dense_attention(backend):
 
 @pytest.mark.parametrize("step", [2, -1, 0])
 @pytest.mark.parametrize(("d", "v"), [(64, 64), (20, 12)])
-def test_lists_of_tokens_may_have_gaps_in_memory(step, d, v):
+def test_selected_tokens_may_be_strided(step, d, v):
     query, key, value = make(t=300, d=d, v=v)
-    lists = np.broadcast_to(np.int64(7), (B, G, 100))
+    selected = np.broadcast_to(np.int64(7), (B, G, 100))
     if step != 0:
-        lists = np.full((B, G, 200), 250)[:, :, ::step][:, :, :100]
-        lists[...] = np.arange(0, 300, 3)
-    assert lists.strides[2] == step * lists.itemsize
+        selected = np.full((B, G, 200), 250)[:, :, ::step][:, :, :100]
+        selected[...] = np.arange(0, 300, 3)
+    assert selected.strides[2] == step * selected.itemsize
     results = np.empty((2, B, 1, H, v), np.float32)
-    for some, out in zip((lists, lists.copy()), results, strict=True):
-        cpu.attend_selected(query, key, value, some, out)
+    for tokens, out in zip((selected, selected.copy()), results, strict=True):
+        cpu.attend_selected(query, key, value, tokens, out)
     np.testing.assert_array_equal(*results)
 
 
-def test_what_did_best_in_the_study_is_the_default():
+def test_the_best_scorer_of_the_study_is_the_default():
     index = racecore.SocketIndex(make_lsh())
     assert (index.scorer, index.tau, index.weight_by_value_norm) == ("signed_jl", 0.4, False)
 
@@ -383,7 +380,7 @@ def test_ragged_batches_equal_one_by_one_to_the_bit(budget, backend):
     rng = np.random.default_rng(6)
     lengths = np.array([150, 70, 0, 1, 149])
     key, value = (rng.standard_normal((5, 160, G, D)).astype(BF16) for _ in range(2))
-    key[1, 70:], value[1, 70:] = np.nan, np.nan  # what is behind the end does not matter
+    key[1, 70:], value[1, 70:] = np.nan, np.nan  # tokens behind the end do not matter
     query = rng.standard_normal((5, 1, H, D)).astype(BF16)
     lsh = make_lsh()
     index = make_index(key, value, lsh, lengths=lengths, backend=backend)
@@ -575,7 +572,7 @@ def test_save_and_load(tmp_path, backend):
     np.testing.assert_array_equal(
         scores_of(loaded, query, backend), scores_of(index, query, backend)
     )
-    for each in (loaded, index):  # a loaded index goes on
+    for each in (loaded, index):  # a loaded index can be appended to
         each.append(put(key, backend), put(value, backend))
     np.testing.assert_array_equal(
         scores_of(loaded, query, backend), scores_of(index, query, backend)
@@ -616,7 +613,7 @@ def test_flipped_bytes_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[2:])
-def test_results_are_where_the_index_is(backend, tmp_path):
+def test_results_are_on_the_device_of_the_index(backend, tmp_path):
     query, key, value = make()
     q, k, v = (put(x, backend) for x in (query, key, value))
     index, host = make_index(key, value, backend=backend), make_index(key, value)
@@ -632,7 +629,7 @@ def test_results_are_where_the_index_is(backend, tmp_path):
         assert cuda.is_array(array)
     assert type(index.lengths) is np.ndarray
     assert isinstance(index.copy().nbytes, int)
-    # arrays of the host go there and back where that is asked for
+    # arrays of the host go to the device and back if the backend is named
     from_host = racecore.SocketIndex(index.lsh, **OF_THE_PAPER)
     from_host.append(key, value, backend="cuda")
     assert from_host.on_device
@@ -647,12 +644,12 @@ def test_results_are_where_the_index_is(backend, tmp_path):
     np.testing.assert_array_equal(
         fetch(racecore.sparse_attention(q, k, v, index, budget=20, lengths=lengths)), fetch(out)
     )
-    # a file belongs to no place
+    # a file belongs to no device
     index.save(tmp_path / "index.npz")
     np.testing.assert_allclose(
         racecore.SocketIndex.load(tmp_path / "index.npz").scores(query), host.scores(query), 1e-5
     )
-    # anything else is a mistake
+    # anything else is an error
     for call, message in (
         (
             lambda: index.append(key, value),
@@ -684,9 +681,7 @@ def test_results_are_where_the_index_is(backend, tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
-    """Whatever is done at once: few blocks, some sequences, some rows, scratch in global memory,
-    tables that are not copied.
-    """
+    """Few blocks, some sequences or rows at a time, scratch in global memory, tables in place."""
     from racecore.ops.socket import cuda as operations
 
     lengths = np.array([1100, 300])
@@ -748,7 +743,8 @@ index = racecore.SocketIndex(racecore.SoftLSH.random(64, 4, 8, rng=0))
 query = rng.standard_normal((1, 1, 8, 64)).astype(np.float16)
 
 def step(n):
-    return racecore.sparse_attention(query, key[:, :n], value[:, :n], index, budget=64, sink=4, window=16)
+    options = dict(budget=64, sink=4, window=16)
+    return racecore.sparse_attention(query, key[:, :n], value[:, :n], index, **options)
 
 index.append(key[:, :2000], value[:, :2000])
 step(2000)  # loads the kernels
@@ -758,12 +754,17 @@ base = anonymous()
 out = step(tokens)
 found = index.select(query, budget=64, sink=4, window=16)
 rows = [key[0, found[0, h][found[0, h] >= 0], h // 4] for h in range(8)]
-result = {"anonymous": anonymous() - base, "finite": bool(np.isfinite(out).all()), "index": index.nbytes}
-print(json.dumps(result | {"not zero": bool(all(np.abs(r.astype(float)).sum() > 0 for r in rows))}))
+result = {
+    "anonymous": anonymous() - base,
+    "finite": bool(np.isfinite(out).all()),
+    "index": index.nbytes,
+    "not zero": bool(all(np.abs(r.astype(float)).sum() > 0 for r in rows)),
+}
+print(json.dumps(result))
 """
 
 
-def test_a_memory_mapped_cache_takes_no_memory(tmp_path):
+def test_a_memory_mapped_cache_stays_on_disk(tmp_path):
     tokens = 1 << 19  # 134 MB each of keys and values
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_MAP, json.dumps([str(tmp_path), tokens])],
@@ -807,19 +808,25 @@ assert (racecore.sparse_attention(query, key, value, index, **options) == expect
 
 # and dense attention: nothing behind the last of 261 tokens, where a page ends
 memory = [mmap.mmap(-1, 36 * 4096) for _ in "kv"]
-key, value = (np.frombuffer(m, np.float32, 261 * 128, 35 * 4096 - 261 * 512).reshape(1, 261, 2, 64) for m in memory)
+start = 35 * 4096 - 261 * 512
+key, value = (
+    np.frombuffer(m, np.float32, 261 * 128, start).reshape(1, 261, 2, 64) for m in memory
+)
 query = rng.standard_normal((1, 1, 8, 64)).astype(np.float32)
 for x in (key, value):
     x[...] = rng.standard_normal(x.shape, dtype=np.float32)
     assert libc.mprotect(x.ctypes.data + x.nbytes, 4096, 0) == 0
-out = racecore.sparse_attention(query, key, value, None, budget=1.0)
-np.testing.assert_allclose(out, racecore.sparse_attention(query, key, value, None, budget=1.0, backend="reference"), rtol=1e-4)
+out, expected = (
+    racecore.sparse_attention(query, key, value, None, budget=1.0, backend=name)
+    for name in ("cpu", "reference")
+)
+np.testing.assert_allclose(out, expected, rtol=1e-4)
 print("done")
 """
 
 
 def test_only_selected_rows_are_read():
-    """Everything else is forbidden memory."""
+    """All other pages are protected against reading."""
     done = subprocess.run(
         [sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False, timeout=200
     )

@@ -1,4 +1,4 @@
-"""The study of sparse decoding: what it compares with is right, and what it shows holds in small."""
+"""The study of sparse decoding compares with the right thing, and holds on a small scale."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""SOCKET: bits of keys, scores of a query, the best tokens, exact attention over them (arXiv
-2602.06283).
+"""SOCKET (arXiv 2602.06283): hashed keys, their scores for a query, top-k selection, and exact
+attention over the selected tokens.
 """

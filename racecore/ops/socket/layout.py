@@ -1,4 +1,4 @@
-"""How a SOCKET index lies in memory, and the bundles that its operations share; plain NumPy.
+"""How a SOCKET index lies in memory, and the records that its operations share; plain NumPy.
 
 A key's code in a table is P bits. They are cut into *digits* of four bits, the lowest first: P = 8
 has two, P = 10 three, of which the last is 2 bits wide. A query has a table of 16 numbers per
@@ -7,7 +7,7 @@ digit, which is one vector register of float32.
 Tokens are stored in blocks of 64, a cache line for each row of a block::
 
     rows 0 ... L - 1      the two lowest digits of every table: a byte a token
-    the rows after those  what lies above them, `high_bits` for each table: 8 // high_bits tables share a byte
+    the rows after those  the bits above, `high_bits` for each table: 8 // high_bits tables a byte
 
 so an index takes one byte a token and table for P <= 8, and 8 + high_bits bits for more planes.
 """
@@ -34,11 +34,12 @@ __all__ = [
 BLOCK_TOKENS = 64
 DIGIT_BITS, DIGIT_VALUES = 4, 16
 _LOW_BITS = 8
-_LOWEST_EXPONENT = 127 - 32  # of a norm, as float32 counts
+# of a norm, with the bias of float32
+_LOWEST_EXPONENT = 127 - 32
 
 
 class Scorer(NamedTuple):
-    """What a query makes of the bits of a key."""
+    """How a query scores the bits of a key."""
 
     kind: str  # "soft", "hamming" or "signed_jl"
     tau: float  # temperature of "soft"
@@ -56,32 +57,28 @@ class Scorer(NamedTuple):
 
 
 class HashedKeys(NamedTuple):
-    """What is kept of the keys and values of a batch. There is room for more tokens than there are."""
+    """Codes and norms of the keys and values of a batch, with capacity for more tokens."""
 
     codes: np.ndarray  # uint8 [B, G, blocks, rows, 64]
-    norms: (
-        np.ndarray
-    )  # uint16 [B, G, blocks * 64]: what the scorer multiplies scores with, see `to_norm16`
+    norms: np.ndarray  # uint16 [B, G, blocks * 64]: factors of the scores, see `to_norm16`
     lengths: np.ndarray  # int64 [B]
     n_tables: int  # L
     n_planes: int  # P
 
 
 def high_bits(n_planes: int) -> int:
-    """Return how many bits a code takes in the rows above the bytes: those beyond 8, rounded up to
-    1, 2, 4 or 8.
-    """
+    """Return the bits of a code above its lowest 8, rounded up to 1, 2, 4 or 8."""
     more = max(0, n_planes - _LOW_BITS)
     return more if more <= 2 else (4 if more <= 4 else 8)
 
 
 def n_rows(n_tables: int, n_planes: int) -> int:
-    """Return the bytes that a token takes."""
+    """Return the bytes of a token's codes."""
     return n_tables + -(-n_tables * high_bits(n_planes) // 8)
 
 
 def n_digits(n_planes: int) -> int:
-    """Return the digits of a code; at least two, of which the second may be constant."""
+    """Return the number of digits of a code; at least two, of which the second may be constant."""
     return max(2, -(-n_planes // DIGIT_BITS))
 
 
@@ -89,8 +86,8 @@ def to_norm16(norm: np.ndarray) -> np.ndarray:
     """Round float64 norms to 16 bits: 6 of exponent and 10 of fraction, to nearest, ties to even.
 
     The relative error is at most 2^-11, as in float16, but from 2^-32 to 2^32. Smaller norms become
-    0, larger ones the largest number; so do infinity and NaN, for a token that holds them should be
-    seen.
+    0, larger ones the largest number; so do infinity and NaN, so that a token that holds them is
+    selected and its NaN stays visible.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         bits = np.asarray(norm, np.float64).astype(np.float32).view(np.uint32).astype(np.int64)
@@ -99,6 +96,6 @@ def to_norm16(norm: np.ndarray) -> np.ndarray:
 
 
 def from_norm16(norm: np.ndarray) -> np.ndarray:
-    """Return the float32 numbers that 16 bits stand for."""
+    """Return the float32 numbers of 16-bit norms."""
     bits = (norm.astype(np.uint32) << 13) + np.uint32(_LOWEST_EXPONENT << 23)
     return np.where(norm == 0, np.uint32(0), bits).astype(np.uint32).view(np.float32)

@@ -1,5 +1,6 @@
-"""SOCKET in plain NumPy: hash keys to bits, look up scores, select, attend exactly. Source: arXiv
-2602.06283; docs/math.md.
+"""SOCKET in plain NumPy: hash keys to bits, look up scores, select, attend exactly.
+
+Source: arXiv 2602.06283; docs/math.md.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, D and V head and value dim, L tables,
 P planes, N digits of a code (`layout`). Query head h belongs to key/value head h // (H // G).
@@ -33,8 +34,7 @@ def hash_keys(
     keys: HashedKeys,
     counts: np.ndarray,
 ) -> None:
-    """Write bits and norms of new tokens behind those that `keys` has; its lengths stay as they
-    are.
+    """Write codes and norms of new tokens behind those of `keys`, whose lengths do not change.
 
     Parameters
     ----------
@@ -43,19 +43,19 @@ def hash_keys(
         Any strides, any of the four dtypes.
     planes : float64 array, shape [G, L, P, D]
     scorer : Scorer
-        Which norms it multiplies scores with is what gets stored.
+        Stored norms are products of those that it multiplies scores with.
     keys : HashedKeys
-        With room for the new tokens.
+        With capacity for the new tokens.
     counts : int64 array, shape [B]
         How many of the T tokens of each sequence are new; the rest is padding.
     """
     weights = 1 << np.arange(planes.shape[2])[::-1]
     for b, count in enumerate(counts):
         k, v = key[b, :count], value[b, :count]
-        # in float64, or the sign of a sum near 0 would depend on how NumPy adds up so many tokens
-        bits = np.einsum("tgd,glpd->tglp", k.astype(np.float64), planes) >= 0
-        place = keys.lengths[b] + np.arange(count)
-        block, lane = place // BLOCK_TOKENS, place % BLOCK_TOKENS
+        # in float64: the sign of a sum near 0 would depend on the order in which NumPy adds
+        bits = np.einsum("tgd,glpd->tglp", k.astype(np.float64), planes) >= 0  # [T, G, L, P]
+        position = keys.lengths[b] + np.arange(count)
+        block, lane = position // BLOCK_TOKENS, position % BLOCK_TOKENS
         rows = _packed((bits * weights).sum(-1), planes.shape[2])  # [T, G, rows]
         keys.codes[b, :, block, :, lane] = rows
         norm = np.ones(k.shape[:2])
@@ -63,12 +63,13 @@ def hash_keys(
             norm = norm * np.linalg.norm(v.astype(np.float64), axis=-1)
         if scorer.weighs_keys:
             norm = norm * np.linalg.norm(k.astype(np.float64), axis=-1)
-        keys.norms[b, :, place] = to_norm16(norm)
+        keys.norms[b, :, position] = to_norm16(norm)
 
 
 def _packed(code: np.ndarray, n_planes: int) -> np.ndarray:
-    """Return the bytes [T, G, rows] of codes [T, G, L]: the low eight bits of each, then the bits
-    above, table after table.
+    """Return codes [T, G, L] as bytes [T, G, rows].
+
+    First the low eight bits of each code, then the bits above, table after table.
     """
     low, high = (code & 0xFF).astype(np.uint8), code >> 8
     width = high_bits(n_planes)
@@ -84,9 +85,7 @@ def _packed(code: np.ndarray, n_planes: int) -> np.ndarray:
 
 
 def _digits(rows: np.ndarray, n_tables: int, n_planes: int) -> np.ndarray:
-    """Return the digits [..., L, N] of codes, lowest first, from their bytes [..., rows]; inverts
-    `_packed`.
-    """
+    """Return the digits [..., L, N] of codes, lowest first: inverts `_packed`."""
     code, width = rows[..., :n_tables].astype(np.int64), high_bits(n_planes)
     if width:
         table = np.arange(n_tables)
@@ -96,13 +95,13 @@ def _digits(rows: np.ndarray, n_tables: int, n_planes: int) -> np.ndarray:
 
 
 def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.ndarray:
-    """Return what every digit of a key's code is worth to a query, [B, H, L, N, 16] in the dtype of
-    the arithmetic.
+    """Return the tables of queries, [B, H, L, N, 16] in the dtype of the arithmetic.
 
-    Of "soft" the probability of a bucket is the *product* of its digits' entries: a softmax over
-    corners is a product of sigmoids, sigma(2 y_p c_p) with y_p = tanh(u_p) / (sqrt(D) tau). Of
-    "hamming" (agreeing signs) and "signed_jl" (sum of u_p times the sign of the key's) the score is
-    the *sum* of the digits' entries.
+    They have an entry for every digit of a key's code. Of "soft" the probability of a bucket is the
+    *product* of its digits' entries: a softmax over corners is a product of sigmoids,
+    sigma(2 y_p c_p) with y_p = tanh(u_p) / (sqrt(D) tau). Of "hamming" (agreeing signs) and
+    "signed_jl" (sum of u_p times the sign of the key's) the score is the *sum* of the digits'
+    entries.
 
     Parameters
     ----------
@@ -117,24 +116,22 @@ def query_tables(query: np.ndarray, planes: np.ndarray, scorer: Scorer) -> np.nd
     u = np.einsum("bgid,glpd->bgilp", q, planes.astype(dtype)).reshape(
         batch, n_heads, n_tables, n_planes
     )
-    one, zero = _worth_of_bits(u, dim, scorer)
+    one, zero = _bit_entries(u, dim, scorer)
     values = np.arange(DIGIT_VALUES)
     shape = (batch, n_heads, n_tables, n_digits(n_planes), DIGIT_VALUES)
     tables = np.ones(shape, dtype) if scorer.multiplies else np.zeros(shape, dtype)
     for bit in range(n_planes):  # bit 0 is the last plane
         plane, is_set = n_planes - 1 - bit, (values >> bit % DIGIT_BITS & 1).astype(bool)
-        worth = np.where(is_set, one[..., plane, None], zero[..., plane, None])
+        entry = np.where(is_set, one[..., plane, None], zero[..., plane, None])
         if scorer.multiplies:
-            tables[..., bit // DIGIT_BITS, :] *= worth
+            tables[..., bit // DIGIT_BITS, :] *= entry
         else:
-            tables[..., bit // DIGIT_BITS, :] += worth
+            tables[..., bit // DIGIT_BITS, :] += entry
     return tables
 
 
-def _worth_of_bits(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a set and an unset bit of a key are worth, given the query's projections u [...,
-    P].
-    """
+def _bit_entries(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of a set and an unset bit, given the query's projections u [..., P]."""
     if scorer.kind == "soft":
         y2 = np.tanh(u) * u.dtype.type(2 / (dim**0.5 * scorer.tau))
         return 1 / (1 + np.exp(-y2)), 1 / (1 + np.exp(y2))
@@ -144,13 +141,15 @@ def _worth_of_bits(u: np.ndarray, dim: int, scorer: Scorer) -> tuple[np.ndarray,
 
 
 def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray:
-    """Return what queries think of every key, [B, H, T]: (sum over tables) * norm, and -inf behind
-    the end of a sequence.
+    """Return the scores of all keys, [B, H, T]; -inf behind the end of a sequence.
+
+    A score is the norm of a key times the sum, over tables, of the product or sum of its digits'
+    entries.
 
     Parameters
     ----------
     tables : array, shape [B, H, L, N, 16]
-        What `query_tables` returned.
+        Those of `query_tables`.
     keys : HashedKeys
     multiplies : bool
         Whether the digits of a table are multiplied, or added.
@@ -162,16 +161,13 @@ def scores(tables: np.ndarray, keys: HashedKeys, multiplies: bool) -> np.ndarray
     for b in range(batch):
         length = int(keys.lengths[b])
         for h in range(n_heads):
-            rows = (
-                keys.codes[b, h // group].swapaxes(1, 2).reshape(-1, keys.codes.shape[3])[:length]
-            )  # [T, rows]
-            entries = tables[
-                b, h, table, digit, _digits(rows, keys.n_tables, keys.n_planes)
-            ]  # [T, L, N]
-            worth = entries.prod(axis=-1) if multiplies else entries.sum(axis=-1)
-            result[b, h, :length] = worth.sum(axis=-1) * from_norm16(
-                keys.norms[b, h // group, :length]
-            )
+            codes = keys.codes[b, h // group].swapaxes(1, 2)  # [blocks, 64, rows]
+            rows = codes.reshape(-1, codes.shape[2])[:length]  # [T, rows]
+            digits = _digits(rows, keys.n_tables, keys.n_planes)  # [T, L, N]
+            entries = tables[b, h, table, digit, digits]  # [T, L, N]
+            values = entries.prod(axis=-1) if multiplies else entries.sum(axis=-1)  # [T, L]
+            norms = from_norm16(keys.norms[b, h // group, :length])  # [T]
+            result[b, h, :length] = values.sum(axis=-1) * norms
     return result
 
 
@@ -183,11 +179,10 @@ def select(
     ends: tuple[int, int],
     is_shared: bool,
 ) -> np.ndarray:
-    """Return the tokens to attend to, int64 [B, H, W]: ascending, without duplicates, padded with
-    -1 at the end.
+    """Return the tokens to attend to, int64 [B, H, W]: ascending, padded with -1 at the end.
 
-    The `budgets` best by score (of equal ones the earlier; NaN counts as infinite), the first and
-    the last tokens.
+    They are the `budgets` best by score (of equal ones the earlier; NaN counts as infinite), the
+    first and the last tokens, without duplicates.
 
     Parameters
     ----------
@@ -203,7 +198,7 @@ def select(
     if is_shared:
         n_kv_heads = keys.codes.shape[1]
         grouped = score.reshape(len(score), n_kv_heads, -1, score.shape[2])
-        score = np.add.accumulate(grouped, axis=2)[:, :, -1]  # one after the other
+        score = np.add.accumulate(grouped, axis=2)[:, :, -1]  # heads in order, as kernels add
     score = np.where(np.isnan(score), np.inf, score)
     chosen = [
         [_chosen(row[:length], budget, ends) for row in heads]
@@ -230,8 +225,9 @@ def _chosen(score: np.ndarray, budget: int, ends: tuple[int, int]) -> np.ndarray
 def attend_selected(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, selected: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write exact softmax attention, scale 1/sqrt(D), of one query over selected tokens; zeros
-    where there are none.
+    """Write exact softmax attention of one query over selected tokens; zeros if there are none.
+
+    The scale is 1/sqrt(D).
 
     Parameters
     ----------
@@ -240,27 +236,27 @@ def attend_selected(
     value : array, shape [B, T, G, V]
         Only the selected rows are read.
     selected : int64 array, shape [B, H or G, W]
-        What `select` returned.
+        Those of `select`.
     out : array, shape [B, 1, H, V]
     """
     dtype, n_heads = arrays.compute_dtype(query.dtype), query.shape[2]
-    group, sharing = n_heads // key.shape[2], n_heads // selected.shape[1]
+    group = n_heads // key.shape[2]  # heads that share keys
+    n_sharing = n_heads // selected.shape[1]  # heads that share selected tokens
     for b in range(len(query)):
         for h in range(n_heads):
-            tokens = selected[b, h // sharing]
+            tokens = selected[b, h // n_sharing]
             tokens = tokens[tokens >= 0]
-            k, v = (
-                key[b, tokens, h // group].astype(dtype),
-                value[b, tokens, h // group].astype(dtype),
-            )
+            k = key[b, tokens, h // group].astype(dtype)  # [W, D]
+            v = value[b, tokens, h // group].astype(dtype)  # [W, V]
             out[b, 0, h] = _softmax_mean(query[b, 0, h].astype(dtype), k, v)
 
 
 def attend_dense(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, lengths: np.ndarray, out: np.ndarray
 ) -> None:
-    """Write exact causal softmax attention, scale 1/sqrt(D), of the last Tq tokens of every
-    sequence.
+    """Write exact causal softmax attention of the last Tq tokens of every sequence.
+
+    The scale is 1/sqrt(D).
 
     Parameters
     ----------
@@ -269,26 +265,22 @@ def attend_dense(
     key : array, shape [B, T, G, D]
     value : array, shape [B, T, G, V]
     lengths : int64 array, shape [B]
-        How many of the T tokens there are; what is behind is not read.
+        How many of the T tokens there are; the others are not read.
     out : array, shape [B, Tq, H, V]
     """
     dtype, n_queries = arrays.compute_dtype(query.dtype), query.shape[1]
     group = query.shape[2] // key.shape[2]
     for b, length in enumerate(lengths):
         for h in range(query.shape[2]):
-            k, v = (
-                key[b, :length, h // group].astype(dtype),
-                value[b, :length, h // group].astype(dtype),
-            )
+            k = key[b, :length, h // group].astype(dtype)  # [T, D]
+            v = value[b, :length, h // group].astype(dtype)  # [T, V]
             for i in range(n_queries):
-                seen = max(0, length - n_queries + i + 1)
-                out[b, i, h] = _softmax_mean(query[b, i, h].astype(dtype), k[:seen], v[:seen])
+                n = max(0, length - n_queries + i + 1)  # tokens that query i sees
+                out[b, i, h] = _softmax_mean(query[b, i, h].astype(dtype), k[:n], v[:n])
 
 
 def _softmax_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the mean of the values v [W, V] under the softmax of <q, k> / sqrt(D); zeros if there
-    are none.
-    """
+    """Return the mean of values v [W, V] under softmax(<q, k> / sqrt(D)); zeros if W = 0."""
     if len(k) == 0:
         return np.zeros(v.shape[1], q.dtype)
     logits = k @ (q * q.dtype.type(len(q) ** -0.5))

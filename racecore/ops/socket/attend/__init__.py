@@ -1,1 +1,1 @@
-"""Exact softmax attention over selected or all rows of a cache."""
+"""Exact softmax attention: tiles and splits of tokens, gathered rows, online softmax."""

@@ -1,105 +1,96 @@
-"""Softmax attention of one query per sequence: keys and values are read where they lie, by lists of
-their addresses.
+"""Decode attention: one query per sequence over a key/value cache whose rows are read by address.
 
-Why: when one token is decoded every row of the cache meets only the query heads of its group, so
-there is little arithmetic to hide anything behind: neither copies nor calls with many arguments nor
-views of arrays. This is what `softmax.attend_shares` does, for that case, as one loop over plain
-addresses. While a block is worked on, the rows of the next one are asked for.
+Why: a row of the cache meets only the query heads of its group, so there is little arithmetic to
+hide memory behind. A copy of the row, a call with many arguments or a view of an array would each
+take longer. For one query this module therefore replaces the general loop of `attend.kernels` by
+one over plain addresses, see `row_addresses`, and prefetches the rows of the next block meanwhile.
+
+Why addresses: Numba counts the references of every array that a function is given, atomically,
+which takes longer than one row of a block does. So whatever runs once per block takes addresses
+(int64) in place of arrays, and records name them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from racecore.chunking import SEGMENT
-from racecore.ops.cpu.row_io import (
-    KEY,
-    QUERY,
-    VALUE,
-    can_gather_rows,
-    first_row,
-    is_bfloat16,
-    prefetch_row,
-    row_bytes,
-    write_row_addresses,
-)
-from racecore.ops.simd.vectors import load_number
+from racecore.ops.cpu.row_io import KEY, QUERY, VALUE, can_gather_rows, is_bfloat16
 from racecore.ops.socket.attend.gathered_products import (
-    CAN_DOT,
-    Lists,
-    Matrix,
+    CAN_DOT_BFLOAT16,
+    GatheredRows,
+    ScratchRows,
     accumulate_gathered,
-    dot_gathered,
     paired_column,
     project_gathered,
 )
-from racecore.ops.socket.attend.online_softmax import RowSums, flush, weigh_row
+from racecore.ops.socket.attend.online_softmax import RowSums, add_segment, weigh_row
+from racecore.ops.socket.attend.row_addresses import (
+    GATHER_BLOCK,
+    AddressSlot,
+    CacheRows,
+    cache_rows,
+    fill_dense_slots,
+    fill_partial_block,
+    fill_selected,
+    first_block,
+    prefetch_order,
+    prefetch_slot,
+    selected_block,
+    signed_address,
+)
 from racecore.runtime.jit import helper
 
 __all__ = [
-    "GATHER_BLOCK",
-    "LISTS",
-    "GatheredSums",
+    "DecodeScratch",
     "arrange_queries",
     "attend_gathered",
     "can_attend_gathered",
     "scale_of",
 ]
 
-LISTS = 3  # of a tile
-_FIRST, _SECOND, _ASKED = np.int64(0), np.int64(1), np.int64(2)
-# tokens of a block: more than elsewhere, as nothing is copied, and every block has to begin and to
-# end
-GATHER_BLOCK = 64
-_LIST = 8 * GATHER_BLOCK  # bytes
+_FLOAT_BYTES = 4
 
 
-class GatheredSums(NamedTuple):
-    """Scratch of tiles that go through the same tokens, float32."""
+class DecodeScratch(NamedTuple):
+    """Scratch arrays of tiles that attend to the same tokens, float32; R rows of a tile."""
 
     q: np.ndarray  # [tiles, R, D]: see `arrange_queries`
-    scale: Any  # 1/sqrt(D), float32
-    c: np.ndarray  # [R, 64]: logits, then weights
-    peak: np.ndarray  # [tiles, R], as the next two: see `running`
-    weight: np.ndarray
+    scale: np.float32  # 1/sqrt(D)
+    logits: np.ndarray  # [R, 64], then weights
+    peak: np.ndarray  # [tiles, R], this and the next two: see `online_softmax`
+    weight: np.ndarray  # [tiles, R]
     sums: np.ndarray  # [tiles, R, V]
-    rows: np.ndarray  # int64 [tiles, LISTS, 2, 64]: lists of addresses of keys and values
+    row_addresses: np.ndarray  # int64 [tiles, SLOTS, 2, 64]: see `row_addresses`
 
 
-class Tile(NamedTuple):
-    """A tile by addresses: arrays as arguments have their references counted, which takes longer
-    than a row of a block does.
-    """
+class QueryTile(NamedTuple):
+    """The query heads of a tile: addresses of its rows in `DecodeScratch`."""
 
-    q: Matrix
-    c: Matrix
+    q: ScratchRows
+    logits: ScratchRows
     sums: RowSums  # of the first row
-    scale: Any
-    dots: bool  # see `dots_bfloat16`
+    scale: np.float32
+    is_bfloat16: bool  # queries are bfloat16 in memory, see `keeps_bfloat16`
     n_heads: int
-    n_rows: int  # of scratch, for a tile
+    n_rows: int  # R: of scratch, from a tile to the next
 
 
-class Where(NamedTuple):
-    """Where keys and values are, the first tile's where tiles differ."""
-
-    lists: Any  # address of ListedSums.rows
-    tokens: Any  # address of a list of tokens, 0: all of them
-    starts: Any  # addresses of the first token's key and value
-    steps: Any  # bytes from a token to the next, of keys and of values
-    n_bytes: Any  # of a row
-    has_bfloat16: bool  # rows are bfloat16
+# Queries
+# -------------------------------------------------------------------------------------------------
 
 
 @helper
 def can_attend_gathered(
     table: np.ndarray, n_queries: int, dims: tuple[int, int], k: np.ndarray, v: np.ndarray
 ) -> bool:
-    """Tell whether there is one query, and rows are whole vectors of float32, or pairs of them of
-    bfloat16.
+    """Return whether there is one query, and rows need neither copies nor padding.
+
+    Such rows are whole vectors of float32, or pairs of them of bfloat16. dims = (D, V); k and v are
+    scratch blocks of the general loop.
     """
     return (
         n_queries == 1
@@ -109,17 +100,20 @@ def can_attend_gathered(
 
 
 @helper
-def dots_bfloat16(table: np.ndarray) -> bool:
-    """Tell whether products of queries and keys are those of bfloat16 with bfloat16."""
-    return CAN_DOT and is_bfloat16(table, QUERY) and is_bfloat16(table, KEY)
+def keeps_bfloat16(table: np.ndarray) -> bool:
+    """Return whether logits are products of bfloat16 with bfloat16, by one instruction."""
+    return CAN_DOT_BFLOAT16 and is_bfloat16(table, QUERY) and is_bfloat16(table, KEY)
 
 
 @helper
 def arrange_queries(table: np.ndarray, q: np.ndarray, head_dim: int) -> None:
-    """Scale queries by 1/sqrt(D), and bring their columns into paired order if keys are bfloat16;
-    or keep just their bits.
+    """Bring float32 queries [R, D] into the form that products with gathered keys need.
+
+    If they keep bfloat16, its bits move to the first half of each row. Else they are multiplied by
+    1/sqrt(D), and if keys are bfloat16 their columns come into paired order.
     """
-    if dots_bfloat16(table):
+    if keeps_bfloat16(table):
+        # queries were widened to float32 when read, so their upper halves are the bfloat16 bits
         for r in range(q.shape[0]):
             bits, words = q[r].view(np.uint16), q[r].view(np.uint32)
             for d in range(q.shape[1]):
@@ -141,7 +135,7 @@ def scale_of(head_dim: int) -> float:
 
 @helper
 def _pair_columns(x: np.ndarray) -> None:
-    """Bring the rows of a matrix into paired order, see `listed`."""
+    """Bring the rows of a matrix into paired order, see `gathered_products`."""
     row = np.empty(x.shape[1], x.dtype)
     for r in range(x.shape[0]):
         for d in range(x.shape[1]):
@@ -150,209 +144,160 @@ def _pair_columns(x: np.ndarray) -> None:
             x[r, d] = row[d]
 
 
-@helper
-def attend_gathered(table, places, selected, ends, shape, s, out):
-    """Add tokens ends[0] ... ends[1] - 1, or these places of lists of tokens, to float64 sums out
-    [tiles, R, 2 + V].
+# Attention
+# -------------------------------------------------------------------------------------------------
 
-    places [tiles, 3] are sequences, rows of selected [B, ., W] (W = 0: all tokens) and key/value
-    heads; shape = (heads of a tile, V). If tokens are selected, there is one tile.
+
+@helper
+def attend_gathered(
+    table: np.ndarray,
+    tile_heads: np.ndarray,
+    selected: np.ndarray,
+    span: tuple[int, int],
+    shape: tuple[int, int],
+    scratch: DecodeScratch,
+    out: np.ndarray,
+) -> None:
+    """Add tokens span[0] ... span[1] - 1 to the float64 sums out [tiles, R, 2 + V].
+
+    tile_heads [tiles, 3] holds the sequence, row of `selected` and key/value head of each tile;
+    shape = (query heads of a tile, V). If `selected` [B, ., W] has W > 0, the span is one of
+    positions in a row of it, and there is one tile.
     """
     n_heads, value_dim = shape
-    rows = _where(table, places, selected, s)
-    tile = Tile(
-        _matrix(s.q), _matrix(s.c), _sums(s), s.scale, dots_bfloat16(table), n_heads, s.q.shape[1]
-    )
-    if rows.tokens == 0:
-        _list_a_block(table, places, rows, s.rows)
-    for segment in range(ends[0], ends[1], SEGMENT):
-        last = min(segment + SEGMENT, ends[1])
-        s.peak[:] = -np.inf
-        s.weight[:] = 0
-        s.sums[:] = 0
-        if rows.tokens == 0:
-            _add_run(rows, segment, last, places.shape[0], tile)
+    n_tiles = tile_heads.shape[0]
+    widths = (scratch.q.shape[2], scratch.sums.shape[2])
+    cache = cache_rows(table, tile_heads, selected, widths, scratch.row_addresses)
+    tile = _first_tile(table, n_heads, scratch)
+    if cache.selected == 0:
+        fill_dense_slots(table, tile_heads, cache, scratch.row_addresses)
+    # float32 within a segment, float64 across segments: [tiles, R, V] and [tiles, R, 2 + V]
+    for begin in range(span[0], span[1], SEGMENT):
+        end = min(begin + SEGMENT, span[1])
+        scratch.peak[:] = -np.inf
+        scratch.weight[:] = 0
+        scratch.sums[:] = 0
+        if cache.selected == 0:  # one branch per segment, none per block
+            _add_all(cache, begin, end, n_tiles, tile)
         else:
-            _add_chosen(rows, segment, last, ends, tile)
-        for j in range(places.shape[0]):
-            flush(
+            _add_selected(cache, begin, end, span, tile)
+        for j in range(n_tiles):
+            add_segment(
                 n_heads,
                 value_dim,
                 is_bfloat16(table, VALUE),
-                s.peak[j],
-                s.weight[j],
-                s.sums[j],
+                scratch.peak[j],
+                scratch.weight[j],
+                scratch.sums[j],
                 out[j],
             )
 
 
 @helper
-def _matrix(x):
-    """Return the rows of a scratch array, of the first matrix if there are several."""
-    return Matrix(_address(x), x.shape[x.ndim - 1])
-
-
-@helper
-def _address(x):
-    """Return the address of an array with the sign that all other addresses have: else functions
-    would be compiled for both.
-    """
-    return np.int64(x.ctypes.data)
-
-
-@helper
-def _sums(s):
-    return RowSums(_address(s.peak), _address(s.weight), _address(s.sums), s.sums.shape[2])
-
-
-@helper
-def _where(table, places, selected, s):
-    """Return where the rows of the first tile are."""
-    b, r, g = places[0]
-    tokens = _address(selected[b, r]) if selected.shape[2] > 0 else np.int64(0)
-    steps, has_bfloat16 = (row_bytes(table, KEY), row_bytes(table, VALUE)), is_bfloat16(table, KEY)
-    starts = (first_row(table, KEY, b, g), first_row(table, VALUE, b, g))
-    size = 2 if has_bfloat16 else 4
-    return Where(
-        _address(s.rows),
-        tokens,
-        starts,
-        steps,
-        (size * s.q.shape[2], size * s.sums.shape[2]),
-        has_bfloat16,
+def _first_tile(table: np.ndarray, n_heads: int, scratch: DecodeScratch) -> QueryTile:
+    """Return the addresses of the first tile's rows in scratch."""
+    q = ScratchRows(signed_address(scratch.q), scratch.q.shape[2])
+    logits = ScratchRows(signed_address(scratch.logits), scratch.logits.shape[1])
+    peak, weight = signed_address(scratch.peak), signed_address(scratch.weight)
+    sums = RowSums(peak, weight, signed_address(scratch.sums), scratch.sums.shape[2])
+    return QueryTile(
+        q, logits, sums, scratch.scale, keeps_bfloat16(table), n_heads, scratch.q.shape[1]
     )
 
 
 @helper
-def _add_run(rows, first, last, n_tiles, tile):
-    """Add tokens first ... last - 1 to all tiles, block by block: neighbouring heads are neighbours
-    in memory.
+def _tile(first: QueryTile, j: int) -> QueryTile:
+    """Return tile j, given the first one."""
+    row = j * first.n_rows
+    return QueryTile(
+        ScratchRows(first.q.address + _FLOAT_BYTES * row * first.q.step, first.q.step),
+        first.logits,
+        _row_sums(first.sums, row),
+        first.scale,
+        first.is_bfloat16,
+        first.n_heads,
+        first.n_rows,
+    )
+
+
+@helper
+def _row_sums(first: RowSums, row: int) -> RowSums:
+    """Return the addresses of the sums of a row, given those of the first one."""
+    offset = _FLOAT_BYTES * row
+    return RowSums(
+        first.peak + offset,
+        first.weight + offset,
+        first.values + offset * first.width,
+        first.width,
+    )
+
+
+@helper
+def _add_all(cache: CacheRows, begin: int, end: int, n_tiles: int, first: QueryTile) -> None:
+    """Add tokens begin ... end - 1 to all tiles, a block at a time: neighbouring heads are
+    neighbours in memory.
     """
-    for t in range(first, last, GATHER_BLOCK):
-        n, next_rows = (
-            min(GATHER_BLOCK, last - t),
-            (rows.steps[0] * (t + GATHER_BLOCK), rows.steps[1] * (t + GATHER_BLOCK)),
-        )
+    for t in range(begin, end, GATHER_BLOCK):
+        n = min(GATHER_BLOCK, end - t)
         for j in range(n_tiles):
-            this, base = _list_at(rows, j, _FIRST), (rows.steps[0] * t, rows.steps[1] * t)
-            if n < GATHER_BLOCK:  # beyond the last token there may be no memory
-                start_k, start_v = (
-                    load_number(this, np.int64(0)),
-                    load_number(this + _LIST, np.int64(0)),
-                )
-                this = _list_at(rows, j, _SECOND)
-                write_row_addresses(start_k + base[0], rows.steps[0], 0, n, GATHER_BLOCK, this)
-                write_row_addresses(
-                    start_v + base[1], rows.steps[1], 0, n, GATHER_BLOCK, this + _LIST
-                )
-                base = (0, 0)
-            _add_block(
-                _tile_at(tile, j), n, _lists(rows, this, base, _list_at(rows, j, _ASKED), next_rows)
-            )
+            if n == GATHER_BLOCK:
+                block = first_block(cache, j, t)
+            else:
+                block = fill_partial_block(cache, j, t, n)
+            next_block = prefetch_order(cache, j, t + GATHER_BLOCK)
+            _add_block(_gathered_rows(cache, block, next_block), n, _tile(first, j))
 
 
 @helper
-def _add_chosen(rows, first, last, ends, tile):
-    """Add places first ... last - 1 of a list of tokens, of which these and others up to ends[1]
-    are asked for in order.
-    """
-    for t in range(first, last, GATHER_BLOCK):
-        n, left = min(GATHER_BLOCK, last - t), ends[1] - t - GATHER_BLOCK
-        this, next_rows = (
-            _list_at(rows, 0, t // GATHER_BLOCK % 2),
-            _list_at(rows, 0, 1 - t // GATHER_BLOCK % 2),
-        )
-        if t == ends[0]:
-            _list_chosen(rows, t, n, this)
-            for i in range(GATHER_BLOCK):  # nobody could ask for these in good time
-                prefetch_row(load_number(this + 8 * i, np.int64(0)), rows.n_bytes[0])
-                prefetch_row(load_number(this + _LIST + 8 * i, np.int64(0)), rows.n_bytes[1])
-        if left > 0:
-            _list_chosen(rows, t + GATHER_BLOCK, min(GATHER_BLOCK, left), next_rows)
+def _add_selected(
+    cache: CacheRows, begin: int, end: int, span: tuple[int, int], tile: QueryTile
+) -> None:
+    """Add the selected tokens at positions begin ... end - 1, a segment of a span."""
+    for i in range(begin, end, GATHER_BLOCK):
+        n = min(GATHER_BLOCK, end - i)
+        index = i // GATHER_BLOCK
+        block, next_block = selected_block(cache, index), selected_block(cache, index + 1)
+        if i == span[0]:  # nothing ran before this block that could have prefetched it
+            fill_selected(cache, i, n, block)
+            prefetch_slot(cache, block)
+        n_next = min(GATHER_BLOCK, span[1] - i - GATHER_BLOCK)
+        if n_next > 0:
+            fill_selected(cache, i + GATHER_BLOCK, n_next, next_block)
         else:
-            next_rows = this
-        _add_block(tile, n, _lists(rows, this, (0, 0), next_rows, (0, 0)))
+            next_block = block  # there is no next one: these rows are in the caches already
+        _add_block(_gathered_rows(cache, block, next_block), n, tile)
 
 
 @helper
-def _list_chosen(rows, t, n, at):
-    """Write where n chosen keys and values are from place t on."""
-    write_row_addresses(rows.starts[0], rows.steps[0], rows.tokens + 8 * t, n, GATHER_BLOCK, at)
-    write_row_addresses(
-        rows.starts[1], rows.steps[1], rows.tokens + 8 * t, n, GATHER_BLOCK, at + _LIST
+def _gathered_rows(
+    cache: CacheRows, block: AddressSlot, next_block: AddressSlot
+) -> tuple[GatheredRows, GatheredRows]:
+    """Return the keys and values of a block, with those of another one to prefetch."""
+    keys = GatheredRows(
+        rows=block.keys,
+        offset=block.key_offset,
+        next_rows=next_block.keys,
+        next_offset=next_block.key_offset,
+        is_bfloat16=cache.is_bfloat16,
     )
-
-
-@helper
-def _list_at(rows, j, which):
-    """Return the address of a list of keys; that of values is behind it."""
-    return rows.lists + (LISTS * j + which) * 2 * _LIST
-
-
-@helper
-def _lists(rows, this, base, next_rows, next_base):
-    """Return the lists of keys and those of values."""
-    keys = Lists(this, base[0], next_rows, next_base[0], rows.has_bfloat16)
-    return keys, Lists(this + _LIST, base[1], next_rows + _LIST, next_base[1], rows.has_bfloat16)
-
-
-@helper
-def _tile_at(tile, j):
-    """Return the addresses of tile j, given those of the first."""
-    q, c, sums, scale, dots, n_heads, n_rows = tile
-    first = 4 * j * n_rows  # bytes of a number of every row before it
-    own = RowSums(
-        sums.peak + first, sums.weight + first, sums.values + first * sums.width, sums.width
+    values = GatheredRows(
+        rows=block.values,
+        offset=block.value_offset,
+        next_rows=next_block.values,
+        next_offset=next_block.value_offset,
+        is_bfloat16=cache.is_bfloat16,
     )
-    return Tile(Matrix(q.address + first * q.row, q.row), c, own, scale, dots, n_heads, n_rows)
+    return keys, values
 
 
 @helper
-def _add_block(tile, n, lists):
-    """Add n tokens to the sums of a tile."""
-    q, c, sums, scale, dots, n_heads, _ = tile
-    keys, values = lists
-    if dots:
-        dot_gathered(q, keys, n_heads, n, c, scale)
-    else:
-        project_gathered(q, keys, n_heads, n, c)
-    for r in range(n_heads):
-        row = RowSums(
-            sums.peak + 4 * r, sums.weight + 4 * r, sums.values + 4 * r * sums.width, sums.width
-        )
-        weigh_row(c.address + 4 * r * c.row, n, c.row, row, np.float32(0))
-    accumulate_gathered(c, values, n_heads, n, Matrix(sums.values, sums.width))
-
-
-@helper
-def _list_a_block(table, places, rows, lists):
-    """Write to lists [tiles, LISTS, 2, 64], at rows.lists, where the first 64 tokens are: all
-    blocks look alike.
-
-    And what tiles ask for, token by token all heads: so memory is asked for in its order, whose
-    continuation processors guess.
-    """
-    n_tiles = places.shape[0]
-    for j in range(n_tiles):
-        at = _list_at(rows, j, _FIRST)
-        write_row_addresses(
-            first_row(table, KEY, places[j, 0], places[j, 2]),
-            rows.steps[0],
-            0,
-            GATHER_BLOCK,
-            GATHER_BLOCK,
-            at,
-        )
-        write_row_addresses(
-            first_row(table, VALUE, places[j, 0], places[j, 2]),
-            rows.steps[1],
-            0,
-            GATHER_BLOCK,
-            GATHER_BLOCK,
-            at + _LIST,
-        )
-    for side in range(2):
-        for p in range(n_tiles * GATHER_BLOCK):
-            lists[p // GATHER_BLOCK, _ASKED, side, p % GATHER_BLOCK] = lists[
-                p % n_tiles, _FIRST, side, p // n_tiles
-            ]
+def _add_block(rows: tuple[GatheredRows, GatheredRows], n: int, tile: QueryTile) -> None:
+    """Add n keys and values to the sums of a tile."""
+    keys, values = rows
+    logits = tile.logits
+    project_gathered(tile.q, keys, tile.n_heads, n, logits, tile.is_bfloat16, tile.scale)
+    for r in range(tile.n_heads):
+        row = logits.address + _FLOAT_BYTES * r * logits.step
+        weigh_row(row, n, logits.step, _row_sums(tile.sums, r), np.float32(0))
+    sums = ScratchRows(tile.sums.values, tile.sums.width)
+    accumulate_gathered(logits, values, tile.n_heads, n, sums)

@@ -1,14 +1,16 @@
-"""Products with rows that lie anywhere in memory: keys and values of a cache, read where they are.
+"""Products with rows gathered from memory: keys and values of a cache, read in place by address.
 
 Why: a row that is read once should not be copied first. With one query head for a row there is so
-little arithmetic that the copy would take longer than all of it. And rows that are far apart are
-beyond what a core guesses: while a tile calculates with some rows, it asks for those that come a
-block later. What the products compute is what `products.project` and `products.accumulate` do.
+little arithmetic that the copy would take longer than all of it. And a processor cannot predict the
+addresses of rows that are far apart: while a tile calculates with some rows, it prefetches those
+that come a block later. What the products compute is what `products.project` and
+`products.accumulate` do.
 
-How: rows come as a list of addresses, with a list of those to ask for. Two factories of register
-tiles, as in `ops.simd.tiles`, read float32 rows or widen bfloat16. The latter takes even and odd
-columns apart, since that costs half as much: queries and sums then have their columns in *paired
-order*, of every 32 columns first the even ones, then the odd; see `paired_column`.
+How: rows come as int64 addresses in memory, and so do the rows to prefetch (`GatheredRows`). Two
+factories of register tiles, as in `ops.simd.tiles`, read float32 rows, widen bfloat16 or multiply
+bfloat16 with bfloat16. Widening takes even and odd columns apart, since that costs half as much:
+queries and sums then have their columns in *paired order*, of every 32 columns first the even ones,
+then the odd; see `paired_column`.
 """
 
 from __future__ import annotations
@@ -18,334 +20,306 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from racecore.ops.simd.emitter import VECTOR_BYTES, Emitter
+from racecore.ops.simd.emitter import VECTOR_BYTES, Emitter, codegen
 from racecore.ops.simd.half_precision import load_widened_pairs
 from racecore.ops.simd.tile_sums import store_totals
 from racecore.runtime import processor
-from racecore.runtime.jit import helper
+from racecore.runtime.jit import helper, piece
 
 __all__ = [
-    "CAN_DOT",
-    "Lists",
-    "Matrix",
+    "CAN_DOT_BFLOAT16",
+    "GatheredRows",
+    "ScratchRows",
     "accumulate_gathered",
-    "dot_gathered",
     "paired_column",
     "project_gathered",
 ]
 
-_AT_ONCE = np.int64(4)  # rows of a tile of dot products
+# The instruction adds products of neighbouring columns in float32, and takes subnormal numbers for
+# zero.
+CAN_DOT_BFLOAT16 = processor.has("avx512bf16")
+_KEYS = (
+    4  # of a tile of dot products: with four queries, 16 sums and their operands in 32 registers
+)
+_KEYS_AT_ONCE = np.int64(_KEYS)
+
+
+class ScratchRows(NamedTuple):
+    """Rows of float32 scratch."""
+
+    address: int  # of the first row
+    step: int  # numbers from a row to the next
+
+
+class GatheredRows(NamedTuple):
+    """The keys or the values of a block, and the rows to prefetch meanwhile."""
+
+    rows: int  # address of their addresses, int64, in a whole number of fours
+    offset: int  # bytes that each of them lacks
+    next_rows: int
+    next_offset: int
+    is_bfloat16: bool
 
 
 @helper
 def paired_column(d: int) -> int:
-    """Return the column of an array whose number stands at place d of a row in paired order."""
+    """Return the column whose number is the d-th of a row in paired order."""
     return d // 32 * 32 + d % 16 * 2 + d // 16 % 2
 
 
+# Register tiles
+# -------------------------------------------------------------------------------------------------
+
+
+def _gathered(emit: Emitter, addresses: Any, offset: Any) -> list[Any]:
+    """Return the addresses of _KEYS rows."""
+    slots = [emit.builder.add(addresses, emit.constant(8 * i)) for i in range(_KEYS)]
+    return [emit.builder.add(offset, emit.load(slot, emit.word)) for slot in slots]
+
+
+def _prefetch_ends(emit: Emitter, rows: list[Any], lines: Any) -> None:
+    """Prefetch the last byte of rows that have so many cache lines.
+
+    Large arrays of NumPy begin 16 bytes into a line, so such a row ends in one line more.
+    """
+    n_bytes = emit.builder.mul(lines, emit.constant(VECTOR_BYTES))
+    last = emit.builder.sub(n_bytes, emit.constant(1))
+    for row in rows:
+        emit.prefetch(emit.builder.add(row, last))
+
+
 def _load_line(emit: Emitter, address: Any, is_bfloat16: bool) -> list[Any]:
-    """Return the numbers of a cache line of a row: 16 of float32, or 32 of bfloat16 in paired
-    order.
-    """
-    return (
-        list(load_widened_pairs(emit, address))
-        if is_bfloat16
-        else [emit.load(address, emit.vector)]
+    """Return a cache line as vectors of float32: 16 numbers, or 32 widened ones in paired order."""
+    if is_bfloat16:
+        return list(load_widened_pairs(emit, address))
+    return [emit.load(address, emit.vector)]
+
+
+def _add_bfloat16_products(emit: Emitter, query: Any, key: Any, total: Any) -> Any:
+    """Add to 16 sums the products of 32 bfloat16 numbers, two to each; they come as words."""
+    kind = ir.FunctionType(emit.vector, [emit.vector, query.type, key.type])
+    return emit.builder.asm(
+        kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total, query, key], side_effect=False
     )
 
 
-def _four(emit: Emitter, addresses: Any, base: Any) -> list[Any]:
-    """Return four listed addresses."""
-    places = [emit.builder.add(addresses, ir.Constant(emit.word, 8 * i)) for i in range(4)]
-    return [emit.builder.add(base, emit.load(place, emit.word)) for place in places]
+def _dot_tile(n_queries: int, has_bfloat16_keys: bool, has_bfloat16_queries: bool) -> Any:
+    """Return a tile of dot products of `n_queries` rows of scratch with four gathered keys.
 
+    In plain Python, for a number of cache lines of a key::
 
-def _ask_for_ends(emit: Emitter, starts: list[Any], lines: Any) -> None:
-    """Ask for the last bytes of rows of so many lines: in NumPy's large arrays rows begin within a
-    line, and end in one more.
+        n = lines * (32 if has_bfloat16_keys else 16)
+        for r in range(n_queries):
+            for i in range(4):
+                key = numbers_at(keys[i] + offset)
+                c[r * c_row + i] = sum(q[r * q_row + d] * key[d] for d in range(n))
+                if has_bfloat16_queries:
+                    c[r * c_row + i] *= scale
+
+    Queries are bfloat16 only if keys are, and the processor has an instruction for their products;
+    they are scaled here, others before, when they were rounded to nothing less than float32. The
+    tile prefetches the same columns of `next_keys`, and the line in which they end.
     """
-    last = emit.builder.sub(
-        emit.builder.mul(lines, ir.Constant(emit.word, VECTOR_BYTES)), ir.Constant(emit.word, 1)
-    )
-    for start in starts:
-        emit.prefetch(emit.builder.add(start, last))
+    widens = has_bfloat16_keys and not has_bfloat16_queries
+    n_parts = 2 if widens else 1  # vectors of a query for a cache line of a key
 
+    @codegen(scale=types.float32)
+    def tile(emit, q, q_row, keys, offset, next_keys, next_offset, c, c_row, lines, scale):
+        words = ir.VectorType(ir.IntType(32), emit.lanes)
+        operand = words if has_bfloat16_queries else emit.vector
+        multiply_add = _add_bfloat16_products if has_bfloat16_queries else Emitter.fma
 
-def _dot_tile(n_queries: int, is_bfloat16: bool) -> Any:
-    """Return a tile of dot products of `n_queries` float32 rows with four listed rows. In plain
-    Python::
-
-        c[r * c_row + i] = sum(q[r * q_row + d] * row(base + rows[i])[d] for d in range(64 // itemsize * lines))
-
-    It asks for the same columns of the rows `next_rows`, and for the line in which they end.
-    """
-    per_line = 2 if is_bfloat16 else 1  # vectors
-
-    @intrinsic
-    def tile(typing_context, q, q_row, rows, base, next_rows, next_base, c, c_row, lines):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            q, q_row, rows, base, next_rows, next_base, c, c_row, lines = arguments
-            emit = Emitter(builder, ir.FloatType())
-
-            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                weights = [
-                    [
-                        emit.load(
-                            emit.address(addresses[0], emit.times(q_row, r), v * emit.lanes),
-                            emit.vector,
-                        )
-                        for v in range(per_line)
-                    ]
-                    for r in range(n_queries)
+        def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+            query, rows, next_rows = addresses[0], addresses[1 : 1 + _KEYS], addresses[1 + _KEYS :]
+            queries = [
+                [
+                    emit.load(emit.address(query, emit.times(q_row, r), v * emit.lanes), operand)
+                    for v in range(n_parts)
                 ]
-                new = list(sums)
-                for i in range(4):
-                    emit.prefetch(addresses[5 + i])
-                    for v, row in enumerate(_load_line(emit, addresses[1 + i], is_bfloat16)):
-                        for r in range(n_queries):
-                            new[r * 4 + i] = emit.fma(weights[r][v], row, new[r * 4 + i])
-                return new
-
-            zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            line = ir.Constant(emit.word, VECTOR_BYTES)
-            steps = [ir.Constant(emit.word, VECTOR_BYTES * per_line)] + [line] * 8
-            starts = [*_four(emit, rows, base), *_four(emit, next_rows, next_base)]
-            _ask_for_ends(emit, starts[4:], lines)
-            sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], steps, step)
-            store_totals(emit, sums, 4, c, c_row)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 9), code
-
-    return tile
-
-
-def _bfloat16_dot_tile(n_queries: int) -> Any:
-    """Return the same tile for queries that are bfloat16 too, with the instruction for that; sums
-    come times `scale`.
-
-    It adds the products of neighbouring columns in float32, and takes subnormal numbers for zero.
-    """
-
-    @intrinsic
-    def tile(typing_context, q, q_row, rows, base, next_rows, next_base, c, c_row, lines, scale):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            q, q_row, rows, base, next_rows, next_base, c, c_row, lines, scale = arguments
-            emit = Emitter(builder, ir.FloatType())
-            words = ir.VectorType(ir.IntType(32), emit.lanes)
-            kind = ir.FunctionType(emit.vector, [emit.vector, words, words])
-
-            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                weights = [
-                    emit.load(emit.address(addresses[0], emit.times(q_row, r)), words)
-                    for r in range(n_queries)
-                ]
-                new = list(sums)
-                for i in range(4):
-                    emit.prefetch(addresses[5 + i])
-                    row = emit.load(addresses[1 + i], words)
+                for r in range(n_queries)
+            ]
+            new = list(sums)
+            for i in range(_KEYS):
+                # spread over the arithmetic: a Zen 4 core drops requests that come faster than
+                # memory delivers
+                emit.prefetch(next_rows[i])
+                if has_bfloat16_queries:
+                    parts = [emit.load(rows[i], words)]
+                else:
+                    parts = _load_line(emit, rows[i], has_bfloat16_keys)
+                for v, part in enumerate(parts):
                     for r in range(n_queries):
-                        j = r * 4 + i
-                        new[j] = builder.asm(
-                            kind,
-                            "vdpbf16ps $3, $2, $0",
-                            "=v,0,v,v",
-                            [sums[j], weights[r], row],
-                            False,
-                        )
-                return new
+                        j = r * _KEYS + i
+                        new[j] = multiply_add(emit, queries[r][v], part, new[j])
+            return new
 
-            starts = [*_four(emit, rows, base), *_four(emit, next_rows, next_base)]
-            zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            line = ir.Constant(emit.word, VECTOR_BYTES)
-            _ask_for_ends(emit, starts[4:], lines)
-            sums = emit.loop(lines, [zero] * (4 * n_queries), [q, *starts], [line] * 9, step)
-            store_totals(emit, sums, 4, c, c_row, scale)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 9, types.float32), code
+        rows, next_rows = _gathered(emit, keys, offset), _gathered(emit, next_keys, next_offset)
+        _prefetch_ends(emit, next_rows, lines)
+        line = emit.constant(VECTOR_BYTES)
+        steps = [emit.constant(VECTOR_BYTES * n_parts)] + [line] * (2 * _KEYS)
+        start = [emit.zeros()] * (_KEYS * n_queries)
+        sums = emit.loop(lines, start, [q, *rows, *next_rows], steps, step)
+        store_totals(emit, sums, _KEYS, c, c_row, scale if has_bfloat16_queries else None)
 
     return tile
 
 
 def _outer_tile(n_queries: int, n_vectors: int, is_bfloat16: bool) -> Any:
-    """Return a tile that adds weighted listed rows to n_queries x (16 * n_vectors) sums. In plain
-    Python::
+    """Return a tile that adds weighted gathered rows to n_queries x (16 * n_vectors) sums.
 
-        m[r * m_row + d] += sum(c[r * c_row + i] * row(base + rows[i])[first + d] for i in range(count))
+    In plain Python, d being a column of the tile and `first` its first one::
 
-    It asks for the same columns of the rows `next_rows`, and for the line in which they end.
+        for i in range(count):
+            value = numbers_at(values[i] + offset)
+            m[r * m_row + d] += c[r * c_row + i] * value[first + d]
+
+    It prefetches the same columns of the rows `next_values`, and the line in which they end.
     """
-    lines = n_vectors // 2 if is_bfloat16 else n_vectors
+    n_lines = n_vectors // 2 if is_bfloat16 else n_vectors
 
-    @intrinsic
-    def tile(typing_context, c, c_row, rows, base, next_rows, next_base, first, m, m_row, count):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            c, c_row, rows, base, next_rows, next_base, first, m, m_row, count = arguments
-            emit = Emitter(builder, ir.FloatType())
-            offset = builder.mul(first, ir.Constant(emit.word, 2 if is_bfloat16 else 4))
+    @codegen()
+    def tile(emit, c, c_row, values, offset, next_values, next_offset, first, m, m_row, count):
+        builder = emit.builder
+        column_offset = emit.builder.mul(first, emit.constant(2 if is_bfloat16 else 4))
 
-            def lines_of(address: Any, base: Any) -> list[Any]:
-                start = builder.add(emit.load(address, emit.word), builder.add(base, offset))
-                return [
-                    builder.add(start, ir.Constant(emit.word, VECTOR_BYTES * i))
-                    for i in range(lines)
-                ]
+        def lines_of(slot: Any, offset: Any) -> list[Any]:
+            start = builder.add(emit.load(slot, emit.word), builder.add(offset, column_offset))
+            return [builder.add(start, emit.constant(VECTOR_BYTES * i)) for i in range(n_lines)]
 
-            def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                row = [
-                    vector
-                    for line in lines_of(addresses[1], base)
-                    for vector in _load_line(emit, line, is_bfloat16)
-                ]
-                asked = lines_of(addresses[2], next_base)
-                for line in asked:
-                    emit.prefetch(line)
-                _ask_for_ends(emit, asked[-1:], ir.Constant(emit.word, 1))
-                new = []
-                for r in range(n_queries):
-                    factor = emit.splat(
-                        emit.load(emit.address(addresses[0], emit.times(c_row, r)), emit.element)
-                    )
-                    new += [
-                        emit.fma(factor, row[v], sums[r * n_vectors + v]) for v in range(n_vectors)
-                    ]
-                return new
-
-            places = [
-                emit.address(m, emit.times(m_row, r), v * emit.lanes)
-                for r in range(n_queries)
-                for v in range(n_vectors)
+        def step(addresses: list[Any], sums: list[Any]) -> list[Any]:
+            weight, value, next_value = addresses
+            row = [
+                vector
+                for line in lines_of(value, offset)
+                for vector in _load_line(emit, line, is_bfloat16)
             ]
-            zero = ir.Constant(emit.vector, [0.0] * emit.lanes)
-            steps = [
-                ir.Constant(emit.word, 4),
-                ir.Constant(emit.word, 8),
-                ir.Constant(emit.word, 8),
-            ]
-            sums = emit.loop(count, [zero] * len(places), [c, rows, next_rows], steps, step)
-            for value, place in zip(sums, places, strict=True):
-                emit.store(builder.fadd(emit.load(place, emit.vector), value), place)
-            return context.get_dummy_value()
+            next_lines = lines_of(next_value, next_offset)
+            for line in next_lines:
+                emit.prefetch(line)
+            _prefetch_ends(emit, next_lines[-1:], emit.constant(1))
+            new = []
+            for r in range(n_queries):
+                number = emit.load(emit.address(weight, emit.times(c_row, r)), emit.element)
+                factor = emit.splat(number)
+                for v in range(n_vectors):
+                    new.append(emit.fma(factor, row[v], sums[r * n_vectors + v]))
+            return new
 
-        return types.void(*[types.int64] * 10), code
+        targets = [
+            emit.address(m, emit.times(m_row, r), v * emit.lanes)
+            for r in range(n_queries)
+            for v in range(n_vectors)
+        ]
+        steps = [emit.constant(4), emit.constant(8), emit.constant(8)]  # a weight, two addresses
+        start = [emit.zeros()] * len(targets)
+        sums = emit.loop(count, start, [c, values, next_values], steps, step)
+        for value, target in zip(sums, targets, strict=True):
+            emit.store(builder.fadd(emit.load(target, emit.vector), value), target)
 
     return tile
 
 
-_dot_4, _dot_1, _dot_4_widening, _dot_1_widening = (
-    _dot_tile(n, is_bfloat16) for is_bfloat16 in (False, True) for n in (4, 1)
-)
-_outer_4x4, _outer_1x8, _outer_1x2, _outer_1x1 = (
-    _outer_tile(n, v, False) for n, v in ((4, 4), (1, 8), (1, 2), (1, 1))
-)
-_outer_4x4_bfloat16, _outer_1x8_bfloat16, _outer_1x2_bfloat16 = (
-    _outer_tile(n, v, True) for n, v in ((4, 4), (1, 8), (1, 2))
-)
+# Products of a block
+# -------------------------------------------------------------------------------------------------
 
 
-_dot_4_bfloat16, _dot_1_bfloat16 = _bfloat16_dot_tile(4), _bfloat16_dot_tile(1)
-CAN_DOT = processor.has("avx512bf16")
+def _projection(has_bfloat16_keys: bool, has_bfloat16_queries: bool) -> Any:
+    """Return the function that multiplies the queries of a tile with the keys of a block."""
+    four = _dot_tile(4, has_bfloat16_keys, has_bfloat16_queries)
+    one = _dot_tile(1, has_bfloat16_keys, has_bfloat16_queries)
+    key_size = 2 if has_bfloat16_keys else 4
 
-
-class Matrix(NamedTuple):
-    """Rows of scratch, float32: an address and the numbers from a row to the next."""
-
-    address: Any
-    row: Any
-
-
-class Lists(NamedTuple):
-    """Addresses of two lists of addresses, each less a base: rows, and those to ask for meanwhile."""
-
-    rows: Any
-    base: Any
-    next_rows: Any
-    next_base: Any
-    is_bfloat16: bool  # rows are bfloat16
-
-
-@helper
-def dot_gathered(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix, scale: Any) -> None:
-    """c[r, i] = <q[r], rows[i]> * scale of rows of bfloat16, and queries whose bits of bfloat16
-    begin each row of q.
-    """
-    if CAN_DOT:  # else nobody comes here, and the tile could not be compiled
-        lines = q.row * 2 // VECTOR_BYTES
-        for i in range(0, n, _AT_ONCE):
-            rows, next_rows, r = (
-                (lists.rows + 8 * i, lists.base),
-                (lists.next_rows + 8 * i, lists.next_base),
-                0,
-            )
+    @helper
+    def project(q, keys, n_queries, n, c, scale):
+        lines = q.step * key_size // VECTOR_BYTES
+        for i in range(0, n, _KEYS_AT_ONCE):
+            rows = (keys.rows + 8 * i, keys.offset, keys.next_rows + 8 * i, keys.next_offset)
+            r = 0
             while r < n_queries:
-                qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
+                query, target = q.address + 4 * r * q.step, c.address + 4 * (r * c.step + i)
                 if r + 4 <= n_queries:
-                    _dot_4_bfloat16(qr, q.row, *rows, *next_rows, cr, c.row, lines, scale)
+                    four(query, q.step, *rows, target, c.step, lines, scale)
                     r += 4
                 else:
-                    _dot_1_bfloat16(qr, q.row, *rows, *next_rows, cr, c.row, lines, scale)
+                    one(query, q.step, *rows, target, c.step, lines, scale)
                     r += 1
 
+    return project
 
-@helper
-def project_gathered(q: Matrix, lists: Lists, n_queries: int, n: int, c: Matrix) -> None:
-    """c[r, i] = <q[r], rows[i]> for r < n_queries and i < n, float32. Lists go on to a multiple of
-    four.
+
+_project_float32 = _projection(False, False)
+_project_widened = _projection(True, False)
+# elsewhere it is compiled, too, but never called: any function of the type will do
+_project_bfloat16 = _projection(True, True) if CAN_DOT_BFLOAT16 else _project_widened
+
+
+@piece
+def project_gathered(
+    q: ScratchRows,
+    keys: GatheredRows,
+    n_queries: int,
+    n: int,
+    c: ScratchRows,
+    is_bfloat16: bool,
+    scale: float,
+) -> None:
+    """c[r, i] = <q[r], keys[i]> for r < n_queries and i < n, up to a multiple of four.
+
+    If `is_bfloat16`, each row of q begins with the bits of bfloat16 numbers, keys are bfloat16 as
+    well, and products come times `scale`.
     """
-    lines = q.row * (2 if lists.is_bfloat16 else 4) // VECTOR_BYTES
-    for i in range(0, n, _AT_ONCE):
-        rows, next_rows, r = (
-            (lists.rows + 8 * i, lists.base),
-            (lists.next_rows + 8 * i, lists.next_base),
-            0,
-        )
+    if is_bfloat16:
+        _project_bfloat16(q, keys, n_queries, n, c, scale)
+    elif keys.is_bfloat16:
+        _project_widened(q, keys, n_queries, n, c, scale)
+    else:
+        _project_float32(q, keys, n_queries, n, c, scale)
+
+
+def _accumulation(is_bfloat16: bool) -> Any:
+    """Return the function that adds the weighted values of a block to the sums of a tile."""
+    four_by_4, one_by_8, one_by_2 = (
+        _outer_tile(n, v, is_bfloat16) for n, v in ((4, 4), (1, 8), (1, 2))
+    )
+    one_by_1 = _outer_tile(1, 1, False)  # rows of bfloat16 have a multiple of 32 columns
+
+    @helper
+    def accumulate(c, values, n_queries, n, m):
+        width, r = m.step, 0
+        rows = (values.rows, values.offset, values.next_rows, values.next_offset)
         while r < n_queries:
-            qr, cr = q.address + 4 * r * q.row, c.address + 4 * (r * c.row + i)
-            if r + 4 <= n_queries:
-                if lists.is_bfloat16:
-                    _dot_4_widening(qr, q.row, *rows, *next_rows, cr, c.row, lines)
+            takes_four = r + 4 <= n_queries and width % 64 == 0
+            weights = c.address + 4 * r * c.step
+            d = 0
+            while d < width:
+                target = m.address + 4 * (r * width + d)
+                if takes_four:
+                    four_by_4(weights, c.step, *rows, d, target, width, n)
+                    d += 64
+                elif d + 128 <= width:
+                    one_by_8(weights, c.step, *rows, d, target, width, n)
+                    d += 128
+                elif d + 32 <= width:
+                    one_by_2(weights, c.step, *rows, d, target, width, n)
+                    d += 32
                 else:
-                    _dot_4(qr, q.row, *rows, *next_rows, cr, c.row, lines)
-                r += 4
-            else:
-                if lists.is_bfloat16:
-                    _dot_1_widening(qr, q.row, *rows, *next_rows, cr, c.row, lines)
-                else:
-                    _dot_1(qr, q.row, *rows, *next_rows, cr, c.row, lines)
-                r += 1
+                    one_by_1(weights, c.step, *rows, d, target, width, n)
+                    d += 16
+            r += 4 if takes_four else 1
+
+    return accumulate
 
 
-@helper
-def accumulate_gathered(c: Matrix, lists: Lists, n_queries: int, n: int, m: Matrix) -> None:
-    """m[r] += sum_i c[r, i] * rows[i] over i < n, for r < n_queries; float32, m.row columns."""
-    width, r = m.row, 0
-    rows, next_rows = (lists.rows, lists.base), (lists.next_rows, lists.next_base)
-    while r < n_queries:
-        d, four, cr = 0, r + 4 <= n_queries and width % 64 == 0, c.address + 4 * r * c.row
-        while d < width:
-            mr = m.address + 4 * (r * width + d)
-            if four:
-                if lists.is_bfloat16:
-                    _outer_4x4_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                else:
-                    _outer_4x4(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                d += 64
-            elif d + 128 <= width:
-                if lists.is_bfloat16:
-                    _outer_1x8_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                else:
-                    _outer_1x8(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                d += 128
-            elif d + 32 <= width:
-                if lists.is_bfloat16:
-                    _outer_1x2_bfloat16(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                else:
-                    _outer_1x2(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                d += 32
-            else:
-                _outer_1x1(cr, c.row, *rows, *next_rows, d, mr, width, n)
-                d += 16
-        r += 4 if four else 1
+_accumulate_float32, _accumulate_bfloat16 = _accumulation(False), _accumulation(True)
+
+
+@piece
+def accumulate_gathered(
+    c: ScratchRows, values: GatheredRows, n_queries: int, n: int, m: ScratchRows
+) -> None:
+    """m[r] += sum_i c[r, i] * values[i] over i < n, for r < n_queries; m.step columns."""
+    if values.is_bfloat16:
+        _accumulate_bfloat16(c, values, n_queries, n, m)
+    else:
+        _accumulate_float32(c, values, n_queries, n, m)

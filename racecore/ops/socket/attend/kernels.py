@@ -1,11 +1,13 @@
-"""The kernel of exact softmax attention over a run of tokens or a list of them; `reference` says
-the same in a line.
+"""Kernels of exact softmax attention over consecutive or selected tokens; see `reference`.
 
-A task is a *tile* of up to 32 rows, that is query heads of one key/value head and some queries of
-theirs, and a share of the tokens that they see. It goes through these in blocks, keeps the largest
-logit, the sum of weights and the weighted sum of values of every row, float32 within a segment of
-1,024 tokens and float64 beyond. Shares of one tile are put together in their order. Shares are cut
-by the length of a sequence alone.
+A *tile* is up to 32 rows: query heads that share a key/value head, each with some of its queries. A
+*split* is a range of the tokens that some tiles see. A task is a split: it goes through its tokens
+in blocks and keeps, for every row, the partial result of online softmax: the largest logit, the
+sum of weights and the weighted sum of values, float32 within a segment of 1,024 tokens and float64
+across segments. A second kernel merges the partial results of each tile in the order of its splits.
+
+The splits depend on the length of a sequence alone, so results have the same bits for any number of
+threads. Decoding, one query over rows that need no conversion, takes the loop of `decode`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from racecore.ops.cpu.row_io import (
 from racecore.ops.simd.memory import clear_columns, clear_rows, matrices
 from racecore.ops.simd.products import (
     NO_PREFETCH,
+    InputRows,
+    PrefetchRows,
     accumulate,
     input_rows,
     output_rows,
@@ -40,32 +44,35 @@ from racecore.ops.simd.products import (
 )
 from racecore.ops.simd.vectors import address_of
 from racecore.ops.socket.attend.decode import (
-    GATHER_BLOCK,
-    LISTS,
-    GatheredSums,
+    DecodeScratch,
     arrange_queries,
     attend_gathered,
     can_attend_gathered,
     scale_of,
 )
-from racecore.ops.socket.attend.online_softmax import RowSums, clear, flush, weigh_row
-from racecore.runtime.jit import helper, kernel
+from racecore.ops.socket.attend.online_softmax import (
+    RowSums,
+    add_segment,
+    clear_sums,
+    weigh_row,
+)
+from racecore.ops.socket.attend.row_addresses import GATHER_BLOCK, SLOTS
+from racecore.runtime.jit import helper, kernel, piece
 
-__all__ = ["ROWS", "AttendCall", "attend_splits", "merge_splits"]
+__all__ = ["TILE_ROWS", "AttendCall", "attend_splits", "merge_splits"]
 
-ROWS = 32  # of a tile, at most
+TILE_ROWS = 32  # at most
 
 
 class AttendCall(NamedTuple):
-    """What attention needs; `table` holds addresses, see ops.cpu.row_io."""
+    """Arguments of both kernels; `table` holds addresses, see ops.cpu.row_io."""
 
     table: np.ndarray  # int64 [4, 6]
-    # int64 [n, 7]: sequence, first head, first query, number of queries, first and last share,
-    # place in those
+    # int64 [n, 7]: sequence, first head, first query, number of queries, first and last split, and
+    # the index of the tile within these splits
     tiles: np.ndarray
-    shares: (
-        np.ndarray
-    )  # int64 [n, 4]: first and last tile, first and last token or place in the list
+    # int64 [n, 4]: first and last tile; first and last token, or position in `selected`
+    splits: np.ndarray
     lengths: np.ndarray  # int64 [B]
     selected: np.ndarray  # int64 [B, H or G, W], W = 0: all tokens
     like: np.ndarray  # [0] in the dtype of the arithmetic
@@ -77,97 +84,151 @@ class AttendCall(NamedTuple):
     value_dim: int
 
 
+class SplitScratch(NamedTuple):
+    """Scratch of a thread for one split of up to M tiles with R rows; D and V padded."""
+
+    q: np.ndarray  # [M, R, D], times 1/sqrt(D)
+    k: np.ndarray  # [32, D]
+    v: np.ndarray  # [32, V]
+    logits: np.ndarray  # [R, 32], or [R, 64] for `decode`; then weights
+    keep: np.ndarray  # [32] of ones: no token is masked
+    peak: np.ndarray  # [M, R], this and the next two: see `online_softmax`
+    weight: np.ndarray  # [M, R]
+    sums: np.ndarray  # [M, R, V]
+    tile_heads: np.ndarray  # int64 [M, 3]: see `_tile_heads`
+    row_addresses: np.ndarray  # int64 [M, SLOTS, 2, 64]: see `row_addresses`
+
+
 @kernel
 def attend_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
-    """Write what shares first ... last - 1 amount to: partial [shares, tiles, R, 2 + V], peak,
-    weight and weighted values.
+    """Write the partial results of splits first ... last - 1.
+
+    partial [splits, tiles of a split, R, 2 + V]: peak, weight and weighted values.
     """
-    dtype, n_most, n_rows = call.like.dtype, partial.shape[1], partial.shape[2]
-    wide_d, wide_v = padded(call.head_dim), padded(call.value_dim)
-    q, sums = matrices(n_most, n_rows, wide_d, dtype), matrices(n_most, n_rows, wide_v, dtype)
-    k, v = matrices(1, TOKENS, wide_d, dtype)[0], matrices(1, TOKENS, wide_v, dtype)[0]
-    is_gathered = can_attend_gathered(
-        call.table, call.n_queries, (call.head_dim, call.value_dim), k, v
+    n_tiles, n_rows = partial.shape[1], partial.shape[2]
+    head_dim, value_dim, dtype = padded(call.head_dim), padded(call.value_dim), call.like.dtype
+    k, v = matrices(1, TOKENS, head_dim, dtype)[0], matrices(1, TOKENS, value_dim, dtype)[0]
+    dims = (call.head_dim, call.value_dim)
+    is_gathered = can_attend_gathered(call.table, call.n_queries, dims, k, v)
+    scratch = SplitScratch(
+        q=matrices(n_tiles, n_rows, head_dim, dtype),
+        k=k,
+        v=v,
+        logits=matrices(1, n_rows, GATHER_BLOCK if is_gathered else TOKENS, dtype)[0],
+        keep=np.ones(BLOCK),
+        peak=np.empty((n_tiles, n_rows), dtype),
+        weight=np.empty((n_tiles, n_rows), dtype),
+        sums=matrices(n_tiles, n_rows, value_dim, dtype),
+        tile_heads=np.empty((n_tiles, 3), np.int64),
+        row_addresses=np.empty((n_tiles, SLOTS, 2, GATHER_BLOCK), np.int64),
     )
-    c = matrices(1, n_rows, GATHER_BLOCK if is_gathered else TOKENS, dtype)[0]
-    for j in range(n_most):
-        clear_columns(q[j], call.head_dim)
+    for j in range(n_tiles):
+        clear_columns(scratch.q[j], call.head_dim)
     clear_columns(k, call.head_dim)
     clear_columns(v, call.value_dim)
-    keep, peak, weight = (
-        np.ones(BLOCK),
-        np.empty((n_most, n_rows), dtype),
-        np.empty((n_most, n_rows), dtype),
-    )
-    rows, places = (
-        np.empty((n_most, LISTS, 2, GATHER_BLOCK), np.int64),
-        np.empty((n_most, 3), np.int64),
-    )
-    for share in range(first, last):
-        tile, tile_end, begin, end = call.shares[share]
-        for j in range(tile_end - tile):
-            places[j, 0], places[j, 1], places[j, 2] = _place(call, tile + j)
-            _read_queries(call, tile + j, q[j])
-            if is_gathered:
-                arrange_queries(call.table, q[j, : call.heads_per_tile], call.head_dim)
-            else:
-                q[j, : _n_rows(call, tile + j)] *= dtype.type(scale_of(call.head_dim))
-            clear(partial[share, j])
+    for split in range(first, last):
+        first_tile, last_tile, begin, end = call.splits[split]
+        for j in range(last_tile - first_tile):
+            heads = scratch.tile_heads[j]
+            _prepare_tile(call, first_tile + j, is_gathered, scratch.q[j], heads)
+            clear_sums(partial[split, j])
         if is_gathered:
-            n, shape = tile_end - tile, (call.heads_per_tile, call.value_dim)
-            scratch = GatheredSums(
-                q[:n], np.float32(scale_of(call.head_dim)), c, peak[:n], weight[:n], sums[:n], rows
-            )
-            attend_gathered(
-                call.table, places[:n], call.selected, (begin, end), shape, scratch, partial[share]
-            )
-            continue
-        for segment in range(begin, end, SEGMENT):
-            peak[:], weight[:] = -np.inf, 0
-            for j in range(tile_end - tile):
-                clear_rows(sums[j], 0, _n_rows(call, tile + j))
-            for t in range(segment, min(segment + SEGMENT, end), BLOCK):
-                n = min(BLOCK, end - t)
-                for j in range(tile_end - tile):  # neighbouring heads are neighbours in memory
-                    _add_block(
-                        call, tile + j, t, n, q[j], k, v, c, keep, peak[j], weight[j], sums[j]
-                    )
-            for j in range(tile_end - tile):
-                flush(
-                    _n_rows(call, tile + j),
-                    call.value_dim,
-                    False,
-                    peak[j],
-                    weight[j],
-                    sums[j],
-                    partial[share, j],
-                )
+            _attend_gathered(call, last_tile - first_tile, (begin, end), scratch, partial[split])
+        else:
+            _attend_blocks(call, split, scratch, partial[split])
 
 
 @helper
-def _add_block(call, tile, t, n, q, k, v, c, keep, peak, weight, sums):
-    """Add tokens t ... t + n - 1 of a run, or these places of a list, to the sums of a tile."""
+def _prepare_tile(
+    call: AttendCall, tile: int, is_gathered: bool, q: np.ndarray, heads: np.ndarray
+) -> None:
+    """Read the queries of a tile into q [R, D], scaled, and its `_tile_heads` into heads [3]."""
+    heads[0], heads[1], heads[2] = _tile_heads(call, tile)
+    _read_queries(call, tile, q)
+    if is_gathered:
+        arrange_queries(call.table, q[: call.heads_per_tile], call.head_dim)
+    else:
+        q[: _n_rows(call, tile)] *= call.like.dtype.type(scale_of(call.head_dim))
+
+
+@piece
+def _attend_gathered(
+    call: AttendCall,
+    n_tiles: int,
+    span: tuple[int, int],
+    scratch: SplitScratch,
+    partial: np.ndarray,
+) -> None:
+    """Add the tokens of a split to the sums of its tiles, reading keys and values by address."""
+    decode = DecodeScratch(
+        q=scratch.q[:n_tiles],
+        scale=np.float32(scale_of(call.head_dim)),
+        logits=scratch.logits,
+        peak=scratch.peak[:n_tiles],
+        weight=scratch.weight[:n_tiles],
+        sums=scratch.sums[:n_tiles],
+        row_addresses=scratch.row_addresses,
+    )
+    tile_heads = scratch.tile_heads[:n_tiles]
+    shape = (call.heads_per_tile, call.value_dim)
+    attend_gathered(call.table, tile_heads, call.selected, span, shape, decode, partial)
+
+
+@helper
+def _attend_blocks(
+    call: AttendCall, split: int, scratch: SplitScratch, partial: np.ndarray
+) -> None:
+    """Add the tokens of a split to the sums of its tiles, block by block."""
+    first_tile, last_tile, begin, end = call.splits[split]
+    n_tiles = last_tile - first_tile
+    for segment in range(begin, end, SEGMENT):
+        scratch.peak[:] = -np.inf
+        scratch.weight[:] = 0
+        for j in range(n_tiles):
+            clear_rows(scratch.sums[j], 0, _n_rows(call, first_tile + j))
+        for t in range(segment, min(segment + SEGMENT, end), BLOCK):
+            n = min(BLOCK, end - t)
+            for j in range(n_tiles):  # neighbouring heads are neighbours in memory
+                _add_block(call, first_tile + j, t, n, j, scratch)
+        for j in range(n_tiles):
+            add_segment(
+                _n_rows(call, first_tile + j),
+                call.value_dim,
+                False,
+                scratch.peak[j],
+                scratch.weight[j],
+                scratch.sums[j],
+                partial[j],
+            )
+
+
+@helper
+def _add_block(call: AttendCall, tile: int, t: int, n: int, j: int, scratch: SplitScratch) -> None:
+    """Add tokens or positions of selected ones t ... t + n - 1 to the sums of a tile, slot j."""
     n_rows = _n_rows(call, tile)
-    keys, values, next_k, next_v = _rows(call, tile, t, n, n_rows, k, v, keep)
-    project(q, keys, n_rows, n, c, next_k)
-    if _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
-        accumulate(c, values, n_rows, n, sums, next_v)
+    weights, sums = scratch.logits, scratch.sums[j]
+    keys, values, next_keys, next_values = _read_block(call, tile, t, n, scratch)
+    project(scratch.q[j], keys, n_rows, n, weights, next_keys)
+    if _weigh_block(call, tile, t, n, j, scratch):
+        accumulate(weights, values, n_rows, n, sums, next_values)
         return
-    for r in range(n_rows):  # a row must not touch the values of tokens that it does not see
-        seen = min(n, _seen(call, tile, r) - t)
-        if seen > 0:
-            accumulate(c[r : r + 1], values, 1, seen, sums[r : r + 1], NO_PREFETCH)
+    # row by row: a row must not touch the values of tokens that it does not see, which may be NaN
+    for r in range(n_rows):
+        visible = min(n, _n_visible(call, tile, r) - t)
+        if visible > 0:
+            accumulate(weights[r : r + 1], values, 1, visible, sums[r : r + 1], NO_PREFETCH)
 
 
 @helper
-def _place(call: AttendCall, tile: int) -> tuple[int, int, int]:
-    """Return the sequence of a tile, the row of its list of tokens, and its key/value head."""
+def _tile_heads(call: AttendCall, tile: int) -> tuple[int, int, int]:
+    """Return the sequence of a tile, its row of selected tokens, and its key/value head."""
     b, h = call.tiles[tile, 0], call.tiles[tile, 1]
     return b, h * call.selected.shape[1] // call.n_heads, h // (call.n_heads // call.n_kv_heads)
 
 
 @helper
 def _n_rows(call: AttendCall, tile: int) -> int:
+    """Return the rows of a tile: queries times heads."""
     return call.tiles[tile, 3] * call.heads_per_tile
 
 
@@ -177,72 +238,70 @@ def _read_queries(call: AttendCall, tile: int, q: np.ndarray) -> None:
     b, h, first, n, _, _, _ = call.tiles[tile]
     keep = np.ones(1)
     for r in range(n * call.heads_per_tile):
-        place = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
-        load_rows(call.table, QUERY, place, 1, call.head_dim, q[r : r + 1], keep)
+        position = (b, first + r // call.heads_per_tile, h + r % call.heads_per_tile)
+        load_rows(call.table, QUERY, position, 1, call.head_dim, q[r : r + 1], keep)
 
 
 @helper
-def _seen(call: AttendCall, tile: int, r: int) -> int:
-    """Return how many tokens a row sees: causal, the last query all of them; of a list, every
-    entry.
-    """
+def _n_visible(call: AttendCall, tile: int, r: int) -> int:
+    """Return how many tokens a row of a tile sees: the causal ones, or all that are selected."""
     if call.selected.shape[2] > 0:
         return call.selected.shape[2]
-    return (
-        call.lengths[call.tiles[tile, 0]]
-        - call.n_queries
-        + call.tiles[tile, 2]
-        + r // call.heads_per_tile
-        + 1
-    )
+    query = call.tiles[tile, 2] + r // call.heads_per_tile
+    # the last query sees the whole sequence
+    return call.lengths[call.tiles[tile, 0]] - call.n_queries + query + 1
 
 
 @helper
-def _rows(call, tile, t, n, n_rows, k, v, keep):
-    """Return keys and values t ... t + n - 1 of a run or a list of tokens, and what to ask for
-    meanwhile.
-    """
-    b, r, g = _place(call, tile)
+def _read_block(
+    call: AttendCall, tile: int, t: int, n: int, scratch: SplitScratch
+) -> tuple[InputRows, InputRows, PrefetchRows, PrefetchRows]:
+    """Return the keys and values t ... t + n - 1 of a tile, and those to prefetch meanwhile."""
+    b, row, g = _tile_heads(call, tile)
+    k, v = scratch.k, scratch.v
     if call.selected.shape[2] > 0:
-        load_scattered(call.table, KEY, b, g, call.selected[b, r], t, n, call.head_dim, k)
-        load_scattered(call.table, VALUE, b, g, call.selected[b, r], t, n, call.value_dim, v)
+        tokens = call.selected[b, row]
+        load_scattered(call.table, KEY, b, g, tokens, t, n, call.head_dim, k)
+        load_scattered(call.table, VALUE, b, g, tokens, t, n, call.value_dim, v)
         return input_rows(k), input_rows(v), NO_PREFETCH, NO_PREFETCH
-    # a product takes bfloat16 as it is only if it has a whole number of register tiles
-    read_mode = ANY_IN_PLACE if n_rows % 4 == 0 else IN_PLACE
-    keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, keep, read_mode)
-    if _seen(call, tile, 0) - t < n:  # row by row, then
+    # a product reads bfloat16 in place only if it has a whole number of register tiles
+    read_mode = ANY_IN_PLACE if _n_rows(call, tile) % 4 == 0 else IN_PLACE
+    keys = read(call.table, KEY, (b, t, g), n, call.head_dim, k, scratch.keep, read_mode)
+    if _n_visible(call, tile, 0) - t < n:  # values are then accumulated row by row
         read_mode = IN_PLACE
-    values = read(call.table, VALUE, (b, t, g), n, call.value_dim, v, keep, read_mode)
-    next_k = rows_to_prefetch(call.table, KEY, (b, t + BLOCK, g), call.head_dim)
-    return (
-        keys,
-        values,
-        next_k,
-        rows_to_prefetch(call.table, VALUE, (b, t + BLOCK, g), call.value_dim),
-    )
+    values = read(call.table, VALUE, (b, t, g), n, call.value_dim, v, scratch.keep, read_mode)
+    next_keys = rows_to_prefetch(call.table, KEY, (b, t + BLOCK, g), call.head_dim)
+    next_values = rows_to_prefetch(call.table, VALUE, (b, t + BLOCK, g), call.value_dim)
+    return keys, values, next_keys, next_values
 
 
 @helper
-def _weigh(call, tile, t, n, n_rows, c, peak, weight, sums):
-    """Turn logits c [R, n] into weights relative to the peak so far; tell whether every row sees
-    every token of the block.
+def _weigh_block(
+    call: AttendCall, tile: int, t: int, n: int, j: int, scratch: SplitScratch
+) -> bool:
+    """Turn the logits [R, n] of a block into weights relative to the peaks so far.
+
+    Return whether every row sees every token of the block.
     """
-    is_whole = _seen(call, tile, 0) - t >= n  # the first row sees the fewest
-    for r in range(n_rows):
-        seen = n if is_whole else min(n, _seen(call, tile, r) - t)
-        if seen > 0:
-            peaks, weights = (
+    logits, peak, weight = scratch.logits, scratch.peak[j], scratch.weight[j]
+    sums = scratch.sums[j]
+    is_whole = _n_visible(call, tile, 0) - t >= n  # the first row sees the fewest
+    for r in range(_n_rows(call, tile)):
+        visible = n if is_whole else min(n, _n_visible(call, tile, r) - t)
+        if visible > 0:
+            row = RowSums(
                 peak.ctypes.data + peak.itemsize * r,
                 weight.ctypes.data + weight.itemsize * r,
+                address_of(sums, r, 0),
+                sums.shape[1],
             )
-            of_row = RowSums(peaks, weights, address_of(sums, r, 0), sums.shape[1])
-            weigh_row(address_of(c, r, 0), seen, c.shape[1], of_row, c.dtype.type(0))
+            weigh_row(address_of(logits, r, 0), visible, logits.shape[1], row, logits.dtype.type(0))
     return is_whole
 
 
 @kernel
 def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -> None:
-    """Write the outputs of tiles first ... last - 1: their shares, put together in order."""
+    """Write the outputs of tiles first ... last - 1: their partial results, merged in order."""
     row = matrices(1, 1, padded(call.value_dim), call.like.dtype)[0]
     sums = np.empty(2 + call.value_dim)
     for tile in range(first, last):
@@ -250,16 +309,17 @@ def merge_splits(call: AttendCall, partial: np.ndarray, first: int, last: int) -
         for r in range(n * call.heads_per_tile):
             top, weight = -np.inf, 0.0
             sums[:] = 0
-            for share in range(begin, end):
-                if partial[share, j, r, 1] != 0 and not partial[share, j, r, 0] <= top:
-                    top = partial[share, j, r, 0]
-            for share in range(begin, end):
-                if partial[share, j, r, 1] != 0:
-                    factor = math.exp(partial[share, j, r, 0] - top)
-                    weight += partial[share, j, r, 1] * factor
+            for split in range(begin, end):
+                # a weight of 0: no token of the split is visible
+                if partial[split, j, r, 1] != 0 and not partial[split, j, r, 0] <= top:
+                    top = partial[split, j, r, 0]
+            for split in range(begin, end):
+                if partial[split, j, r, 1] != 0:
+                    factor = math.exp(partial[split, j, r, 0] - top)
+                    weight += partial[split, j, r, 1] * factor
                     for d in range(call.value_dim):
-                        sums[d] += partial[share, j, r, 2 + d] * factor
+                        sums[d] += partial[split, j, r, 2 + d] * factor
             for d in range(call.value_dim):
                 row[0, d] = sums[d] / weight if weight != 0 else 0.0
-            place = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
-            store_rows(call.table, OUT, place, 1, call.value_dim, row, output_rows(row, False))
+            position = (b, i + r // call.heads_per_tile, h + r % call.heads_per_tile)
+            store_rows(call.table, OUT, position, 1, call.value_dim, row, output_rows(row, False))

@@ -1,12 +1,11 @@
-"""Running sums of a softmax: the largest logit, the sum of weights relative to it, and the weighted
-sum of values, by row.
+"""Online softmax: the largest logit, the sum of weights relative to it, and the weighted sum of
+values, row by row.
 
-Within a segment they are of the dtype of the arithmetic, and `flush` adds them to float64 sums [R,
-2 + V]: peak, weight, values.
+Within a segment the sums have the dtype of the arithmetic; `add_segment` adds them to float64 sums
+[R, 2 + V]: peak, weight, values. So a long sequence loses no more precision than a segment does.
 
-What is done for every block takes addresses: an array as an argument has its references counted,
-which takes longer than a row of a block does. `like` is any number of the dtype of the arithmetic;
-rows are whole vectors.
+Functions that run for every block take addresses, for the reason that `decode` gives. `like` is any
+number of the dtype of the arithmetic. Rows are whole vectors.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from racecore.ops.simd.vectors import (
 )
 from racecore.runtime.jit import helper
 
-__all__ = ["RowSums", "clear", "flush", "weigh_row"]
+__all__ = ["RowSums", "add_segment", "clear_sums", "weigh_row"]
 
 
 class RowSums(NamedTuple):
     """Addresses of the sums of a row."""
 
-    peak: Any
-    weight: Any
-    values: Any
-    width: Any  # of the values, padded
+    peak: int
+    weight: int
+    values: int
+    width: int  # numbers of `values`, padded to whole vectors
 
 
 @helper
-def clear(out: np.ndarray) -> None:
-    """Let sums [R, 2 + V] be those of no token."""
+def clear_sums(out: np.ndarray) -> None:
+    """Set float64 sums [R, 2 + V] to those of no token."""
     for r in range(out.shape[0]):
         out[r, 0] = -np.inf
         for d in range(1, out.shape[1]):
@@ -56,53 +55,65 @@ def clear(out: np.ndarray) -> None:
 
 
 @helper
-def weigh_row(c: int, n: int, room: int, sums: RowSums, like: Any) -> None:
-    """Turn n logits into weights relative to the largest one so far, and add those to the row's
-    weight.
+def weigh_row(logits: int, n: int, n_padded: int, sums: RowSums, like: Any) -> None:
+    """Turn n logits of a row into weights exp(logit - peak), and add them to the row's weight.
 
-    Of the `room` of the block, what is behind the logits becomes 0.
+    The peak is the largest logit so far. Weights n ... n_padded - 1 become 0.
     """
-    end = c + size_of(like) * room
-    for i in range(n, room):
-        store_number(-np.inf, c + size_of(like) * i, like)
-    best = load_vector(c, like)
-    for place in range(c + VECTOR_BYTES, end, VECTOR_BYTES):
-        best = maximum(best, load_vector(place, like))
-    top, peak = highest(best), load_number(sums.peak, like)
-    if not top <= peak:
-        _raise_peak(top, peak, sums, like)
-        peak = top
+    end = logits + size_of(like) * n_padded
+    for i in range(n, n_padded):
+        store_number(-np.inf, logits + size_of(like) * i, like)
+    # the peak, and the sums rescaled if it rises
+    best = load_vector(logits, like)
+    for address in range(logits + VECTOR_BYTES, end, VECTOR_BYTES):
+        best = maximum(best, load_vector(address, like))
+    block_peak = highest(best)
+    peak = load_number(sums.peak, like)
+    if not block_peak <= peak:  # also if it is NaN, which must stay visible
+        _raise_peak(block_peak, peak, sums, like)
+        peak = block_peak
+    # the weights
     base = splat(peak)
     added = base - base
-    for place in range(c, end, VECTOR_BYTES):
-        share = exp_of_nonpositive(load_vector(place, like) - base)
-        store_vector(share, place)
-        added = added + share
-    if n < room:
+    for address in range(logits, end, VECTOR_BYTES):
+        weights = exp_of_nonpositive(load_vector(address, like) - base)
+        store_vector(weights, address)
+        added = added + weights
+    if n < n_padded:  # exp of -inf is the smallest normal number here, not 0
         added = base - base
-        for i in range(n, room):
-            store_number(0, c + size_of(like) * i, like)
-        for place in range(c, end, VECTOR_BYTES):
-            added = added + load_vector(place, like)
+        for i in range(n, n_padded):
+            store_number(0, logits + size_of(like) * i, like)
+        for address in range(logits, end, VECTOR_BYTES):
+            added = added + load_vector(address, like)
     store_number(load_number(sums.weight, like) + total(added), sums.weight, like)
 
 
 @helper
-def _raise_peak(top: Any, peak: Any, sums: RowSums, like: Any) -> None:
-    """Let what a row has been summed to be relative to a new largest logit."""
+def _raise_peak(new: Any, old: Any, sums: RowSums, like: Any) -> None:
+    """Rescale the sums of a row from the old largest logit to a new one."""
     weight = load_number(sums.weight, like)
     if weight > 0:
-        factor = math.exp(peak - top)
+        factor = math.exp(old - new)
         store_number(weight * factor, sums.weight, like)
-        for place in range(sums.values, sums.values + size_of(like) * sums.width, VECTOR_BYTES):
-            store_vector(load_vector(place, like) * splat(factor), place)
-    store_number(top, sums.peak, like)
+        end = sums.values + size_of(like) * sums.width
+        for address in range(sums.values, end, VECTOR_BYTES):
+            store_vector(load_vector(address, like) * splat(factor), address)
+    store_number(new, sums.peak, like)
 
 
 @helper
-def flush(n_rows, width, is_paired, peak, weight, sums, out):
-    """Add a segment to the float64 sums out [R, 2 + V]. If `is_paired`, columns of `sums` are in
-    paired order, see `listed`.
+def add_segment(
+    n_rows: int,
+    width: int,
+    is_paired: bool,
+    peak: np.ndarray,
+    weight: np.ndarray,
+    sums: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Add a segment, peak [R], weight [R] and sums [R, V], to the float64 sums out [R, 2 + V].
+
+    If `is_paired`, columns of `sums` are in paired order, see `gathered_products`.
     """
     like, whole = sums.dtype.type(0), VECTOR_BYTES // sums.itemsize
     for r in range(n_rows):

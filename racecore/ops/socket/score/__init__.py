@@ -1,1 +1,1 @@
-"""Scores of all keys from their codes."""
+"""Scoring: codes and norms of keys, tables of queries, and scores of keys."""

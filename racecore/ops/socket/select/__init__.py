@@ -1,1 +1,1 @@
-"""The best tokens of a row of scores: exact top-k, and top-k by bounds of scores."""
+"""Selection: exact top-k of scores, and exact top-k by bounds of scores."""

@@ -1,15 +1,14 @@
-"""Bounds of a group's scores: which keys may be among the best is known before their exact scores
-are.
+"""Upper and lower bounds of a group's scores, from tables of 14-bit integers.
 
-Why: an exact score asks two registers of float32 for every table, key and query head. But most keys
-are far from the best, and of those a rough score tells. The heads of a group, added up, have one
-number for each of the 256 codes of a table. It is cut to 14 bits: two planes of 7, each of 256
-bytes, which are four registers, and processors with AVX-512 VBMI pick 64 bytes from those at once.
-The sums are whole numbers, so how far they can be from the scores is known. `fill_bound_tables` makes the
-tables, `score_bounds` upper bounds, and `settling` picks by them.
+Why: an exact score looks up two float32 numbers for every table, key and query head. But most keys
+are far from the best, and for those a bound decides. The heads of a group, added up, have one
+number for each of the 256 codes of a table. It is quantised to 14 bits: two parts of 7 bits, each a
+table of 256 bytes, which are four registers, and processors with AVX-512 VBMI look up 64 bytes in
+those at once. Sums of integers are exact, so how far they can be from the scores is known.
 
-How: as in `ops.simd.tiles`. What the tile does is said in plain Python beside it. Only processors
-with AVX-512 VBMI can run it; for others `can_bound` says no, and everything is scored exactly.
+`fill_bound_tables` makes the tables, `score_bounds` upper bounds, and `top_k_by_bounds` selects by
+them. Only processors with AVX-512 VBMI run the tile; `can_bound` returns False on others, and all
+keys are scored exactly.
 """
 
 from __future__ import annotations
@@ -37,42 +36,49 @@ from racecore.runtime import arrays, processor
 from racecore.runtime.jit import helper, kernel
 
 __all__ = [
+    "OFFSET",
+    "WIDTH",
     "BoundCall",
     "can_bound",
     "fill_bound_tables",
-    "fits",
-    "new_call",
-    "overflows",
+    "has_finite_bounds",
+    "have_finite_bounds",
+    "new_bound_call",
     "score_bounds",
 ]
 
 _CODES = 256  # of a table of at most eight planes
-_MOST_TABLES = 512  # whose seven bits add up in 16
-_FEWEST_TOKENS = 4096  # for which tables of 256 pay
-_LARGEST = 1e25  # of what scores may amount to, without the norm: nothing overflows
+_MOST_TABLES = 512  # sums of so many numbers of seven bits fit 16
+_FEWEST_TOKENS = 4096  # for which filling tables of 256 entries pays
+_LARGEST = 1e25  # of a score without its norm (which is below 2^32): bounds then do not overflow
 _SMALLEST_STEP = np.float32(1e-30)
-_PLANES = 2
+_PARTS = 2
 _TOP = 128 * 128 - 1
-_AT_ONCE = (
-    4  # blocks of 64 tokens: with their sums and a plane of two tables the registers are full
-)
+# Blocks of 64 tokens for which a tile scores: with their sums and a part of two tables the
+# registers are full.
+_BLOCKS_AT_ONCE = 4
 _BYTES, _HALVES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (8, 16))
 
 
+# Columns of BoundCall.scales: a bound of a score is (integer * step + offset) * norm.
+STEP, OFFSET, WIDTH, MAGNITUDE = (np.int64(i) for i in range(4))
+
+
 class BoundCall(NamedTuple):
-    """What coarse scores need. A row is a key/value head of a sequence."""
+    """Arguments of the kernels. A row is a key/value head of a sequence: row b * G + g."""
 
     tables: np.ndarray  # float32 [B, H, L, 2, 16]
-    planes: np.ndarray  # uint8 [rows, L, 2, 256]
-    # float32 [rows, 4]: step, offset of upper bounds, their distance to lower ones, size of scores
-    numbers: np.ndarray
-    codes: np.ndarray  # see layout.HashedKeys
+    byte_tables: np.ndarray  # uint8 [rows, L, 2, 256]: high and low seven bits
+    # float32 [rows, 4]: the step of the integers, the offset of upper bounds, the width by which
+    # lower bounds are below them, and the magnitude that scores without their norm cannot exceed
+    scales: np.ndarray
+    codes: np.ndarray  # this and the next: see layout.HashedKeys
     norms: np.ndarray
     multiplies: bool
 
 
 def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
-    """Tell whether coarse scores are possible and pay, on this processor."""
+    """Return whether bounds are possible on this processor, and pay for so many tokens."""
     n_tables = tables.shape[2]
     fits = (
         tables.dtype == np.float32
@@ -83,21 +89,21 @@ def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
     return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi")
 
 
-def _pick(emit: Emitter, table: list[Any], codes: Any) -> Any:
+def _look_up(emit: Emitter, table: list[Any], codes: Any) -> Any:
     """Return table[code] for 64 codes, of a table of 256 bytes in four registers."""
     # a byte is negative from 128 on
     is_high = emit.builder.icmp_signed("<", codes, ir.Constant(_BYTES, [0] * BLOCK_TOKENS))
-    halves = [_pick_of_128(emit, table[i], table[i + 1], codes) for i in (2, 0)]
+    halves = [_look_up_128(emit, table[i], table[i + 1], codes) for i in (2, 0)]
     return emit.builder.select(is_high, *halves)
 
 
-def _pick_of_128(emit: Emitter, low: Any, high: Any, codes: Any) -> Any:
+def _look_up_128(emit: Emitter, low: Any, high: Any, codes: Any) -> Any:
     """Return table[code & 127] for 64 codes."""
     return emit.call("llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [low, codes, high])
 
 
 def _odd_bytes(emit: Emitter, values: Any) -> Any:
-    """Return the upper byte of every 16 bits: a product with (0, 1), as picks and shifts compete
+    """Return the upper byte of every 16 bits: a product with (0, 1), as lookups and shifts compete
     for the same units.
     """
     odd = ir.Constant(_BYTES, [0, 1] * 32)
@@ -110,7 +116,7 @@ def _bound_tile(n_blocks: int) -> Any:
         for i in range(64 * n_blocks):
             code = [codes[i // 64 * block + 64 * l + i % 64] for l in range(2 * pairs)]
             high, low = (
-                sum(planes[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2)
+                sum(tables[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2)
             )
             out[i] = ((128 * high + low) * step + offset) * from_norm16(norms[i])
 
@@ -124,7 +130,7 @@ def _bound_tile(n_blocks: int) -> Any:
         codes: Any,
         block: Any,
         norms: Any,
-        planes: Any,
+        tables: Any,
         pairs: Any,
         step: Any,
         offset: Any,
@@ -143,29 +149,30 @@ def _bound_tile(n_blocks: int) -> Any:
                 line = builder.add(first, emit.times(block, n_blocks + i))
                 for k in range(2):
                     emit.prefetch(builder.add(line, emit.constant(BLOCK_TOKENS * k)))
-            # one plane after the other: the tables of both would not fit the registers
-            for p in range(_PLANES):
+            # one part after the other: the tables of both would not fit the registers
+            for p in range(_PARTS):
                 registers = [
                     [load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)] for k in range(2)
                 ]
                 for i in range(n_blocks):
                     start = builder.add(first, emit.times(block, i))
                     numbers = [
-                        _pick(emit, registers[k], load(start, BLOCK_TOKENS * k)) for k in range(2)
+                        _look_up(emit, registers[k], load(start, BLOCK_TOKENS * k))
+                        for k in range(2)
                     ]
                     both = builder.add(*numbers)
-                    j = 2 * (_PLANES * i + p)
+                    j = 2 * (_PARTS * i + p)
                     new[j] = builder.add(sums[j], builder.bitcast(both, _HALVES))
                     new[j + 1] = builder.add(sums[j + 1], _odd_bytes(emit, both))
             return new
 
-        zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PLANES * n_blocks)
-        steps = [emit.constant(2 * BLOCK_TOKENS), emit.constant(2 * _PLANES * _CODES)]
-        sums = emit.loop(pairs, zeros, [codes, planes], steps, add_pair)
+        zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PARTS * n_blocks)
+        steps = [emit.constant(2 * BLOCK_TOKENS), emit.constant(2 * _PARTS * _CODES)]
+        sums = emit.loop(pairs, zeros, [codes, tables], steps, add_pair)
         for i in range(n_blocks):
             norm = norms_of(emit, builder.add(norms, emit.constant(2 * BLOCK_TOKENS * i)))
             high, low = (
-                _in_order(emit, *sums[2 * j : 2 * j + 2]) for j in (_PLANES * i, _PLANES * i + 1)
+                _sums_of_bytes(emit, *sums[2 * j : 2 * j + 2]) for j in (_PARTS * i, _PARTS * i + 1)
             )
             for v in range(4):
                 seven = ir.Constant(high[v].type, [7] * 16)
@@ -179,7 +186,7 @@ def _bound_tile(n_blocks: int) -> Any:
     return tile
 
 
-def _in_order(emit: Emitter, total: Any, odd: Any) -> list[Any]:
+def _sums_of_bytes(emit: Emitter, total: Any, odd: Any) -> list[Any]:
     """Return the sums of 64 bytes, four vectors of 32 bits, from those of (odd byte * 256 + even
     byte) and of odd bytes.
     """
@@ -191,106 +198,112 @@ def _in_order(emit: Emitter, total: Any, odd: Any) -> list[Any]:
     return [builder.zext(emit.shuffle(even, odd, pick), words) for pick in picks]
 
 
-_some, _one = _bound_tile(_AT_ONCE), _bound_tile(1)
+_bound_blocks, _bound_block = _bound_tile(_BLOCKS_AT_ONCE), _bound_tile(1)
 
 
-def new_call(
+def new_bound_call(
     tables: np.ndarray, n_kv_heads: int, codes: np.ndarray, norms: np.ndarray, multiplies: bool
 ) -> BoundCall:
-    """Return a call with room for the tables of all key/value heads."""
+    """Return a call with memory for the tables of all key/value heads."""
     n_rows = len(tables) * n_kv_heads
-    planes = arrays.empty((n_rows, tables.shape[2], _PLANES, _CODES), np.uint8)
-    return BoundCall(tables, planes, np.empty((n_rows, 4), np.float32), codes, norms, multiplies)
+    byte_tables = arrays.empty((n_rows, tables.shape[2], _PARTS, _CODES), np.uint8)
+    scales = np.empty((n_rows, 4), np.float32)
+    return BoundCall(tables, byte_tables, scales, codes, norms, multiplies)
 
 
-def overflows(call: BoundCall) -> bool:
-    """Tell whether scores are so large that bounds of them could be infinite, or are not finite at
-    all.
-    """
-    return not bool((call.numbers[:, 3] < _LARGEST).all())
+def have_finite_bounds(call: BoundCall) -> bool:
+    """Return whether the bounds of all rows are finite: if scores are, and not too large."""
+    return bool((call.scales[:, MAGNITUDE] < _LARGEST).all())
 
 
 @helper
-def fits(call: BoundCall, row: int) -> bool:
-    """Tell of one row that they are not."""
-    return call.numbers[row, 3] < _LARGEST
+def has_finite_bounds(call: BoundCall, row: int) -> bool:
+    """Return whether those of one row are."""
+    return call.scales[row, MAGNITUDE] < _LARGEST
 
 
 @kernel
 def fill_bound_tables(call: BoundCall, first: int, last: int) -> None:
-    """Fill `planes` and `numbers` of rows first ... last - 1, each of neighbouring heads."""
+    """Fill `byte_tables` and `scales` of rows first ... last - 1."""
     n_heads, n_tables = call.tables.shape[1:3]
-    group = len(call.tables) * n_heads // call.planes.shape[0]
-    worth = np.empty((n_tables, _CODES), np.float32)
-    lows = np.empty(n_tables, np.float32)
+    group = len(call.tables) * n_heads // call.byte_tables.shape[0]
+    entries = np.empty((n_tables, _CODES), np.float32)
+    lowest = np.empty(n_tables, np.float32)
     for row in range(first, last):
-        step, offset, size = _SMALLEST_STEP, 0.0, 0.0
+        step, offset, magnitude = _SMALLEST_STEP, 0.0, 0.0
         for table in range(n_tables):
-            worth[table] = 0
+            entries[table] = 0
             for h in range(row * group, (row + 1) * group):
                 digits = call.tables[h // n_heads, h % n_heads, table]
-                _add_table(digits, call.multiplies, worth[table])
-                size += _size(digits, call.multiplies)
-            low, high = _range(worth[table])
-            lows[table] = low
+                _add_table(digits, call.multiplies, entries[table])
+                magnitude += _magnitude(digits, call.multiplies)
+            low, high = _range(entries[table])
+            lowest[table] = low
             step = max(step, (high - low) / np.float32(_TOP))
             offset += np.float64(low)
-        _cut(worth, lows, step, call.planes[row])
-        # half a step a table, and, several times over, what float32 does to exact and to coarse
-        # scores
-        margin = 0.5 * step * n_tables + size * (n_tables + group + 16) * 2.0**-22
-        numbers = call.numbers[row]
-        numbers[0], numbers[1], numbers[2], numbers[3] = step, offset + margin, 2 * margin, size
+        _quantise(entries, lowest, step, call.byte_tables[row])
+        # Half a step a table for rounding to integers; and, several times over, what rounding to
+        # float32 adds to exact scores and to bounds.
+        margin = 0.5 * step * n_tables + magnitude * (n_tables + group + 16) * 2.0**-22
+        scales = call.scales[row]
+        scales[STEP] = step
+        scales[OFFSET] = offset + margin
+        scales[WIDTH] = 2 * margin
+        scales[MAGNITUDE] = magnitude
 
 
 @helper
-def _add_table(digits: np.ndarray, multiplies: bool, worth: np.ndarray) -> None:
-    """Add to worth[code] what a table of two digits says."""
+def _add_table(digits: np.ndarray, multiplies: bool, entries: np.ndarray) -> None:
+    """Add to entries [256] those of every code: of a table of two digits [2, 16], multiplied or
+    added.
+    """
     low = load_vector(digits.ctypes.data, np.float32(0))
     for high in range(digits.shape[1]):
-        place = worth.ctypes.data + 64 * high
+        address = entries.ctypes.data + 64 * high
         more = splat(digits[1, high])
         value = low * more if multiplies else low + more
-        store_vector(load_vector(place, np.float32(0)) + value, place)
+        store_vector(load_vector(address, np.float32(0)) + value, address)
 
 
 @helper
-def _size(digits: np.ndarray, multiplies: bool) -> float:
-    """Return a bound of what a table says, NaN where a number is not finite."""
-    low, high, nothing = 0.0, 0.0, 0.0
+def _magnitude(digits: np.ndarray, multiplies: bool) -> float:
+    """Return a bound of the entries of a table, NaN where a number is not finite."""
+    low, high, nan_or_zero = 0.0, 0.0, 0.0
     for i in range(digits.shape[1]):
-        low, high = (
-            max(low, abs(np.float64(digits[0, i]))),
-            max(high, abs(np.float64(digits[1, i]))),
-        )
-        nothing += np.float64(digits[0, i]) * 0 + np.float64(digits[1, i]) * 0
-    return (low * high if multiplies else low + high) + nothing
+        low = max(low, abs(np.float64(digits[0, i])))
+        high = max(high, abs(np.float64(digits[1, i])))
+        nan_or_zero += np.float64(digits[0, i]) * 0 + np.float64(digits[1, i]) * 0
+    return (low * high if multiplies else low + high) + nan_or_zero
 
 
 @helper
-def _range(worth: np.ndarray) -> tuple[Any, Any]:
-    """Return the lowest and the highest number of a table."""
+def _range(entries: np.ndarray) -> tuple[Any, Any]:
+    """Return the lowest and the highest of 256 entries."""
     zero = splat(np.float32(0))
-    high = load_vector(worth.ctypes.data, np.float32(0))
+    high = load_vector(entries.ctypes.data, np.float32(0))
     negated = zero - high
-    for code in range(lanes(worth), _CODES, lanes(worth)):
-        value = load_vector(worth.ctypes.data + 4 * code, np.float32(0))
+    for code in range(lanes(entries), _CODES, lanes(entries)):
+        value = load_vector(entries.ctypes.data + 4 * code, np.float32(0))
         negated, high = maximum(negated, zero - value), maximum(high, value)
     return -highest(negated), highest(high)
 
 
 @helper
-def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -> None:
-    """Write the 14 bits of every number, seven to each plane."""
+def _quantise(
+    entries: np.ndarray, lowest: np.ndarray, step: float, byte_tables: np.ndarray
+) -> None:
+    """Write entries [L, 256] as multiples of the step above each table's lowest: 14 bits, seven to
+    each byte table.
+    """
     per_step = np.float32(1) / step
-    for table in range(planes.shape[0]):
-        low, place = splat(lows[table]), planes[table].ctypes.data
-        for code in range(0, _CODES, lanes(worth)):
-            value = load_vector(address_of(worth, table, code), np.float32(0)) - low
+    for table in range(byte_tables.shape[0]):
+        low, address = splat(lowest[table]), byte_tables[table].ctypes.data
+        for code in range(0, _CODES, lanes(entries)):
+            value = load_vector(address_of(entries, table, code), np.float32(0)) - low
             _store_halves(
                 value * splat(per_step) + splat(np.float32(0.5)),
-                place + code,
-                place + _CODES + code,
+                address + code,
+                address + _CODES + code,
             )
 
 
@@ -317,24 +330,21 @@ def score_bounds(
 
     A task is a sequence, a key/value head, the first and last block, and the row of out.
     """
-    wide, pairs, n_kv_heads = (
-        call.codes.shape[3] * BLOCK_TOKENS,
-        call.planes.shape[1] // 2,
-        call.codes.shape[1],
-    )
+    n_kv_heads = call.codes.shape[1]
+    block_bytes = call.codes.shape[3] * BLOCK_TOKENS
+    pairs = call.byte_tables.shape[1] // 2
     for task in range(first, last):
         b, g, block, end, row = tasks[task]
-        planes, numbers = (
-            call.planes[b * n_kv_heads + g].ctypes.data,
-            call.numbers[b * n_kv_heads + g],
-        )
+        tables = call.byte_tables[b * n_kv_heads + g].ctypes.data
+        scales = call.scales[b * n_kv_heads + g]
+        step, offset = scales[STEP], scales[OFFSET]
         while block < end:
             codes = call.codes[b, g, block].ctypes.data
             norms = call.norms[b, g, block * BLOCK_TOKENS :].ctypes.data
-            place = address_of(out, row, block * BLOCK_TOKENS)
-            if block + _AT_ONCE <= end:
-                _some(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
-                block += _AT_ONCE
+            bounds = address_of(out, row, block * BLOCK_TOKENS)
+            if block + _BLOCKS_AT_ONCE <= end:
+                _bound_blocks(codes, block_bytes, norms, tables, pairs, step, offset, bounds)
+                block += _BLOCKS_AT_ONCE
             else:
-                _one(codes, wide, norms, planes, pairs, numbers[0], numbers[1], place)
+                _bound_block(codes, block_bytes, norms, tables, pairs, step, offset, bounds)
                 block += 1

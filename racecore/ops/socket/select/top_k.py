@@ -1,9 +1,11 @@
-"""The kernel that picks the best tokens of a row of scores, exactly, in time linear in its length.
+"""Exact top-k of rows of scores, in time linear in their length.
 
-A sample of the scores gives a bar that a few more than the wanted tokens should clear. One pass
-notes who does; among those the score of the last one wanted is found digit by digit, and whoever is
-above it is in. Should too few clear the bar, everybody counts as having done so: the sample saves
-time, it never decides.
+A sample of the scores gives a threshold that slightly more than k of them should reach. One pass
+collects those that do: the candidates. Among them a radix selection finds the k-th largest score;
+whatever is above it is selected, and of equal scores the earliest. Sampling affects speed only: if
+too few scores reach the threshold, every token becomes a candidate.
+
+Scores are compared as *sort keys*, integers in the order of the numbers, with NaN as infinity.
 """
 
 from __future__ import annotations
@@ -19,27 +21,28 @@ from racecore.runtime import processor
 from racecore.runtime.jit import helper, kernel
 
 __all__ = [
-    "LOWEST_KEY",
-    "add_groups",
+    "LOWEST_SORT_KEY",
     "candidates",
-    "key_of",
-    "pick",
+    "select_top_k",
+    "sort_key",
+    "sum_group_scores",
     "threshold_of",
     "write_selected",
 ]
 
-_SAMPLE = 2048
-_RADIX_BITS = 11
+_SAMPLE = 2048  # scores; below twice as many, every token is a candidate
+_RADIX_BITS = 11  # 16 KiB of counters, half of a first-level cache
 _LANES = 16
 _CAN_COMPRESS = processor.has("avx512f")  # processors then write the chosen of 16 lanes at once
-LOWEST_KEY = np.int64(-0x7FF0000000000000)  # the key of minus infinity: everybody reaches it
+# that of minus infinity in float64, below that in float32: every score reaches it
+LOWEST_SORT_KEY = np.int64(-0x7FF0000000000000)
+_FLOAT32_INFINITY, _FLOAT64_INFINITY = np.int64(0x7F800000), np.int64(0x7FF0000000000000)
+_FLOAT32_SIGN, _FLOAT64_SIGN = np.int64(0x80000000), np.int64(-0x8000000000000000)
 
 
 @kernel
-def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> None:
-    """Write the sums [groups, tokens] of the scores [groups, heads, tokens] of a group's heads,
-    added one after the other.
-    """
+def sum_group_scores(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> None:
+    """Write the sums [groups, tokens] of scores [groups, heads, tokens], adding heads in order."""
     for group in range(first, last):
         for t in range(scores.shape[2]):
             total = scores[group, 0, t]
@@ -49,7 +52,7 @@ def add_groups(scores: np.ndarray, sums: np.ndarray, first: int, last: int) -> N
 
 
 @kernel
-def pick(
+def select_top_k(
     scores: np.ndarray,
     lengths: np.ndarray,
     budgets: np.ndarray,
@@ -59,33 +62,41 @@ def pick(
     first: int,
     last: int,
 ) -> None:
-    """Write rows first ... last - 1 of selected [rows, W], ascending, and how many they are; the
-    rest becomes -1.
+    """Write rows first ... last - 1 of selected [rows, W], ascending, and their counts.
 
-    scores are [rows, tokens] and belong to sequences lengths[row]; they come as integers of the
-    same bits.
+    The rest of a row becomes -1. Scores [rows, tokens] are integers of the same bits; row r has
+    lengths[r] tokens, of which the best budgets[r] and `ends` of both ends are selected.
     """
     for row in range(first, last):
         n, budget = lengths[row], min(budgets[row], lengths[row])
-        tokens, keys, _ = candidates(scores[row], n, budget)
-        limit, n_equal = threshold_of(keys, len(keys), budget)
-        counts[row] = write_selected(tokens, keys, limit, n_equal, n, ends, selected[row])
+        tokens, sort_keys, _ = candidates(scores[row], n, budget)
+        threshold, n_equal = threshold_of(sort_keys, len(sort_keys), budget)
+        counts[row] = write_selected(tokens, sort_keys, threshold, n_equal, n, ends, selected[row])
 
 
 @helper
-def write_selected(tokens, keys, limit, n_equal, n, ends, out):
-    """Write the tokens whose key is above the limit, the first `n_equal` of those at it, and both
-    ends. Return how many.
+def write_selected(
+    tokens: np.ndarray,
+    sort_keys: np.ndarray,
+    threshold: int,
+    n_equal: int,
+    n: int,
+    ends: tuple[int, int],
+    out: np.ndarray,
+) -> int:
+    """Write the tokens whose sort key is above a threshold, the first `n_equal` of those equal to
+    it, and both ends of a sequence of n tokens; return how many tokens these are.
     """
     n_sink = min(ends[0], n)
-    begin = max(n - ends[1], n_sink)
+    begin = max(n - ends[1], n_sink)  # of the last tokens
+    # candidates ascend and those at the ends are skipped: the result ascends without sorting
     n_out = 0
     for t in range(n_sink):
         out[n_out] = t
         n_out += 1
-    for c in range(len(keys)):
-        takes = keys[c] > limit
-        if keys[c] == limit:
+    for c in range(len(sort_keys)):
+        takes = sort_keys[c] > threshold
+        if sort_keys[c] == threshold:
             takes = n_equal > 0
             n_equal -= 1
         if takes and tokens[c] >= n_sink and tokens[c] < begin:
@@ -100,72 +111,75 @@ def write_selected(tokens, keys, limit, n_equal, n, ends, out):
 
 
 @helper
-def key_of(bits: int, is_wide: bool) -> Any:
-    """Return an integer that orders as the float64 (`is_wide`) or float32 of these bits; -0 is 0,
-    and NaN infinity.
+def sort_key(bits: int, is_float64: bool) -> Any:
+    """Return an integer that orders as the float64 or float32 of these bits.
+
+    -0 and 0 are equal, and NaN is infinity.
     """
-    infinity = np.int64(0x7FF0000000000000) if is_wide else np.int64(0x7F800000)
-    size = bits & (np.int64(0x7FFFFFFFFFFFFFFF) if is_wide else np.int64(0x7FFFFFFF))
+    infinity = _FLOAT64_INFINITY if is_float64 else _FLOAT32_INFINITY
+    size = bits & (np.int64(0x7FFFFFFFFFFFFFFF) if is_float64 else np.int64(0x7FFFFFFF))
     if size > infinity:
         return infinity
     return np.int64(size) if bits >= 0 else -np.int64(size)
 
 
 @helper
-def _bits_of(key: Any, is_wide: bool) -> Any:
-    """Return bits of which this is the key."""
+def _bits_of(key: Any, is_float64: bool) -> Any:
+    """Return bits whose sort key is `key`."""
     if key >= 0:
         return np.int64(key)
-    if is_wide:
-        return np.int64(-key) | np.int64(-0x8000000000000000)
-    return np.int64(-max(key, -np.int64(0x7F800000))) | np.int64(0x80000000)
+    if is_float64:
+        return np.int64(-key) | _FLOAT64_SIGN
+    return np.int64(-max(key, -_FLOAT32_INFINITY)) | _FLOAT32_SIGN
 
 
 @helper
 def candidates(scores: np.ndarray, n: int, budget: int) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Return tokens, ascending, with their keys: at least the `budget` best, and all that reach the
-    bar, the third result.
+    """Return candidate tokens, ascending, their sort keys, and the threshold they all reach.
+
+    At least the best `budget` of the n scores are among them, and every score that reaches the
+    threshold. Scores are integers of the same bits.
     """
     if budget <= 0:
-        return np.empty(0, np.int64), np.empty(0, np.int64), LOWEST_KEY
-    bar, room = _bar(scores, n, budget)
-    tokens = np.empty(room + _LANES, np.int64)
-    found = _note(scores, n, bar, tokens)
-    if found < budget or found > room:  # the sample has misled
-        bar, tokens = LOWEST_KEY, np.empty(n + _LANES, np.int64)
-        found = _note(scores, n, bar, tokens)
-    keys = np.empty(found, np.int64)
+        return np.empty(0, np.int64), np.empty(0, np.int64), LOWEST_SORT_KEY
+    threshold, capacity = _sampled_threshold(scores, n, budget)
+    tokens = np.empty(capacity + _LANES, np.int64)
+    found = _collect(scores, n, threshold, tokens)
+    if found < budget or found > capacity:  # the sample was not typical
+        threshold, tokens = LOWEST_SORT_KEY, np.empty(n + _LANES, np.int64)
+        found = _collect(scores, n, threshold, tokens)
+    sort_keys = np.empty(found, np.int64)
     for c in range(found):
-        keys[c] = key_of(np.int64(scores[tokens[c]]), scores.itemsize == 8)
-    return tokens, keys, bar
+        sort_keys[c] = sort_key(np.int64(scores[tokens[c]]), scores.itemsize == 8)
+    return tokens, sort_keys, threshold
 
 
 @helper
-def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
-    """Write the tokens whose keys reach the bar and return how many; stop where the room, all but
-    16 places, does not do.
+def _collect(scores: np.ndarray, n: int, threshold: int, tokens: np.ndarray) -> int:
+    """Write the tokens whose sort keys reach a threshold, and return how many.
+
+    Stop once they exceed the capacity of `tokens`, which is all of it but 16: vectors write so many
+    at a time.
     """
-    is_wide, found, room, whole = (
-        scores.itemsize == 8,
-        0,
-        tokens.shape[0] - _LANES,
-        n // _LANES * _LANES,
-    )
-    bits = _bits_of(bar, is_wide)
+    is_float64 = scores.itemsize == 8
+    capacity = tokens.shape[0] - _LANES
+    whole = n // _LANES * _LANES
+    found = 0
+    bits = _bits_of(threshold, is_float64)
     for t in range(0, whole, _LANES):
         address = scores.ctypes.data + scores.itemsize * t
         if _CAN_COMPRESS:
             found += _append_reaching(address, bits, scores[0], t, tokens.ctypes.data + 8 * found)
         else:
-            who = _mask_reaching(address, bits, scores[0])
-            while who != 0:
-                tokens[found] = t + _lowest(who)
+            mask = _mask_reaching(address, bits, scores[0])
+            while mask != 0:
+                tokens[found] = t + _lowest(mask)
                 found += 1
-                who &= who - 1
-        if found > room:
+                mask &= mask - 1
+        if found > capacity:
             return found
     for t in range(whole, n):
-        if key_of(np.int64(scores[t]), is_wide) >= bar:
+        if sort_key(np.int64(scores[t]), is_float64) >= threshold:
             tokens[found] = t
             found += 1
     return found
@@ -220,30 +234,30 @@ def _lowest(emit: Emitter, bits: Any) -> Any:
 
 
 @helper
-def _bar(scores: np.ndarray, n: int, budget: int) -> tuple[Any, int]:
-    """Return a key that somewhat more than `budget` of n keys should reach, judged by a sample, and
-    room for those that do.
+def _sampled_threshold(scores: np.ndarray, n: int, budget: int) -> tuple[Any, int]:
+    """Return a sort key that slightly more than `budget` of n scores should reach, judged by a
+    sample, and a capacity for those that do.
     """
-    share = budget / max(n, 1)
-    if n < 2 * _SAMPLE or share > 0.5:
-        return LOWEST_KEY, n
+    fraction = budget / max(n, 1)
+    if n < 2 * _SAMPLE or fraction > 0.5:  # the sample would cost more than it saves
+        return LOWEST_SORT_KEY, n
     sample = np.empty(_SAMPLE, np.int64)
     for i in range(_SAMPLE):
-        sample[i] = key_of(np.int64(scores[i * n // _SAMPLE]), scores.itemsize == 8)
-    rank = _surely_more(share * _SAMPLE)
-    limit, _ = threshold_of(sample, _SAMPLE, int(rank))
-    return limit, min(n, int(_surely_more(rank) / _SAMPLE * n) + 1)
+        sample[i] = sort_key(np.int64(scores[i * n // _SAMPLE]), scores.itemsize == 8)
+    rank = _upper_count(fraction * _SAMPLE)
+    threshold, _ = threshold_of(sample, _SAMPLE, int(rank))
+    return threshold, min(n, int(_upper_count(rank) / _SAMPLE * n) + 1)
 
 
 @helper
-def _surely_more(count: float) -> float:
-    """Return what a sample's count of something hardly exceeds, given what is expected of it."""
-    return count + 4 * np.sqrt(count) + 8
+def _upper_count(expected: float) -> float:
+    """Return a count that a sample hardly exceeds: four standard deviations above the expected."""
+    return expected + 4 * np.sqrt(expected) + 8
 
 
 @helper
 def threshold_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
-    """Return the rank-th largest of n keys, and how many of those equal to it belong to the `rank`
+    """Return the rank-th largest of n sort keys, and how many equal to it are among the `rank`
     largest.
     """
     if rank <= 0 or n == 0:
@@ -251,8 +265,9 @@ def threshold_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
     lowest, highest = keys[0], keys[0]
     for i in range(1, n):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
-    # keys are lowest + something below 2^bits: find it digit by digit, from the most significant
-    # down; all digits but the last are whole, so that the first one already tells keys apart
+    # Radix selection: keys are lowest + an offset below 2^bits, whose digits are found from the
+    # most significant down. All digits but the last have _RADIX_BITS bits, so that already the
+    # first one separates keys.
     bits = 0
     while bits < 64 and (np.uint64(highest - lowest) >> np.uint64(bits)) > 0:
         bits += 1
@@ -272,7 +287,7 @@ def threshold_of(keys: np.ndarray, n: int, rank: int) -> tuple[Any, Any]:
             digit -= 1
         lowest += np.int64(np.uint64(digit) << shift)
         largest = (np.uint64(1) << shift) - np.uint64(1)
-        if bits > 0 and counts[digit] < n // 2:  # go on with those that share the digit
+        if bits > 0 and counts[digit] < n // 2:  # keep only the keys of this digit
             rest, found = np.empty(counts[digit], np.int64), 0
             for i in range(n):
                 if np.uint64(keys[i] - lowest) <= largest:

@@ -1,10 +1,11 @@
-"""The best keys of a group, picked by bounds of their scores.
+"""Exact top-k of a group's scores by their bounds.
 
-Why: see `coarse`, where the bounds come from. Most keys are in or out by their bounds alone; the
-few others are scored exactly, put together in blocks of 64 for the tile that scores them
-everywhere. So what is selected is what exact scores select; the plain twin is `reference.select`.
+Why: most tokens are selected or excluded by their bounds alone, see `bounds`. Only the others, the
+uncertain candidates, are scored exactly: their codes are copied into blocks of 64, for the tile
+that scores all keys elsewhere. So the selection is that of exact scores; the plain twin is
+`reference.select`.
 
-A row is a key/value head of a sequence: row b * G + g.
+A row is a key/value head of a sequence: row b * G + g. Sort keys are those of `top_k`.
 """
 
 from __future__ import annotations
@@ -15,171 +16,198 @@ import numpy as np
 
 from racecore.ops.simd.vectors import bits_of, float_of
 from racecore.ops.socket.layout import BLOCK_TOKENS
-from racecore.ops.socket.score.kernels import block_scorer, norm_of
-from racecore.ops.socket.select.bounds import fill_bound_tables, fits, score_bounds
+from racecore.ops.socket.score.kernels import block_scorer, widen_norm16
+from racecore.ops.socket.select.bounds import (
+    WIDTH,
+    BoundCall,
+    fill_bound_tables,
+    has_finite_bounds,
+    score_bounds,
+)
 from racecore.ops.socket.select.top_k import (
-    LOWEST_KEY,
+    LOWEST_SORT_KEY,
     candidates,
-    key_of,
+    sort_key,
     threshold_of,
     write_selected,
 )
 from racecore.runtime.jit import helper, kernel
 
-__all__ = ["BOUND_AND_SETTLE", "SETTLE"]
+__all__ = ["BOUND_AND_SELECT", "SELECT_BY_BOUNDS"]
 
-_IN = np.int64(1 << 40)  # a key above that of any float32
+_SELECTED = np.int64(1 << 40)  # above the sort key of any float32
 
 
-def _row_settler(multiplies: bool) -> Any:
-    """Return the function that picks for a row, for digits that are multiplied or added."""
+def _row_selector(multiplies: bool) -> Any:
+    """Return the function that selects for a row, for digits that are multiplied or added."""
     score_block = block_scorer(2, multiplies)
 
     @helper
-    def score_undecided(call, row, tokens, undecided, keys, open_keys):
-        """Write the exact keys of some tokens to keys[undecided] and open_keys, block after block."""
+    def score_uncertain(call, row, tokens, uncertain, sort_keys):
+        """Return exact sort keys of uncertain candidates, written to sort_keys[uncertain] too."""
         group, n_tables = call.tables.shape[1] // call.codes.shape[1], call.tables.shape[2]
         b, g = divmod(row, call.codes.shape[1])
-        tables, head, sizes = (
-            call.tables[b, g * group].ctypes.data,
-            call.tables.strides[1] // 4,
-            (n_tables, 0),
-        )
-        codes, norms = (
-            np.zeros((n_tables, BLOCK_TOKENS), np.uint8),
-            np.zeros(BLOCK_TOKENS, np.uint16),
-        )
+        # one block, filled again and again: the last one may repeat some keys, whose scores are
+        # not read
+        tables = call.tables[b, g * group].ctypes.data
+        head = call.tables.strides[1] // 4
+        sizes = (n_tables, 0)
+        codes = np.zeros((n_tables, BLOCK_TOKENS), np.uint8)
+        norms = np.zeros(BLOCK_TOKENS, np.uint16)
         scores = np.empty((group, BLOCK_TOKENS), np.float32)
         block = (codes.ctypes.data, norms.ctypes.data)
-        for start in range(0, len(open_keys), BLOCK_TOKENS):
-            n = min(BLOCK_TOKENS, len(open_keys) - start)
+        exact = np.empty(len(uncertain), np.int64)
+        for start in range(0, len(uncertain), BLOCK_TOKENS):
+            n = min(BLOCK_TOKENS, len(uncertain) - start)
             for i in range(n):
-                _copy_key(
-                    call.codes[b, g],
-                    call.norms[b, g],
-                    tokens[undecided[start + i]],
-                    codes,
-                    norms,
-                    i,
-                )
+                token = tokens[uncertain[start + i]]
+                _copy_key(call.codes[b, g], call.norms[b, g], token, codes, norms, i)
             score_block(*block, tables, group, head, sizes, scores.ctypes.data, BLOCK_TOKENS)
             for i in range(n):
                 total = scores[0, i]
-                for h in range(1, group):  # one after the other, as `add_groups` does
+                for h in range(1, group):  # in the order of `sum_group_scores`, for its bits
                     total += scores[h, i]
-                open_keys[start + i] = keys[undecided[start + i]] = key_of(bits_of(total), False)
+                exact[start + i] = sort_keys[uncertain[start + i]] = sort_key(bits_of(total), False)
+        return exact
 
     @helper
-    def settle_row(call, row, highs, n, most, ends, out):
-        """Write the tokens of a row to out, as `ranking.pick` does, and return how many they are.
+    def select_row(call, row, upper, n, budget, ends, out):
+        """Write the tokens of a row to out, as `top_k.select_top_k` does, and return how many.
 
-        highs are upper bounds, as integers of the same bits. A token is in if its lower bound is
-        above the budget-th largest upper bound, and out if its upper bound is below the lower ones
-        of `budget` tokens; the budget is at most all n.
+        `upper` has upper bounds of n scores, as integers of the same bits. A token is selected if
+        its lower bound is above the threshold, the budget-th largest upper bound. It is excluded if
+        its upper bound is below the cutoff: `budget` tokens have lower bounds that reach it.
         """
-        budget = min(most, n)
-        tokens, keys, bar = candidates(highs, n, budget)
-        limit, _ = threshold_of(keys, len(keys), budget)
-        lows, lowest = _lower_bounds(call, row, highs, tokens, keys, limit)
-        if lowest < bar:  # then others may matter than those that reached the bar
-            tokens, keys, bar = candidates(highs, n, n)
-            lows, lowest = _lower_bounds(call, row, highs, tokens, keys, limit)
-        undecided, n_open = np.empty(len(keys), np.int64), 0
-        for c in range(len(keys)):
-            if (lows[c] <= limit) & (keys[c] >= lowest):
-                undecided[n_open] = c
-                n_open += 1
-        n_in = _decide(lows, limit, lowest, keys)
-        open_keys = np.empty(n_open, np.int64)
-        score_undecided(call, row, tokens, undecided, keys, open_keys)
-        limit, n_equal = threshold_of(open_keys, n_open, budget - n_in)
-        return write_selected(tokens, keys, limit, n_equal, n, ends, out)
+        budget = min(budget, n)
+        # candidates by upper bound: at least the `budget` largest are among them
+        tokens, sort_keys, sampled = candidates(upper, n, budget)
+        threshold, _ = threshold_of(sort_keys, len(sort_keys), budget)
+        lower, cutoff = _lower_bounds(call, row, upper, tokens, sort_keys, threshold)
+        if cutoff < sampled:  # then tokens matter that are no candidates yet
+            tokens, sort_keys, _ = candidates(upper, n, n)
+            lower, cutoff = _lower_bounds(call, row, upper, tokens, sort_keys, threshold)
+        # exact scores decide between those that remain, for what remains of the budget
+        uncertain = _uncertain(lower, sort_keys, threshold, cutoff)
+        n_selected = _apply_bounds(lower, threshold, cutoff, sort_keys)
+        exact = score_uncertain(call, row, tokens, uncertain, sort_keys)
+        threshold, n_equal = threshold_of(exact, len(exact), budget - n_selected)
+        return write_selected(tokens, sort_keys, threshold, n_equal, n, ends, out)
 
-    return settle_row
+    return select_row
 
 
 @helper
-def _lower_bounds(call, row, highs, tokens, keys, limit):
-    """Return keys of the lower bounds of tokens, and the lowest of those whose upper bounds,
-    `keys`, reach a limit.
+def _lower_bounds(
+    call: BoundCall,
+    row: int,
+    upper: np.ndarray,
+    tokens: np.ndarray,
+    sort_keys: np.ndarray,
+    threshold: int,
+) -> tuple[np.ndarray, Any]:
+    """Return sort keys of the lower bounds of candidates, and the cutoff: the lowest of those whose
+    upper bounds, `sort_keys`, reach the threshold.
     """
     b, g = divmod(row, call.codes.shape[1])
-    n, norms, distance = len(keys), call.norms[b, g], call.numbers[row, 2]
-    lows, lowest = np.empty(n, np.int64), _IN
+    n, norms, width = len(sort_keys), call.norms[b, g], call.scales[row, WIDTH]
+    lower, cutoff = np.empty(n, np.int64), _SELECTED
     for c in range(n):
-        high = float_of(np.int64(highs[tokens[c]]))
-        lows[c] = key_of(bits_of(high - norm_of(norms[tokens[c]]) * distance), False)
+        bound = float_of(np.int64(upper[tokens[c]]))
+        bound -= widen_norm16(norms[tokens[c]]) * width
+        lower[c] = sort_key(bits_of(bound), False)
     for c in range(n):
-        lowest = min(lowest, lows[c] if keys[c] >= limit else _IN)
-    return lows, lowest
+        cutoff = min(cutoff, lower[c] if sort_keys[c] >= threshold else _SELECTED)
+    return lower, cutoff
 
 
 @helper
-def _decide(lows: np.ndarray, limit: int, lowest: int, keys: np.ndarray) -> Any:
-    """Let those that are in have the highest key, and those that are out the lowest; return how
-    many are in.
+def _uncertain(lower: np.ndarray, sort_keys: np.ndarray, threshold: int, cutoff: int) -> np.ndarray:
+    """Return the indices of candidates that bounds neither select nor exclude."""
+    uncertain, n = np.empty(len(sort_keys), np.int64), 0
+    for c in range(len(sort_keys)):
+        if (lower[c] <= threshold) & (sort_keys[c] >= cutoff):
+            uncertain[n] = c
+            n += 1
+    return uncertain[:n]
+
+
+@helper
+def _apply_bounds(lower: np.ndarray, threshold: int, cutoff: int, sort_keys: np.ndarray) -> Any:
+    """Give selected candidates the highest sort key and excluded ones the lowest; return how many
+    are selected.
     """
-    n_in = np.int64(0)
-    for c in range(len(keys)):
-        key = keys[c] if keys[c] >= lowest else LOWEST_KEY
-        keys[c] = _IN if lows[c] > limit else key
-        n_in += 1 if lows[c] > limit else 0
-    return n_in
+    n_selected = np.int64(0)
+    # selections instead of branches: which way a random key goes cannot be predicted
+    for c in range(len(sort_keys)):
+        key = sort_keys[c] if sort_keys[c] >= cutoff else LOWEST_SORT_KEY
+        sort_keys[c] = _SELECTED if lower[c] > threshold else key
+        n_selected += 1 if lower[c] > threshold else 0
+    return n_selected
 
 
 @helper
-def _copy_key(codes, norms, t, block_codes, block_norms, i):
-    """Copy the codes and the norm of key t of a row to column i of a block."""
-    block, lane = codes[t // BLOCK_TOKENS], t % BLOCK_TOKENS
+def _copy_key(
+    codes: np.ndarray,
+    norms: np.ndarray,
+    token: int,
+    block_codes: np.ndarray,
+    block_norms: np.ndarray,
+    i: int,
+) -> None:
+    """Copy the code bytes and the norm of a token's key to column i of a block [L, 64]."""
+    block, lane = codes[token // BLOCK_TOKENS], token % BLOCK_TOKENS
     for table in range(block_codes.shape[0]):
         block_codes[table, i] = block[table, lane]
-    block_norms[i] = norms[t]
+    block_norms[i] = norms[token]
 
 
-def _settle_kernel(settle_row: Any, variant: str) -> Any:
-    """Return the kernel that picks by bounds that are there."""
+def _select_kernel(select_row: Any, variant: str) -> Any:
+    """Return the kernel that selects, given bounds."""
 
-    def settle(call, highs, start, lengths, budgets, ends, selected, counts, first, last):
-        """Write selected and counts [first:last], those of rows from `start` on, given upper bounds
-        of scores.
+    def select_by_bounds(call, upper, start, lengths, budgets, ends, selected, counts, first, last):
+        """Write selected and counts [first:last], given upper bounds [rows, tokens] of scores.
+
+        These are rows of the result; `start` is the first one's key/value head.
         """
         for i in range(first, last):
-            counts[i] = settle_row(
-                call, start + i, highs[i], lengths[i], budgets[i], ends, selected[i]
+            counts[i] = select_row(
+                call, start + i, upper[i], lengths[i], budgets[i], ends, selected[i]
             )
 
-    return kernel(settle, variant)
+    return kernel(select_by_bounds, variant)
 
 
-def _bound_and_settle_kernel(settle_row: Any, variant: str) -> Any:
-    """Return the kernel that also finds the bounds."""
+def _bound_and_select_kernel(select_row: Any, variant: str) -> Any:
+    """Return the kernel that finds the bounds as well."""
 
-    def bound_and_settle(call, longest, lengths, budgets, ends, selected, counts, first, last):
-        """Do everything for rows first ... last - 1: tables, bounds, and which tokens; rows that do
-        not fit are left alone.
+    def bound_and_select(call, n_padded, lengths, budgets, ends, selected, counts, first, last):
+        """Write selected and counts [first:last]; rows without finite bounds are left unwritten.
 
-        A row is picked from while its bounds are in the cache. `longest` is the room for them.
+        Tables, bounds and selection of one row follow each other, so that its bounds, `n_padded` of
+        them, are still in the core's cache when it selects.
         """
-        bounds, tasks = np.empty((1, longest), np.float32), np.zeros((1, 5), np.int64)
-        highs = bounds[0].view(np.int32)
+        bounds, tasks = np.empty((1, n_padded), np.float32), np.zeros((1, 5), np.int64)
+        upper = bounds[0].view(np.int32)
         for row in range(first, last):
             fill_bound_tables(call, row, row + 1)
-            if fits(call, row):
+            if has_finite_bounds(call, row):
                 tasks[0, 0], tasks[0, 1] = divmod(row, call.codes.shape[1])
                 tasks[0, 3] = -(-lengths[row] // BLOCK_TOKENS)
                 score_bounds(call, tasks, bounds, 0, 1)
-                counts[row] = settle_row(
-                    call, row, highs, lengths[row], budgets[row], ends, selected[row]
+                counts[row] = select_row(
+                    call, row, upper, lengths[row], budgets[row], ends, selected[row]
                 )
 
-    return kernel(bound_and_settle, variant)
+    return kernel(bound_and_select, variant)
 
 
-_SETTLERS = {
-    multiplies: (_row_settler(multiplies), "multiplied" if multiplies else "added")
+_SELECTORS = {
+    multiplies: (_row_selector(multiplies), "multiplied" if multiplies else "added")
     for multiplies in (False, True)
 }
-SETTLE = {multiplies: _settle_kernel(*settler) for multiplies, settler in _SETTLERS.items()}
-BOUND_AND_SETTLE = {
-    multiplies: _bound_and_settle_kernel(*settler) for multiplies, settler in _SETTLERS.items()
+SELECT_BY_BOUNDS = {
+    multiplies: _select_kernel(*selector) for multiplies, selector in _SELECTORS.items()
+}
+BOUND_AND_SELECT = {
+    multiplies: _bound_and_select_kernel(*selector) for multiplies, selector in _SELECTORS.items()
 }
