@@ -8,7 +8,7 @@ past a block's last token hold anything, and where that matters `states.clear_af
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
