@@ -85,6 +85,13 @@ class Problem:
         """Whether tokens, and so states and results, are on a GPU."""
         return cuda.is_array(self.key if self.query is None else self.query)
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, Tq, H, V] of the output; there must be queries."""
+        if self.query is None:
+            raise TypeError("this problem has no queries")
+        return (*self.query.shape[:3], self.value_dim)
+
     def count_keys(self) -> np.ndarray:
         """Count the keys of every sequence that take part, int64 [N]."""
         batch, begin, end = self.sequences[:, 0], self.sequences[:, 3], self.sequences[:, 4]

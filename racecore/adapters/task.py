@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore.race_attention import saved_without_forward
+from racecore.gradients import saved_without_forward
 
 __all__ = ["HASH", "ROWS", "Task", "mapped_axes", "run"]
 

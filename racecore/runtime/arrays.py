@@ -1,7 +1,7 @@
-"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; and the dtype
-policy.
+"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; the dtypes.
 
 Arrays in host memory become NumPy arrays, arrays on a GPU CuPy arrays, both without a copy.
+`resolve` asks once what a caller passed; its record has the device, the dtype and the way back.
 
 Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where
 the storage is float64. Strides of any kind are legal and stay as they are; only a foreign byte
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -21,27 +21,28 @@ from numpy.typing import DTypeLike
 from racecore.runtime import cuda
 
 __all__ = [
+    "DTYPE_NAMES",
+    "CallerArray",
     "as_array",
     "as_numpy",
     "compute_dtype",
     "copied",
+    "dtype_of",
     "empty",
     "is_bfloat16",
     "is_on_device",
     "is_supported",
-    "restorer",
+    "resolve",
     "to_device",
+    "to_host",
     "zeros",
 ]
 
 DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"
 _ALIGNMENT = 64  # one cache line, and the widest vector store
-_HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = (
-    1,
-    3,
-    2,
-    13,
-)  # DLPack's device types: CPU, CUDAHost, CUDA, CUDAManaged
+# DLPack's device types: CPU, CUDAHost; CUDA, CUDAManaged
+_HOST_TYPES = (1, 3)
+_DEVICE_TYPES = (2, 13)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
@@ -50,9 +51,8 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> 
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
-    """Return the same filled with zeros. Large ones come from the system already zero and cost
-    nothing until touched.
-    """
+    """Return an array of zeros, aligned like those of `empty`."""
+    # large ones come from the system already zero and cost nothing until touched
     return cuda.cupy().zeros(shape, dtype) if on_device else _aligned(np.zeros, shape, dtype)
 
 
@@ -65,28 +65,116 @@ def _aligned(
 
 
 def copied(array: Any) -> Any:
-    """Return a copy as `empty` makes arrays, where the array is."""
+    """Return a C-contiguous copy on the array's device, aligned like those of `empty`."""
     new = empty(array.shape, array.dtype, cuda.is_array(array))
     new[...] = array
     return new
 
 
 def to_device(array: Any, on_device: bool) -> Any:
-    """Return an array on the GPU, or in host memory; a copy only where it is on the other side."""
+    """Return an array on the GPU, or in host memory; a copy only if it is on the other device."""
     if cuda.is_array(array) == on_device:
         return array
     return cuda.cupy().asarray(array) if on_device else cuda.cupy().asnumpy(array)
 
 
+def to_host(array: Any, name: str) -> np.ndarray:
+    """Return an array of any library as a NumPy array; one on a GPU is copied."""
+    return to_device(as_array(array, name), False)
+
+
+class CallerArray(NamedTuple):
+    """An array that a caller passed, resolved once.
+
+    Attributes
+    ----------
+    source : array
+        The array as it was passed, of any library.
+    array : numpy.ndarray or cupy.ndarray
+        The same numbers on the device of the computation.
+    on_device : bool
+        Whether `source` is on a GPU.
+    """
+
+    source: Any
+    array: Any
+    on_device: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The storage dtype."""
+        return self.array.dtype
+
+    @property
+    def had_batch(self) -> bool:
+        """Whether there is a batch axis: [B, T, heads, dim], not [T, heads, dim]."""
+        return self.array.ndim == 4
+
+    def way_back(self) -> Callable[[Any], Any]:
+        """Return the function that turns a result into an array of the library and on the device of
+        `source`.
+
+        Results are fresh, writable and C-contiguous, so DLPack can export them and copies nothing.
+        Only what a GPU computed for arrays in host memory is copied there.
+
+        Raises
+        ------
+        TypeError
+            The library can export arrays and not import them.
+        """
+        source = self.source
+        if isinstance(source, np.ndarray):
+            return _result_in_host_memory
+        if cuda.is_array(source):
+            return _result_itself
+        export = _exporter(source)
+        return export if self.on_device else lambda result: export(to_device(result, False))
+
+
+def resolve(on_device: bool | None, **named: Any) -> list[CallerArray]:
+    """Resolve the arrays of one computation.
+
+    Parameters
+    ----------
+    on_device : bool or None
+        Whether to compute on a GPU; arrays elsewhere are copied. None: on the device of the arrays.
+    **named : array
+        Of any library, by the names that messages use.
+
+    Raises
+    ------
+    TypeError
+        For what is no array, as `as_numpy`.
+    ValueError
+        `on_device` is None, and some arrays are on a GPU and others are not.
+    """
+    found = []
+    for name, source in named.items():
+        array = as_array(source, name)
+        found.append(CallerArray(source, array, not isinstance(array, np.ndarray)))
+    if on_device is not None:
+        return [x._replace(array=to_device(x.array, on_device)) for x in found]
+    for x in found:
+        if x.on_device is not found[0].on_device:
+            text = ", ".join(
+                f"{name} {'on a GPU' if x.on_device else 'in host memory'}"
+                for name, x in zip(named, found, strict=True)
+            )
+            raise ValueError(
+                f"the arrays must be on one device, got {text}; move them with cupy.asarray or "
+                "cupy.asnumpy"
+            )
+    return found
+
+
 def is_bfloat16(dtype: np.dtype) -> bool:
-    """Tell whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
-    return (
-        dtype.isbuiltin == 2 and dtype.name == "bfloat16"
-    )  # 2: registered by a package; spelling a name is slow
+    """Return whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
+    # 2: registered by a package. It is checked first, because the name of a dtype is slow.
+    return dtype.isbuiltin == 2 and dtype.name == "bfloat16"
 
 
 def is_supported(dtype: np.dtype) -> bool:
-    """Tell whether `dtype`, in either byte order, is one that the kernels can read."""
+    """Return whether kernels read `dtype`, in either byte order."""
     return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or is_bfloat16(dtype)
 
 
@@ -115,9 +203,7 @@ def compute_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def as_array(array: Any, name: str) -> Any:
-    """View an array of any library as a CuPy array if it is on a GPU, else as a NumPy array; see
-    `as_numpy`.
-    """
+    """View an array of any library as a CuPy array if it is on a GPU, else as `as_numpy` does."""
     if not cuda.is_array(array):
         if isinstance(array, np.ndarray) or not is_on_device(array):
             return as_numpy(array, name)
@@ -126,19 +212,18 @@ def as_array(array: Any, name: str) -> Any:
 
 
 def is_on_device(array: Any) -> bool:
-    """Tell whether an array of any library is on a GPU."""
+    """Return whether an array of any library is on a GPU."""
     if cuda.is_array(array):
         return True
-    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
+    if _library(array) == "jax" and _is_sharded_jax_array(array):
         return False
-    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (
-        _DEVICE,
-        _DEVICE_MANAGED,
-    )
+    if not hasattr(array, "__dlpack_device__"):
+        return False
+    return int(array.__dlpack_device__()[0]) in _DEVICE_TYPES
 
 
 def _import_from_device(array: Any, name: str) -> Any:
-    """Bring an array of another library in through DLPack, on the GPU where it is."""
+    """Import an array of another library through DLPack, on its GPU."""
     _refuse_gradients(array, name)
     try:
         cupy = cuda.cupy()
@@ -154,9 +239,10 @@ def _import_from_device(array: Any, name: str) -> Any:
     return cupy.from_dlpack(array)
 
 
-def _is_jax_array_in_pieces(array: Any) -> bool:
-    """Tell whether an array of JAX is spread over devices, which DLPack does not know; NumPy gets
-    it gathered.
+def _is_sharded_jax_array(array: Any) -> bool:
+    """Return whether an array of JAX is sharded over devices.
+
+    DLPack cannot export such an array; `numpy.asarray` gathers it.
 
     Raises
     ------
@@ -218,8 +304,8 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
 
 
 def _import(array: Any, name: str) -> np.ndarray:
-    """Bring an array of another library in through DLPack."""
-    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
+    """Import an array of another library in host memory through DLPack."""
+    if _library(array) == "jax" and _is_sharded_jax_array(array):
         return np.asarray(array)
     if not hasattr(array, "__dlpack__"):
         raise TypeError(
@@ -229,11 +315,11 @@ def _import(array: Any, name: str) -> np.ndarray:
         )
     _refuse_gradients(array, name)
     device = int(array.__dlpack_device__()[0])
-    if device in (_DEVICE, _DEVICE_MANAGED):
+    if device in _DEVICE_TYPES:
         raise TypeError(
             f"{name} is on a GPU, and here host memory is needed; copy it to the host first"
         )
-    if device not in (_HOST, _HOST_PINNED):
+    if device not in _HOST_TYPES:
         raise TypeError(
             f"{name} lives on a device (DLPack device type {device}) that racecore does not "
             "compute on; copy it to the "
@@ -245,7 +331,7 @@ def _import(array: Any, name: str) -> np.ndarray:
 
 
 def _import_bfloat16(array: Any, name: str) -> np.ndarray:
-    """NumPy's DLPack refuses bfloat16: exchange the same bits as 16-bit integers."""
+    """Import bfloat16, which NumPy's DLPack refuses, as 16-bit integers of the same bits."""
     try:
         import ml_dtypes
     except ImportError:
@@ -271,28 +357,22 @@ def _library(array: Any) -> str:
     return "jax" if root == "jaxlib" else root
 
 
-def restorer(array: Any) -> Callable[[Any], Any]:
-    """Return the function that turns a result into an array of the library that `array` comes from.
-
-    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and
-    copies nothing. Only one that was computed on a GPU for arrays in host memory is copied there.
-    """
-    if cuda.is_array(array):
-        return lambda result: result
-    if isinstance(array, np.ndarray):
-        return lambda result: to_device(result, False)
-    hand_over = _hand_over(array)
-    return hand_over if is_on_device(array) else lambda result: hand_over(to_device(result, False))
+def _result_itself(result: Any) -> Any:
+    return result
 
 
-def _hand_over(array: Any) -> Callable[[Any], Any]:
+def _result_in_host_memory(result: Any) -> np.ndarray:
+    return to_device(result, False)
+
+
+def _exporter(array: Any) -> Callable[[Any], Any]:
+    """Return the function from an array of NumPy or CuPy to one of the library of `array`."""
     library = _library(array)
-    module = sys.modules.get(library)
     if library == "jax":
         return _to_jax
     if library == "torch":
         return _to_torch
-    from_dlpack = getattr(module, "from_dlpack", None)
+    from_dlpack = getattr(sys.modules.get(library), "from_dlpack", None)
     if from_dlpack is None and hasattr(array, "__array_namespace__"):
         from_dlpack = array.__array_namespace__().from_dlpack
     if from_dlpack is None:
@@ -316,5 +396,6 @@ def _to_jax(result: Any) -> Any:
         return jax.numpy.from_dlpack(result)
     if result.dtype.itemsize < 8:
         return jax.numpy.asarray(result)
-    with jax.enable_x64(True):  # it came as float64; outside, JAX would narrow it without a word
+    # a float64 result of float64 inputs: without x64, JAX would silently make it float32
+    with jax.enable_x64(True):
         return jax.numpy.asarray(result)

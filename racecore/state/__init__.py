@@ -3,3 +3,6 @@
 from racecore.state.race_state import RaceState
 
 __all__ = ["RaceState"]
+
+# Pickles name a class by its module: this one stays, whichever module of the folder has the class.
+RaceState.__module__ = __name__
