@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from racecore import inputs
+from racecore.inputs import Passed
 from racecore.runtime import arrays
 
 __all__ = ["angular_attention"]
@@ -56,18 +57,8 @@ def angular_attention(
         or not 0 < power < float("inf")
     ):
         raise ValueError(f"power must be a positive number, got {power!r}")
-    problem, _, passed = inputs.check_attention(
-        query,
-        key,
-        value,
-        None,
-        is_causal=is_causal,
-        readout="ratio",
-        key_mask=None,
-        cu_seqlens=None,
-        chunk_size=None,
-        memory_limit=None,
-    )
+    passed = Passed.resolve(query, key, value)
+    problem, _ = inputs.check_attention(passed, None, is_causal=is_causal, readout="ratio")
     give_back = passed.query.way_back()
     q, k, v = (
         arrays.as_numpy(x.array, name).astype(np.float64) for name, x in passed._asdict().items()

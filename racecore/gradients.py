@@ -98,7 +98,7 @@ class Saved:
 
     def with_inputs(self, query: Any, key: Any, value: Any, key_mask: Any, states: Any) -> Saved:
         """Undo `without_inputs` with the same arrays and states, arrays of NumPy or CuPy."""
-        passed = Passed(*arrays.resolve(None, query=query, key=key, value=value))
+        passed = Passed.resolve(query, key, value)
         q, k, v = (x.array if x.had_batch else x.array[None] for x in passed)
         mask = key_mask if key_mask is None or key_mask.ndim == 2 else key_mask[None]
         problem = changed(self.problem, query=q, key=k, value=v, key_mask=mask)
@@ -127,17 +127,14 @@ def saved_without_forward(
     Backward then sums the keys again, to the same bits. For adapters to frameworks that recompute,
     or that cannot carry `Saved` from one call to another; arguments as for `attention_forward`.
     """
-    problem, lsh, passed = inputs.check_attention(
-        query,
-        key,
-        value,
+    passed = Passed.resolve(query, key, value)
+    problem, lsh = inputs.check_attention(
+        passed,
         lsh,
         is_causal=is_causal,
         readout=readout,
         key_mask=key_mask,
         cu_seqlens=cu_seqlens,
-        chunk_size=None,
-        memory_limit=None,
     )
     chosen = backends.choose(None, problem.on_device)
     nothing = (None,) * sum(1 for _ in chunking.parts(problem))

@@ -51,29 +51,24 @@ class Passed(NamedTuple):
     key: CallerArray
     value: CallerArray
 
+    @classmethod
+    def resolve(cls, query: Any, key: Any, value: Any, on_device: bool | None = None) -> Passed:
+        """Resolve the three, to compute on a GPU or not; None means on the device they are on."""
+        return cls(*arrays.resolve(on_device, query=query, key=key, value=value))
+
 
 def check_attention(
-    query: Any,
-    key: Any,
-    value: Any,
+    passed: Passed,
     lsh: SoftLSH | None,
     *,
     is_causal: bool,
     readout: str,
-    key_mask: Any,
-    cu_seqlens: Any,
-    chunk_size: int | None,
-    memory_limit: int | str | None,
-    on_device: bool | None = None,
-) -> tuple[Problem, SoftLSH, Passed]:
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+) -> tuple[Problem, SoftLSH]:
     """Check the arguments of `racecore.attention`.
-
-    Parameters
-    ----------
-    query, key, value, lsh, is_causal, readout, key_mask, cu_seqlens, chunk_size, memory_limit
-        As for `racecore.attention`.
-    on_device : bool, optional
-        Whether to compute on a GPU. None: on the device of the arrays.
 
     Returns
     -------
@@ -81,10 +76,7 @@ def check_attention(
         With 4-D arrays.
     lsh : SoftLSH
         The hash, the default one if None was passed.
-    passed : Passed
-        The caller's query, key and value.
     """
-    passed = Passed(*arrays.resolve(on_device, query=query, key=key, value=value))
     q, k, v = check_shapes(passed)
     check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
@@ -128,7 +120,7 @@ def check_attention(
         problem = _limited(problem, parse_bytes(memory_limit))
     elif problem.is_causal and chunk_size is None and chunking.can_keep_states(problem):
         problem = replace(problem, keeps_states=True)
-    return problem, lsh, passed
+    return problem, lsh
 
 
 def check_shapes(passed: Passed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

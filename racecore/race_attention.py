@@ -119,10 +119,9 @@ def attention(
     >>> attention(q, k, v, is_causal=True).shape
     (1000, 2, 16)
     """
-    problem, lsh, passed = inputs.check_attention(
-        query,
-        key,
-        value,
+    passed = Passed.resolve(query, key, value, backends.place(backend))
+    problem, lsh = inputs.check_attention(
+        passed,
         lsh_of(lsh, initial_state),
         is_causal=is_causal,
         readout=readout,
@@ -130,7 +129,6 @@ def attention(
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
         memory_limit=memory_limit,
-        on_device=backends.place(backend),
     )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
@@ -187,10 +185,9 @@ def attention_forward(
         As for `attention`.
     """
     wanted = gradient_inputs.check_wrt(wrt, initial_state is not None)
-    problem, lsh, passed = inputs.check_attention(
-        query,
-        key,
-        value,
+    passed = Passed.resolve(query, key, value, backends.place(backend))
+    problem, lsh = inputs.check_attention(
+        passed,
         lsh_of(lsh, initial_state),
         is_causal=is_causal,
         readout=readout,
@@ -198,7 +195,6 @@ def attention_forward(
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
         memory_limit=memory_limit,
-        on_device=backends.place(backend),
     )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)

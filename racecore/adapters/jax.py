@@ -328,18 +328,13 @@ def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
     elif bounds is not None:
         bounds = np.asarray(given["cu_seqlens"])
     lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
-    query, key, value = (standing[name] for name in ROWS)
     inputs.check_attention(
-        query,
-        key,
-        value,
+        inputs.Passed.resolve(*(standing[name] for name in ROWS)),
         lsh,
         is_causal=is_causal,
         readout=readout,
         key_mask=standing["key_mask"],
         cu_seqlens=bounds,
-        chunk_size=None,
-        memory_limit=None,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from racecore import inputs
 from racecore.inputs import Passed
 from racecore.ops.socket.layout import Scorer
-from racecore.runtime import arrays, cuda
+from racecore.runtime import arrays, cuda, dlpack
 from racecore.runtime.arrays import CallerArray
 from racecore.soft_lsh import SoftLSH
 
@@ -157,7 +157,7 @@ def _check_device(index: IndexDescription, name: str, array: Any) -> None:
 def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     """Return the numbers of tokens of every sequence, int64 [B], 0 to `most` each."""
     array = np.asarray(
-        arrays.to_host(lengths, "lengths") if arrays.is_on_device(lengths) else lengths
+        arrays.to_host(lengths, "lengths") if dlpack.is_on_device(lengths) else lengths
     )
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}")

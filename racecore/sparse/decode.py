@@ -7,7 +7,7 @@ from typing import Any
 
 from racecore import backends, outputs
 from racecore.inputs import Passed
-from racecore.runtime import arrays, cuda
+from racecore.runtime import cuda
 from racecore.sparse import checks
 from racecore.sparse.socket_index import SocketIndex
 
@@ -95,7 +95,7 @@ def sparse_attention(
     (1, 1, 8, 64)
     """
     choice = checks.check_choice(budget, sink, window, group_selection)
-    passed = Passed(*arrays.resolve(backends.place(backend), query=query, key=key, value=value))
+    passed = Passed.resolve(query, key, value, backends.place(backend))
     d = checks.check_decoding(passed, checks.described(index), lengths)
     on_device = cuda.is_array(d.query)
     operations = backends.choose(backend, on_device).socket

@@ -243,7 +243,7 @@ class RaceState:
             Arguments that do not fit; the state is then unchanged. If anything is raised later, a
             step is done as a whole or not at all.
         """
-        passed = Passed(*arrays.resolve(backends.place(backend), query=query, key=key, value=value))
+        passed = Passed.resolve(query, key, value, backends.place(backend))
         problem = self._problem_of_step(passed, key_mask, counts, readout)
         contents = self._contents
         on_device = problem.on_device

@@ -19,8 +19,7 @@ from racecore.adapters.torch.tensors import (
     target,
     to_array,
 )
-from racecore.gradients import Gradients
-from racecore.gradients import saved_without_forward
+from racecore.gradients import Gradients, saved_without_forward
 from racecore.race_attention import attention, attention_backward
 
 __all__ = ["WANTED", "attend", "attend_backward", "no_second_derivative"]
