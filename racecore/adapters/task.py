@@ -1,8 +1,7 @@
-"""What an adapter asks of racecore in one call: forward or gradients, of one example or of many, on
-plain NumPy arrays.
+"""One call from an adapter: forward or gradients, of one example or of many, on NumPy arrays.
 
-A framework that traces programs knows everything but the values beforehand: that is a `Task`. It is
-handed over as text, which can be part of a compiled program; the arrays come when the program runs.
+A framework that traces programs knows everything but the values while tracing: that is a `Task`. It
+is passed as text, which can be part of a compiled program; the arrays come when the program runs.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ HASH = ("planes", "beta")
 
 @dataclass(frozen=True)
 class Task:
-    """What is known while tracing. It is part of the compiled program, as text."""
+    """All that is known while tracing. It is part of the compiled program, as text."""
 
     is_causal: bool
     readout: str
-    ndims: tuple[tuple[str, int], ...]  # of every argument, in their order, as one example has it
+    ndims: tuple[tuple[str, int], ...]  # of every argument of one example, in order
     wrt: tuple[str, ...] | None = None  # None: forward
 
     @property
@@ -41,14 +40,12 @@ class Task:
 
 
 def run(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
-    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples
-    share it.
-    """
+    """Run a task on arguments with the axes of vmap in front, of length 1 if examples share one."""
     task = _task_of(text)
     given = _named(task, arguments)
-    for example, place in _examples(task, given, mapped_axes(text, arguments)):
+    for example, view in _examples(task, given, mapped_axes(text, arguments)):
         lsh = _hash(example)
-        targets = [place(result) for result in results]
+        targets = [view(result) for result in results]
         if lsh is None:
             for target in targets:
                 target[...] = np.nan
@@ -98,10 +95,10 @@ def _write_gradients(
 def _examples(
     task: Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield arguments for racecore, and the function that finds their place in an array of results.
+    """Yield arguments for racecore, and the function from an array of results to their view in it.
 
-    All at once as one batch, where examples share the hash, and the gradient of that is not wanted;
-    else one by one.
+    All examples are one batch if they share the hash and its gradient is not wanted; else they are
+    yielded one by one.
     """
     shares = (
         all(set(given[name].shape[: len(mapped)]) <= {1} for name in HASH)
@@ -119,13 +116,13 @@ def _examples(
 
 
 def _folded(array: np.ndarray, name: str, mapped: tuple[int, ...]) -> np.ndarray:
-    """Make one batch axis of the mapped axes and the batch axis, if there is one."""
-    own = array.shape[len(mapped) :]
+    """Return an array whose mapped axes and batch axis, if there is one, are one batch axis."""
+    shape = array.shape[len(mapped) :]
     if name in HASH:
-        return array.reshape(own)
+        return array.reshape(shape)
     n_kept = 1 if name == "key_mask" else 3  # [Tk], or [T, heads, dim]
-    batch = math.prod(mapped) * math.prod(own[:-n_kept])
-    return np.broadcast_to(array, (*mapped, *own)).reshape(batch, *own[-n_kept:])
+    batch = math.prod(mapped) * math.prod(shape[:-n_kept])
+    return np.broadcast_to(array, (*mapped, *shape)).reshape(batch, *shape[-n_kept:])
 
 
 def _folded_result(result: np.ndarray) -> np.ndarray:
@@ -148,9 +145,8 @@ def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _hash(example: dict[str, np.ndarray]) -> racecore.SoftLSH | None:
-    """Return the hash, or None for values that make none: their shapes have been checked, so they
-    are not finite.
-    """
+    """Return the hash, or None for planes or beta that are not finite."""
+    # shapes were checked while tracing: only values can be wrong here
     try:
         return racecore.SoftLSH(example["planes"], example["beta"])
     except ValueError:

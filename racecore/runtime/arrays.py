@@ -203,7 +203,7 @@ def as_array(array: Any, name: str) -> Any:
         if isinstance(array, np.ndarray) or not dlpack.is_on_device(array):
             return as_numpy(array, name)
         array = dlpack.import_on_device(array, name)
-    return array.copy() if any(stride % array.itemsize for stride in array.strides) else array
+    return array if _has_whole_strides(array) else array.copy()
 
 
 def as_numpy(array: Any, name: str) -> np.ndarray:
@@ -237,9 +237,17 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     dtype = array.dtype
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="))
-    if not array.flags.aligned or any(s % dtype.itemsize for s in array.strides):
-        array = array.copy(order="C")
-    return array
+    return array if _has_whole_strides(array) and array.flags.aligned else array.copy(order="C")
+
+
+def _has_whole_strides(array: Any) -> bool:
+    """Return whether the strides are multiples of the item size."""
+    itemsize = array.itemsize
+    # `any` of a generator takes 0.5 us, this loop 0.2: a step of one token comes here three times
+    for stride in array.strides:  # noqa: SIM110
+        if stride % itemsize:
+            return False
+    return True
 
 
 def _result_itself(result: Any) -> Any:

@@ -78,8 +78,8 @@ def sparse_attention(
 
     Notes
     -----
-    Source: SOCKET (arXiv 2602.06283). Results have the same bits for any number of threads, and in a
-    batch of sequences of several lengths the same as one by one. On a GPU the work goes to CuPy's
+    Source: SOCKET (arXiv 2602.06283). Results have the same bits for any number of threads, and the
+    same in a batch of sequences of several lengths as one by one. On a GPU the work goes to CuPy's
     current stream, and nothing waits for it.
 
     Examples
