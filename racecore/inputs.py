@@ -77,6 +77,7 @@ def check_attention(
     lsh : SoftLSH
         The hash, the default one if None was passed.
     """
+    # [B, Tq, H, D], [B, Tk, G, D], [B, Tk, G, V]
     q, k, v = check_shapes(passed)
     check_dtypes(query=q, key=k, value=v)
     lsh = _checked_lsh(lsh, q.shape[3], q.shape[2])
@@ -96,6 +97,7 @@ def check_attention(
             "cu_seqlens"
         )
     sequences = _sequence_table(cu_seqlens, q, k)
+    # one state per query head if planes or beta differ per query head, else per key/value head
     per_head = lsh.n_heads is not None
     planes, beta = lsh.per_head(q.shape[2] if per_head else k.shape[2])
     _check_chunk_size(chunk_size, memory_limit)
@@ -238,6 +240,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
         raise ValueError(
             f"cu_seqlens needs as many queries as keys, got Tq = {n_queries} and Tk = {n_keys}"
         )
+    # unsigned bounds would wrap around in the differences below
     bounds = bounds.astype(np.int64)
     if bounds[0] != 0 or bounds[-1] != n_keys:
         raise ValueError(
@@ -250,6 +253,7 @@ def _sequence_table(cu_seqlens: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray
             f"cu_seqlens must not decrease, got {bounds[where]}, {bounds[where + 1]} at index "
             f"{where}"
         )
+    # empty sequences are legal, and stay in the table: they have states
     begin, end = bounds[:-1], bounds[1:]
     return np.stack([np.zeros_like(begin), begin, end, begin, end], axis=1)
 
@@ -305,6 +309,7 @@ def parse_bytes(size: int | str) -> int:
                 "a memory size is a number of bytes or text such as '512MB' or '1GiB', got "
                 f"{size!r}"
             )
+        # clipped: a long row of digits is an infinite float
         n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0**62))
     if n_bytes < 1:
         raise ValueError(f"a memory size must be positive, got {size!r}")

@@ -58,6 +58,7 @@ def check_out(
     on_device : bool
         Whether the result is computed on a GPU.
     """
+    # a new array overlaps none of the sources
     if out is None:
         return arrays.empty(shape, dtype, on_device)
     if cuda.is_array(out) != on_device or not (on_device or isinstance(out, np.ndarray)):

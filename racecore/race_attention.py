@@ -259,12 +259,14 @@ def attention_backward(
     d_final = gradient_inputs.check_d_state(d_state, problem)
     results, grads = gradient_buffers(saved, out, (d_out, g), overwrite_inputs)
     give_back = [x.way_back() for x in passed]
+    # [N, M, S*(1+V)], filled by _backward
     d_initial = problem.new_sketch() if "state" in wrt else None
     _backward(saved, g, d_final, d_initial, grads)
     query, key, value = (
         None if array is None else back(array)
         for array, back in zip(results, give_back, strict=True)
     )
+    # the caller's arrays may be in host memory and the computation on a GPU
     d_hash, state = grads.hash, None
     if d_hash is not None and not passed.query.on_device:
         d_hash = arrays.to_device(d_hash, False)
@@ -284,7 +286,7 @@ def _forward(
     save: bool,
 ) -> tuple[Sketch | None, list[list[np.ndarray] | None]]:
     """Compute part by part; return the final states, if needed, and each part's saved states."""
-    first_states = None
+    first_states = None  # [N, M, S*(1+V)]
     if initial_state is not None:
         first_states = initial_state.sketch.to_device(problem.on_device)
     final = problem.new_sketch() if needs_final else None
@@ -294,6 +296,7 @@ def _forward(
         # Many short sequences have many states: backward sums their keys again, which costs less
         # than keeping the states.
         keep = save and last == first + 1
+        # a view of the final states, so that nothing is copied at the end
         sketch = final.part(first, last) if final is not None else part.new_sketch()
         if first_states is not None:
             sketch.flat[...] = first_states.flat[first:last]
@@ -302,6 +305,7 @@ def _forward(
         else:
             backend.bidirectional.sum_keys(part, sketch)
             backend.bidirectional.read_out(part, sketch, out)
+            # the caller may change a final state that is returned: backward gets a copy
             states = [sketch.flat if final is None else sketch.flat.copy()] if keep else []
         saved.append(states if keep else None)
     return final, saved
@@ -317,9 +321,11 @@ def _backward(
     """Compute part by part, in an order of additions that depends on the sequences alone."""
     problem = saved.problem
     backend = backends.choose(saved.backend, problem.on_device)
+    # causal: gradients of the hash are added from the last segment to the first, in any parts
     ranges = list(enumerate(chunking.parts(problem)))
     for index, (first, last) in reversed(ranges) if problem.is_causal else ranges:
         part, states = problem.part(first, last), saved.states[index]
+        # [n, M, S*(1+V)]: gradient of the final states, in the end that of the initial ones
         d_sketch = part.new_sketch() if d_initial is None else d_initial.part(first, last)
         if d_final is not None:
             d_sketch.flat[...] = d_final.flat[first:last]
@@ -345,6 +351,7 @@ def _states_again(saved: Saved, part: Problem, first: int, last: int) -> list[np
     states = [sketch.flat.copy()]
     # more than one chunk only if the part is a single sequence
     for chunk in chunking.chunks(part, "key")[:-1]:
+        # sequences have columns: batch, query begin and end, key begin and end
         begin, end = chunk[0, 2], chunk[-1, 3]
         span = np.array([[chunk[0, 1], begin, end, begin, end]])
         operations.sum_keys(replace(part, sequences=span), sketch)

@@ -112,6 +112,7 @@ class _KernelCache:
         from numba.core.compiler import CompileResult
 
         try:
+            # intrinsics that were defined since the context was made
             target_context.refresh()
             content = self._file(signature, target_context.codegen()).read_bytes()
             digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
@@ -143,6 +144,7 @@ class _KernelCache:
             payload = dumps(compiled._reduce())
             path = self._file(signature, compiled.codegen)
             path.parent.mkdir(parents=True, exist_ok=True)
+            # renamed when complete: readers see a whole file or none
             partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
             try:
                 partial.write_bytes(hashlib.sha256(payload).digest() + payload)

@@ -91,6 +91,7 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
     the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
+    # small work, such as one decoded token, must not pay for a job
     if n_launches <= 1:
         if n_tasks > 0:
             launch(0, n_tasks)
@@ -116,6 +117,7 @@ def _work_and_wait(job: _Job, n_helpers: int) -> None:
         job.work()
     except BaseException as error:
         raised = error
+    # until helpers are done, however many exceptions signal handlers raise meanwhile
     while True:
         try:
             job.finish()
@@ -146,6 +148,7 @@ class _Job:
 
     def help(self) -> None:
         """Do `work` in a helper thread; errors are kept for the caller."""
+        # checked under the lock: after `finish` no helper may begin
         with self._state:
             if self._closed:
                 return

@@ -103,6 +103,7 @@ def sparse_attention(
     sources = [("query", d.query), ("key", d.key), ("value", d.value)]
     result, target, give_back = outputs.result_array(out, passed.query, shape, sources, on_device)
     budgets = choice.budgets(d.lengths)
+    # Neighbours of one kind are computed together: a batch of one kind is one call.
     is_dense = (budgets >= d.lengths) | (index is None or d.query.shape[1] != 1)
     for dense, run in groupby(range(len(is_dense)), key=lambda b: bool(is_dense[b])):
         sequences = list(run)

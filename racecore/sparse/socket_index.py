@@ -81,6 +81,7 @@ class SocketIndex:
     ) -> None:
         self._scorer = checks.check_scorer(lsh, scorer, tau, weight_by_value_norm)
         self._lsh = lsh
+        # None before the first append, which decides batch, heads and device
         self._hashed: HashedKeys | None = None
 
     @property
@@ -200,6 +201,7 @@ class SocketIndex:
         """
         q, passed = checks.check_query(self.description, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
+        # [B, H, L, N, 16]: a score for every value of each digit of a code
         tables = operations.query_tables(q, self._planes(hashed.codes.shape[1]), self._scorer)
         scores = operations.scores(tables, hashed, self._scorer.multiplies)
         return passed.way_back()(scores if passed.had_batch else scores[0])
@@ -274,6 +276,7 @@ class SocketIndex:
                 f"truncate cannot lengthen: the sequences have {self._hashed.lengths} tokens, got "
                 f"{kept}"
             )
+        # codes and norms stay: appended tokens overwrite them
         self._hashed = self._hashed._replace(lengths=kept)
 
     def copy(self) -> SocketIndex:

@@ -140,6 +140,7 @@ def _state_problem(
     if side is None:
         raise TypeError("a problem needs a query or a key")
     planes, beta = state.lsh.per_head(state.n_state_heads)
+    # int64 [B, 5]: batch, query begin and end, key begin and end
     sequences = whole_sequences(
         state.batch, 0 if q is None else q.shape[1], 0 if k is None else k.shape[1]
     )

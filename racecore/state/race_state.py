@@ -154,6 +154,7 @@ class RaceState:
         """
         problem = checks.check_append(self._sizes, key, value, key_mask)
         operations = backends.choose(None, problem.on_device).bidirectional
+        # a few tokens in one pass over the state, if the backend has it; else through a copy
         contents = self._contents
         if self.dtype == np.float64 and operations.add_at_once(
             problem, contents.to_write(problem.on_device), contents.lengths
@@ -190,6 +191,7 @@ class RaceState:
             None, passed, problem.out_shape, [], problem.on_device
         )
         operations = backends.choose(backend, problem.on_device).bidirectional
+        # [B, M, S*(1+V)]; operations read float64
         wide = sketch.rounded(np.dtype(np.float64))
         for first, last in chunking.parts(problem):
             operations.read_out(problem.part(first, last), wide.part(first, last), rows)
@@ -255,6 +257,7 @@ class RaceState:
             out, passed.query, problem.out_shape, sources, on_device
         )
         chosen = backends.choose(backend, on_device)
+        # decoding writes the state in place and is never left half done; a scan takes a copy
         if rows.shape[1] == 1:
             chosen.decoding.step(problem, contents.to_write(on_device), contents.lengths, rows)
         else:
@@ -264,6 +267,7 @@ class RaceState:
                     problem.part(first, last), after.part(first, last), rows, False
                 )
             contents.replace(after, problem)
+        # rows past the end of a sequence were not computed
         if counts is not None:
             for row, end in zip(rows, problem.sequences[:, 2].tolist(), strict=True):
                 row[end:] = 0
