@@ -9,17 +9,13 @@ import numpy as np
 
 from racecore import backends
 from racecore.ops.socket.layout import HashedKeys
-from racecore.runtime import arrays, cuda, files
+from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 from racecore.sparse import checks
-from racecore.sparse.key_storage import check_sizes, no_keys, trimmed, with_capacity
+from racecore.sparse.key_storage import no_keys, trimmed, with_capacity
+from racecore.sparse.saved_index import SavedIndex, read_index, write_index
 
 __all__ = ["SocketIndex"]
-
-_FILE_KIND = "racecore.SocketIndex"
-_FILE_VERSION = 1
-_SCORER_ARRAYS = ("scorer", "tau", "weighs_values")
-_FILE_ARRAYS = ("planes", "beta", *_SCORER_ARRAYS, "codes", "norms", "lengths", "is_empty")
 
 
 class SocketIndex:
@@ -61,6 +57,8 @@ class SocketIndex:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from racecore import SoftLSH
     >>> rng = np.random.default_rng(0)
     >>> key, value = (rng.standard_normal((1, 5000, 2, 64), dtype=np.float32) for _ in range(2))
     >>> index = SocketIndex(SoftLSH.random(head_dim=64, n_tables=60, n_planes=8, rng=0))
@@ -302,23 +300,7 @@ class SocketIndex:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write index, hash and checksum to an .npz file, which appears whole or not at all."""
-        hashed = (
-            no_keys(self._lsh, 0, 0) if self._hashed is None else trimmed(self._hashed, slice(None))
-        )
-        files.save(
-            path,
-            _FILE_KIND,
-            _FILE_VERSION,
-            planes=self._lsh.planes,
-            beta=np.asarray(self._lsh.beta),
-            scorer=np.array(self._scorer.kind),
-            tau=np.array(self._scorer.tau),
-            weighs_values=np.array(self._scorer.weighs_values),
-            codes=arrays.to_device(hashed.codes, False),
-            norms=arrays.to_device(hashed.norms, False),
-            lengths=hashed.lengths,
-            is_empty=np.array(self._hashed is None),
-        )
+        write_index(path, SavedIndex(self._lsh, self._scorer, self._hashed))
 
     @classmethod
     def load(
@@ -342,34 +324,19 @@ class SocketIndex:
         ValueError
             It was made with another hash than `lsh`.
         """
-        content = files.load(path, _FILE_KIND, _FILE_VERSION, _FILE_ARRAYS)
-        its_lsh = SoftLSH(content["planes"], content["beta"])
-        if lsh is not None and lsh != its_lsh:
-            raise ValueError(
-                f"{os.fspath(path)} was made with another hash: its fingerprint is "
-                f"{its_lsh.fingerprint[:12]}..., that of lsh "
-                f"{lsh.fingerprint[:12]}..."
-            )
-        index = cls(
-            its_lsh,
-            scorer=str(content["scorer"]),
-            tau=float(content["tau"]),
-            weight_by_value_norm=bool(content["weighs_values"]),
-        )
-        if not content["is_empty"]:
-            hashed = HashedKeys(
-                content["codes"],
-                content["norms"],
-                content["lengths"].astype(np.int64),
-                its_lsh.n_tables,
-                its_lsh.n_planes,
-            )
-            check_sizes(hashed, path)
+        saved = read_index(path, lsh)
+        hashed = saved.hashed
+        if hashed is not None:
             on_device = bool(backends.place(backend))
-            index._hashed = hashed._replace(
-                codes=arrays.to_device(hashed.codes, on_device),
-                norms=arrays.to_device(hashed.norms, on_device),
-            )
+            codes, norms = (arrays.to_device(x, on_device) for x in (hashed.codes, hashed.norms))
+            hashed = hashed._replace(codes=codes, norms=norms)
+        return cls._from(saved._replace(hashed=hashed))
+
+    @classmethod
+    def _from(cls, saved: SavedIndex) -> SocketIndex:
+        kind, tau, weighs_values = saved.scorer
+        index = cls(saved.lsh, scorer=kind, tau=tau, weight_by_value_norm=weighs_values)
+        index._hashed = saved.hashed
         return index
 
     def _planes(self, n_kv_heads: int) -> np.ndarray:
@@ -382,11 +349,8 @@ class SocketIndex:
         return operations, self._hashed
 
     def _of(self, hashed: HashedKeys | None) -> SocketIndex:
-        """Return an index with the same hash and scorer."""
-        kind, tau, weighs_values = self._scorer
-        new = SocketIndex(self._lsh, scorer=kind, tau=tau, weight_by_value_norm=weighs_values)
-        new._hashed = hashed
-        return new
+        """Return an index of other keys with the same hash and scorer."""
+        return SocketIndex._from(SavedIndex(self._lsh, self._scorer, hashed))
 
     def __repr__(self) -> str:
         return (
