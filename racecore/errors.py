@@ -21,7 +21,7 @@ class BackendUnavailableError(RuntimeError):
     wanted : str
         Name of the requested backend.
     reasons : mapping of str to (str or None)
-        For every backend the reason why it cannot run, or None where it can.
+        For every backend the reason why it cannot run, or None if it can.
 
     Attributes
     ----------
@@ -54,4 +54,4 @@ class OutputInUseError(OSError):
 
 
 class InputChangedError(OSError):
-    """A file that is being read is not what it was when the run began."""
+    """An input file has changed since the run began."""

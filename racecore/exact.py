@@ -40,7 +40,7 @@ def angular_attention(
     Returns
     -------
     array, shape [B, Tq, H, V]
-        In the query's dtype and library; zeros where there is no key. Arithmetic is float64.
+        In the query's dtype and library; zeros if there is no key. Arithmetic is float64.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What backward needs and returns: the saved bundle, the gradients, and the arrays for them."""
+"""The input and the output of backward: the saved bundle, the gradients, the arrays for them."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def parse_bytes(size: int | str) -> int:
     Raises
     ------
     ValueError
-        For what cannot be read so, or is not positive.
+        For any other text, and for sizes that are not positive.
     """
     if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
         n_bytes = int(size)

@@ -95,7 +95,7 @@ def attention(
     Returns
     -------
     out : array, shape [B, Tq, H, V]
-        In the query's dtype and library. Zero where a query sees no key.
+        In the query's dtype and library. Zero if a query sees no key.
     state : RaceState
         Only if `return_state`.
 
@@ -158,7 +158,7 @@ def attention_forward(
     out: np.ndarray | None = None,
     wrt: Any = None,
 ) -> tuple[Any, ...]:
-    """Compute RACE attention; also return what `attention_backward` needs.
+    """Compute RACE attention; also return the `Saved` for `attention_backward`.
 
     Parameters
     ----------

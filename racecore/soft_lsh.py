@@ -29,7 +29,7 @@ class SoftLSH:
     Parameters
     ----------
     planes : array_like, shape [L, P, D] or [H, L, P, D]
-        Normal vectors; the 4-D form gives every query head its own. Kept as float64.
+        Normal vectors; the 4-D form has separate planes for every query head. Stored as float64.
     beta : float or array_like, shape [H]
         Sharpness; 0 hashes everything evenly, large values approach a hard hash. In float32 nothing
         under- or overflows for beta in [0, 20]. One value per query head is allowed.
@@ -145,7 +145,7 @@ class SoftLSH:
 
     @property
     def n_heads(self) -> int | None:
-        """H where planes or beta are given per query head, else None."""
+        """H if planes or beta are given per query head, else None."""
         if self._planes.ndim == 4:
             return self._planes.shape[0]
         return self._beta.shape[0] if self._beta.ndim == 1 else None
@@ -180,7 +180,7 @@ class SoftLSH:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SoftLSH:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises
         ------

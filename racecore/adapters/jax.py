@@ -78,7 +78,7 @@ def race_attention(
     Returns
     -------
     jax.Array, shape [B, T, H, V]
-        In the query's dtype. Gradients are in the dtype of what they belong to.
+        In the query's dtype. A gradient has the dtype of its argument.
 
     Raises
     ------
@@ -141,9 +141,9 @@ def _forward(
     """Return the output; keep the inputs and the names of the gradients to compute."""
     values = {name: argument.value for name, argument in given.items()}
     code = sum(1 << bit for bit, name in enumerate(_DIFFERENTIABLE) if given[name].perturbed)
-    # As a length: known while tracing, and part of the array. The structure of what is kept is not
-    # safe, since JAX traces this function once for every set of wanted gradients and may then take
-    # one's structure for another's.
+    # As a length: known while tracing, and part of the array. The structure of the kept values is
+    # not safe, since JAX traces this function once for every set of wanted gradients and may then
+    # take one's structure for another's.
     return _attention(task, values), (values, jnp.zeros((code, 0), bool))
 
 

@@ -130,7 +130,8 @@ def _folded_result(result: np.ndarray) -> np.ndarray:
 
 
 def _result_of_one(index: tuple[Any, ...], result: np.ndarray) -> np.ndarray:
-    return result[(*index, Ellipsis)]  # a view even where no axis is left
+    # a view even if no axis is left
+    return result[(*index, Ellipsis)]
 
 
 def _rows(example: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

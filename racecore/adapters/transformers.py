@@ -5,7 +5,7 @@
 >>> model = LlamaForCausalLM(LlamaConfig(..., attn_implementation="race"))
 
 trains and generates; every layer has the same fixed hash. `convert` gives some or all layers of a
-model a hash of their own, with a learned beta, in the model's state dict. For decoding in constant
+model a separate hash, with a learned beta, in the model's state dict. For decoding in constant
 memory pass ``cache=race.new_cache(model)`` to ``model.generate`` or to the model.
 """
 
@@ -115,7 +115,7 @@ def convert(
     readout: str = "ratio",
     rng: int = 0,
 ) -> list[int]:
-    """Give layers of a model RACE attention with a hash of their own, in place.
+    """Give layers of a model RACE attention, each with a separate hash, in place.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
 """Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; the dtypes.
 
 Arrays in host memory become NumPy arrays, arrays on a GPU CuPy arrays, both without a copy.
-`resolve` asks once what a caller passed; its record has the device, the dtype and the way back.
+`resolve` makes one record of a caller's array: its device, its dtype, the way back.
 
-Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where
-the storage is float64. Strides of any kind are legal and stay as they are; only a foreign byte
-order, or addresses and strides that are no multiple of the item size, cost a copy.
+Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 for
+float64 storage. Strides of any kind are legal and kept; only a foreign byte order, or addresses and
+strides that are no multiple of the item size, cost a copy.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class CallerArray(NamedTuple):
         `source`.
 
         Results are fresh, writable and C-contiguous, so DLPack can export them and copies nothing.
-        Only what a GPU computed for arrays in host memory is copied there.
+        Only results on a GPU for arrays in host memory are copied.
 
         Raises
         ------
@@ -139,7 +139,7 @@ def resolve(on_device: bool | None, **named: Any) -> list[CallerArray]:
     Raises
     ------
     TypeError
-        For what is no array, as `as_numpy`.
+        As for `as_numpy`.
     ValueError
         `on_device` is None, and some arrays are on a GPU and others are not.
     """
@@ -214,7 +214,7 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     array : array
         A NumPy array, or anything in host memory that speaks DLPack.
     name : str
-        What the caller calls it; used in messages.
+        The argument's name, for messages.
 
     Returns
     -------
@@ -225,7 +225,7 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     Raises
     ------
     TypeError
-        For anything else, naming what came.
+        For anything else; the message names its type.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(

@@ -33,7 +33,7 @@ def save(path: str | os.PathLike[str], kind: str, version: int, **arrays: np.nda
 def load(
     path: str | os.PathLike[str], kind: str, version: int, names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    """Read what `save` wrote; `names` are the arrays that must be there.
+    """Read a file of `save`; `names` are its arrays.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """The one module with Numba's options, and with the cache of compiled kernels.
 
-`helper` compiles functions that kernels call; `kernel` compiles what Python launches and keeps it
-on disk. Both compile on first use. Flags are named one by one: fast-math as a whole would delete
-the checks for NaN.
+`helper` compiles functions that kernels call; `kernel` compiles functions that Python launches, and
+keeps them on disk. Both compile on first use. Flags are named one by one: fast-math as a whole
+would delete the checks for NaN.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ _problems: list[str] = []
 
 
 def folder() -> pathlib.Path:
-    """Return where compiled kernels are kept: under NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder of kernels: under NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache."""
     base = (
         os.environ.get("NUMBA_CACHE_DIR")
         or os.environ.get("XDG_CACHE_HOME")
@@ -108,7 +108,7 @@ class _KernelCache:
         """Do nothing: files of older sources have other names and are never read."""
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Return the compiled kernel, or None where there is none that can be used."""
+        """Return the compiled kernel, or None if there is no valid file."""
         from numba.core.compiler import CompileResult
 
         try:

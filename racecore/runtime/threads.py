@@ -31,7 +31,7 @@ _n_helpers = 0
 def threads(n: int) -> Iterator[None]:
     """Use `n` threads for every call inside the block, in this Python thread.
 
-    The default is the number of processors this process may run on, or OMP_NUM_THREADS where that
+    The default is the number of processors this process may run on, or OMP_NUM_THREADS if that
     is set (as joblib, Dask and batch systems do to share a machine). Results do not depend on it,
     not even in the last bit.
 

@@ -50,7 +50,7 @@ def write_index(path: str | os.PathLike[str], index: SavedIndex) -> None:
 
 
 def read_index(path: str | os.PathLike[str], expected: SoftLSH | None) -> SavedIndex:
-    """Read what `write_index` wrote, into host memory.
+    """Read a file of `write_index` into host memory.
 
     Raises
     ------

@@ -154,12 +154,12 @@ class SocketIndex:
         key : array, shape [B, T, G, D]
         value : array, shape [B, T, G, V]
             Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included.
-            Without a batch axis where B is 1. Of values only norms are taken. On a GPU if the index
+            Without a batch axis if B is 1. Of values only norms are taken. On a GPU if the index
             is there.
         lengths : integers, shape [B], optional
             How many of the T tokens of each sequence count; the rest is padding. None: all.
         backend : {"cpu", "cuda", "reference"}, optional
-            None takes the fastest that runs where the arrays are. "cuda" copies arrays in host
+            None takes the fastest for the device of the arrays. "cuda" copies arrays in host
             memory to the GPU first.
 
         Raises
@@ -188,7 +188,7 @@ class SocketIndex:
         Parameters
         ----------
         query : array, shape [B, 1, H, D]
-            H must be a multiple of G. Without a batch axis where B is 1.
+            H must be a multiple of G. Without a batch axis if B is 1.
         backend : {"cpu", "cuda", "reference"}, optional
 
         Returns
@@ -306,7 +306,7 @@ class SocketIndex:
     def load(
         cls, path: str | os.PathLike[str], lsh: SoftLSH | None = None, *, backend: str | None = None
     ) -> SocketIndex:
-        """Read what `save` wrote; that index may have been on any device.
+        """Read a file of `save`; that index may have been on any device.
 
         Parameters
         ----------

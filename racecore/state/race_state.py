@@ -180,7 +180,7 @@ class RaceState:
         Returns
         -------
         array, shape [B, Tq, H, V]
-            In the query's dtype and library; zeros where nothing was appended.
+            In the query's dtype and library; zeros if nothing was appended.
         """
         problem, passed = checks.check_attend(self._sizes, query, readout, backends.place(backend))
         sketch = self.sketch.to_device(problem.on_device)
@@ -374,7 +374,7 @@ class RaceState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RaceState:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises
         ------

@@ -42,7 +42,7 @@ def write_state(path: str | os.PathLike[str], state: SavedState) -> None:
 
 
 def read_state(path: str | os.PathLike[str]) -> SavedState:
-    """Read what `write_state` wrote; raises `racecore.errors.CorruptFileError`."""
+    """Read a file of `write_state`; raises `racecore.errors.CorruptFileError`."""
     names = ("planes", "beta", "flat", "lengths", "sizes")
     content: dict[str, Any] = files.load(path, _FILE_KIND, _FILE_VERSION, names)
     lsh = SoftLSH(content["planes"], content["beta"])

@@ -105,7 +105,7 @@ class RaceCache:
         RuntimeError
             A gradient is wanted.
         ValueError, TypeError
-            Shapes, dtypes or a hash that do not fit what came before; the past is then unchanged.
+            Shapes, dtypes or a hash that do not fit the past; the past is then unchanged.
         """
         check_tensors(query=query, key=key, value=value, key_mask=key_mask)
         query, key, value = autocast(query, key, value)
