@@ -31,7 +31,7 @@ import racecore
 from racecore import inputs
 from racecore.adapters import task as host
 from racecore.adapters import xla_call
-from racecore.adapters.task import HASH, ROWS, Task
+from racecore.adapters.task import HASH, ROWS, HostTask
 from racecore.runtime import arrays
 
 __all__ = ["race_attention"]
@@ -119,14 +119,14 @@ def race_attention(
     given |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
     _check(given, is_causal, readout)
     traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
-    task = Task(
+    task = HostTask(
         bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items())
     )
     return _compiled(task, _varying_alike(traced))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
+def _attention(task: HostTask, given: dict[str, jax.Array]) -> jax.Array:
     """Call racecore's forward on arrays that have been checked."""
     query, value = given["query"], given["value"]
     (out,) = _call(
@@ -136,7 +136,7 @@ def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
 
 
 def _forward(
-    task: Task, given: dict[str, Any]
+    task: HostTask, given: dict[str, Any]
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Return the output; keep the inputs and the names of the gradients to compute."""
     values = {name: argument.value for name, argument in given.items()}
@@ -148,7 +148,7 @@ def _forward(
 
 
 def _backward(
-    task: Task, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any
+    task: HostTask, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any
 ) -> tuple[dict[str, Any]]:
     values, wanted = kept
     wrt = tuple(name for bit, name in enumerate(_DIFFERENTIABLE) if wanted.shape[0] >> bit & 1)
@@ -164,7 +164,9 @@ _compiled = jax.jit(_attention, static_argnums=0, inline=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
+def _gradients(
+    task: HostTask, given: dict[str, jax.Array], d_out: jax.Array
+) -> dict[str, jax.Array]:
     """Call racecore's backward; gradients by name."""
     names = task.wrt or ()
     shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in names]
@@ -174,7 +176,7 @@ def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dic
 
 
 @_gradients.defjvp
-def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(task: HostTask, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "race_attention has first derivatives only: the gradient of a gradient (as in "
         "jax.hessian, or grad of grad) is not "
@@ -183,7 +185,7 @@ def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
 
 
 def _call(
-    task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]
+    task: HostTask, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]
 ) -> list[jax.Array]:
     """Call a task on the host. Inside shard_map there is one call for every shard."""
     text = task.text

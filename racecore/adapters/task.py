@@ -1,7 +1,8 @@
 """One call from an adapter: forward or gradients, of one example or of many, on NumPy arrays.
 
-A framework that traces programs knows everything but the values while tracing: that is a `Task`. It
-is passed as text, which can be part of a compiled program; the arrays come when the program runs.
+A framework that traces programs knows everything but the values while tracing: that is a
+`HostTask`. It is passed as text, which can be part of a compiled program; the arrays come when the
+program runs.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import numpy as np
 import racecore
 from racecore.gradients import saved_without_forward
 
-__all__ = ["HASH", "ROWS", "Task", "mapped_axes", "run"]
+__all__ = ["HASH", "ROWS", "HostTask", "mapped_axes", "run"]
 
 ROWS = ("query", "key", "value")
 HASH = ("planes", "beta")
 
 
 @dataclass(frozen=True)
-class Task:
+class HostTask:
     """All that is known while tracing. It is part of the compiled program, as text."""
 
     is_causal: bool
@@ -65,18 +66,18 @@ def mapped_axes(text: str, arguments: list[np.ndarray]) -> tuple[int, ...]:
 
 
 @cache
-def _task_of(text: str) -> Task:
+def _task_of(text: str) -> HostTask:
     fields = json.loads(text)
     fields["ndims"] = tuple((name, ndim) for name, ndim in fields["ndims"])
-    return Task(**fields)
+    return HostTask(**fields)
 
 
-def _named(task: Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _named(task: HostTask, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for (name, _), array in zip(task.ndims, arguments, strict=True)}
 
 
 def _write_gradients(
-    task: Task,
+    task: HostTask,
     example: dict[str, np.ndarray],
     lsh: racecore.SoftLSH,
     targets: dict[str, np.ndarray],
@@ -93,7 +94,7 @@ def _write_gradients(
 
 
 def _examples(
-    task: Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
+    task: HostTask, given: dict[str, np.ndarray], mapped: tuple[int, ...]
 ) -> Iterator[tuple[Any, Any]]:
     """Yield arguments for racecore, and the function from an array of results to their view in it.
 
@@ -138,7 +139,7 @@ def _rows(example: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
     return example["query"], example["key"], example["value"]
 
 
-def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
+def _options(task: HostTask, example: dict[str, np.ndarray]) -> dict[str, Any]:
     names = ("key_mask", "cu_seqlens")
     return {"is_causal": task.is_causal, "readout": task.readout} | {
         name: example.get(name) for name in names
