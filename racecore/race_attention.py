@@ -26,8 +26,8 @@ from racecore.inputs import Passed
 from racecore.problem import GradientBuffers, Problem, Sketch
 from racecore.runtime import arrays
 from racecore.soft_lsh import SoftLSH
+from racecore.state import RaceState
 from racecore.state.continuation import check_initial_state, final_state, lsh_of
-from racecore.state.race_state import RaceState
 
 __all__ = ["attention", "attention_backward", "attention_forward"]
 

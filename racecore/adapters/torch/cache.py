@@ -16,7 +16,7 @@ from racecore.adapters.torch.tensors import (
     to_array,
     torch_threads_or_stream,
 )
-from racecore.state.race_state import RaceState
+from racecore.state import RaceState
 
 __all__ = ["RaceCache"]
 
