@@ -15,9 +15,8 @@ from racecore.gradients import Gradients, StateGradient
 from racecore.race_attention import attention, attention_backward, attention_forward
 from racecore.runtime.threads import threads
 from racecore.soft_lsh import SoftLSH
-from racecore.sparse.decode import sparse_attention
-from racecore.sparse.socket_index import SocketIndex
-from racecore.state.race_state import RaceState
+from racecore.sparse import SocketIndex, sparse_attention
+from racecore.state import RaceState
 
 __all__ = [
     "Gradients",

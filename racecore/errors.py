@@ -1,6 +1,4 @@
-"""The exceptions that are racecore's own. Everything else is the standard ValueError, TypeError or
-OSError.
-"""
+"""The exceptions of racecore; every other error is a ValueError, a TypeError or an OSError."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ __all__ = [
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for that cannot run here.
+    """The requested backend cannot run here.
 
     Parameters
     ----------
     wanted : str
-        Name of the backend that was asked for.
+        Name of the requested backend.
     reasons : mapping of str to (str or None)
-        For every backend the reason why it cannot run, or None where it can.
+        For every backend the reason why it cannot run, or None if it can.
 
     Attributes
     ----------
@@ -44,13 +42,11 @@ class BackendUnavailableError(RuntimeError):
 
 
 class CorruptFileError(ValueError):
-    """A saved hash or state does not match its own checksum, or is not one of racecore's files at
-    all.
-    """
+    """A file is not one that racecore saved, or does not match its checksum."""
 
 
 class NonFiniteError(ValueError):
-    """An input holds NaN or infinity; the message names the first place."""
+    """An input holds NaN or infinity; the message names the first index."""
 
 
 class OutputInUseError(OSError):
@@ -58,4 +54,4 @@ class OutputInUseError(OSError):
 
 
 class InputChangedError(OSError):
-    """A file that is being read is not what it was when the run began."""
+    """An input file has changed since the run began."""

@@ -1,6 +1,4 @@
-"""What backward needs and what it returns: the saved bundle, the gradients, and the arrays they are
-written to.
-"""
+"""The input and the output of backward: the saved bundle, the gradients, the arrays for them."""
 
 from __future__ import annotations
 
@@ -9,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from racecore import inputs
+from racecore import backends, chunking, gradient_inputs, inputs, outputs
+from racecore.gradient_inputs import WRT
+from racecore.inputs import Passed
 from racecore.problem import GradientBuffers, Problem, Sketch, changed
 from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
@@ -20,10 +20,9 @@ __all__ = [
     "StateGradient",
     "gradient_buffers",
     "hash_gradients",
-    "out_shape",
     "readable",
+    "saved_without_forward",
     "state_gradient",
-    "stored",
 ]
 
 
@@ -35,7 +34,7 @@ class StateGradient(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What `attention_backward` returns; None where not asked for.
+    """The gradients from `attention_backward`; None for those that `wrt` does not name.
 
     Attributes
     ----------
@@ -50,8 +49,8 @@ class Gradients(NamedTuple):
 
     Notes
     -----
-    For arrays on a GPU those of planes, beta (then an array without axes in place of a float) and state are CuPy arrays
-    too, so that nothing waits for the GPU.
+    For arrays on a GPU those of planes, beta (then a 0-D array in place of a float) and state are
+    CuPy arrays too, so that nothing waits for the GPU.
     """
 
     query: Any = None
@@ -64,8 +63,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Saved:
-    """What backward needs: the inputs themselves, not copies, and states at the boundaries of
-    chunks.
+    """The inputs, not copied, and the states at the boundaries of chunks, for the backward pass.
 
     Changing the inputs between forward and backward makes the gradients wrong.
     """
@@ -74,22 +72,17 @@ class Saved:
     lsh: SoftLSH
     wrt: frozenset[str]
     backend: str
-    # Per part the states at the boundaries of its chunks; None where backward sums the keys again.
+    # Per part the states at the boundaries of its chunks; None if backward sums the keys again.
     states: tuple[list[np.ndarray] | None, ...]
     initial: Sketch | None
-    sources: tuple[Any, ...]  # query, key, value as the caller passed them
+    passed: Passed | None  # the caller's query, key and value; None in `without_inputs`
 
     @property
-    def had_batch(self) -> bool:
-        """Whether the caller passed 4-D arrays."""
-        return len(self.sources[0].shape) == 4
-
-    @property
-    def are_on_device(self) -> bool:
-        """Whether the caller's arrays are on a GPU; with backend="cuda" those in host memory were
-        copied there.
-        """
-        return arrays.is_on_device(self.sources[0])
+    def caller(self) -> Passed:
+        """The caller's arrays: axes, device, and the way back of gradients."""
+        if self.passed is None:
+            raise TypeError("this Saved lacks its inputs: they come back by with_inputs")
+        return self.passed
 
     @property
     def nbytes(self) -> int:
@@ -99,45 +92,74 @@ class Saved:
         return sum(held.values()) + (0 if self.initial is None else self.initial.flat.nbytes)
 
     def without_inputs(self) -> Saved:
-        """Return the same without query, key, value, mask and states, for frameworks that keep
-        their tensors themselves.
-        """
+        """Return a copy without arrays, for frameworks that keep tensors themselves."""
         problem = changed(self.problem, query=None, key=None, value=None, key_mask=None)
-        return changed(self, problem=problem, states=(), sources=())
+        return changed(self, problem=problem, states=(), passed=None)
 
     def with_inputs(self, query: Any, key: Any, value: Any, key_mask: Any, states: Any) -> Saved:
-        """Undo `without_inputs`, with the same arrays as before, NumPy's or CuPy's, and the same
-        states.
-        """
-        q, k, v = (query, key, value) if query.ndim == 4 else (query[None], key[None], value[None])
+        """Undo `without_inputs` with the same arrays and states, arrays of NumPy or CuPy."""
+        passed = Passed.resolve(query, key, value)
+        q, k, v = (x.array if x.had_batch else x.array[None] for x in passed)
         mask = key_mask if key_mask is None or key_mask.ndim == 2 else key_mask[None]
         problem = changed(self.problem, query=q, key=k, value=v, key_mask=mask)
-        return changed(self, problem=problem, states=states, sources=(query, key, value))
+        return changed(self, problem=problem, states=states, passed=passed)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(
-            f"{name} {x.shape}" for name, x in zip(inputs.WRT, self.sources, strict=False)
-        )
+        named = () if self.passed is None else self.passed._asdict().items()
+        shapes = ", ".join(f"{name} {x.array.shape}" for name, x in named)
         return f"Saved({shapes}, wrt={sorted(self.wrt)}, nbytes={self.nbytes})"
+
+
+def saved_without_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    lsh: SoftLSH,
+    *,
+    is_causal: bool = False,
+    readout: str = "ratio",
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    wrt: Any = None,
+) -> Saved:
+    """Return the `Saved` of an `attention_forward` without computing the output.
+
+    Backward then sums the keys again, to the same bits. For adapters to frameworks that recompute,
+    or that cannot carry `Saved` from one call to another; arguments as for `attention_forward`.
+    """
+    passed = Passed.resolve(query, key, value)
+    problem, lsh = inputs.check_attention(
+        passed,
+        lsh,
+        is_causal=is_causal,
+        readout=readout,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    chosen = backends.choose(None, problem.on_device)
+    nothing = (None,) * sum(1 for _ in chunking.parts(problem))
+    wanted = gradient_inputs.check_wrt(wrt, False)
+    return Saved(problem, lsh, wanted, chosen.name, nothing, None, passed)
 
 
 def gradient_buffers(
     saved: Saved, out: Any, d_out: tuple[Any, ...], overwrite_inputs: bool = False
 ) -> tuple[list[np.ndarray | None], GradientBuffers]:
-    """Return the arrays for query, key and value in the caller's shapes, and the buffers over them."""
-    problem, had_batch = saved.problem, saved.had_batch
+    """Return the arrays for the gradients of query, key and value in the caller's shapes, and the
+    buffers over them.
+    """
+    problem, had_batch = saved.problem, saved.caller.query.had_batch
+    results: list[np.ndarray | None]
     if overwrite_inputs:
-        inputs.check_overwritten(problem, saved.sources, out)
-        named = zip(inputs.WRT, (problem.query, problem.key, problem.value), strict=False)
+        outputs.check_overwritten(problem, saved.caller.query, out)
+        named = zip(WRT, (problem.query, problem.key, problem.value), strict=False)
         query, key, value = (array if name in saved.wrt else None for name, array in named)
-        own = [x if x is None or had_batch else x[0] for x in (query, key, value)]
-        return own, GradientBuffers(query, key, value, _new_hash_gradient(saved))
-    inputs_by_name = {"query": problem.query, "key": problem.key, "value": problem.value}
-    sources = [*readable(problem, saved.sources), *(("d_out", x) for x in d_out)]
-    inputs.check_gradient_targets(out)
-    results: list[np.ndarray | None] = []
-    for name, array in inputs_by_name.items():
-        shape = stored(array).shape
+        results = [x if x is None or had_batch else x[0] for x in (query, key, value)]
+        return results, GradientBuffers(query, key, value, _new_hash_gradient(saved))
+    sources = [*readable(problem, saved.caller), *(("d_out", x) for x in d_out)]
+    outputs.check_gradient_targets(out)
+    results = []
+    for name, passed in saved.caller._asdict().items():
         given = getattr(out, name, None)
         if name not in saved.wrt:
             if given is not None:
@@ -146,9 +168,8 @@ def gradient_buffers(
                 )
             results.append(None)
             continue
-        shape = shape if had_batch else shape[1:]
-        result = inputs.check_out(
-            given, f"out.{name}", shape, stored(array).dtype, sources, problem.on_device
+        result = outputs.check_out(
+            given, f"out.{name}", passed.array.shape, passed.dtype, sources, problem.on_device
         )
         sources.append((f"out.{name}", result))
         results.append(result)
@@ -167,7 +188,7 @@ def _new_hash_gradient(saved: Saved) -> Any:
 def hash_gradients(
     hash_gradient: Any, problem: Problem, lsh: SoftLSH, wrt: frozenset[str]
 ) -> tuple[Any, Any]:
-    """Bring the gradients of planes and beta to the shapes of `lsh.planes` and `lsh.beta`."""
+    """Return the gradients of planes and beta in the shapes of `lsh.planes` and `lsh.beta`."""
     if hash_gradient is None:
         return None, None
     total = hash_gradient[0] + hash_gradient[1]  # [M, L*P*D + 1], or [M, 1] for beta alone
@@ -184,31 +205,19 @@ def hash_gradients(
 
 
 def state_gradient(sketch: Sketch, lsh: SoftLSH) -> StateGradient:
-    """Bring the gradient of the initial states to the shapes of a `RaceState`."""
+    """Return the gradient of the initial states in the shapes of a `RaceState`."""
     mass = sketch.mass.reshape(*sketch.flat.shape[:2], lsh.n_tables, lsh.n_buckets)
     return StateGradient(mass, sketch.value_sum.reshape(*mass.shape, sketch.value_sum.shape[3]))
 
 
-def readable(problem: Problem, passed: tuple[Any, Any, Any]) -> list[tuple[str, Any]]:
-    """Name what a result must not overlap: what is read, and what the caller passed where that was
-    copied.
+def readable(problem: Problem, passed: Passed) -> list[tuple[str, Any]]:
+    """Return by name the arrays that a result must not overlap: those that are read, and those
+    passed by the caller in case they were copied.
     """
-    read = zip(
-        ("query", "key", "value", "key_mask"),
-        (problem.query, problem.key, problem.value, problem.key_mask),
-        strict=True,
-    )
-    return [*read, *zip(("query", "key", "value"), passed, strict=True)]
-
-
-def out_shape(problem: Problem, had_batch: bool) -> tuple[int, ...]:
-    """Return the shape of the output as the caller sees it."""
-    shape = (*stored(problem.query).shape[:3], problem.value_dim)
-    return shape if had_batch else shape[1:]
-
-
-def stored(array: np.ndarray | None) -> np.ndarray:
-    """Tell the type checker, and anyone who breaks it, that an attention problem has both sides."""
-    if array is None:
-        raise TypeError("this problem lacks its queries or its keys")
-    return array
+    read = {
+        "query": problem.query,
+        "key": problem.key,
+        "value": problem.value,
+        "key_mask": problem.key_mask,
+    }
+    return [*read.items(), *((name, x.source) for name, x in passed._asdict().items())]

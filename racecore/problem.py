@@ -3,7 +3,7 @@ table of sequences.
 
 Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L
 tables, P planes, R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G,
-or M = H where planes or beta are given per query head. State head m reads key/value head m // (M/G)
+or M = H if planes or beta are given per query head. State head m reads key/value head m // (M/G)
 and serves query heads m*(H/M) ... (m+1)*(H/M) - 1.
 """
 
@@ -32,9 +32,8 @@ BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors
 
 
 def changed(instance: Any, **fields: Any) -> Any:
-    """Return a copy of a frozen dataclass with other fields: `dataclasses.replace` in a tenth of
-    its time, unchecked.
-    """
+    """Return a copy of a frozen dataclass with other fields, unchecked."""
+    # a tenth of the time of dataclasses.replace, which a step of one token would notice
     copy = object.__new__(type(instance))
     copy.__dict__.update(instance.__dict__, **fields)
     return copy
@@ -42,8 +41,8 @@ def changed(instance: Any, **fields: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a
-    state is read.
+    """A computation. `query` is None if keys are only summed, `key` and `value` if a state is only
+    read.
 
     Arrays of tokens are NumPy arrays, or all of them CuPy arrays; planes, beta and sequences are
     NumPy arrays.
@@ -52,7 +51,7 @@ class Problem:
     query: np.ndarray | None  # [B, Tq, H, D], any strides
     key: np.ndarray | None  # [B, Tk, G, D]
     value: np.ndarray | None  # [B, Tk, G, V]
-    planes: np.ndarray  # [M, L, P, D] float64, broadcast where heads share them
+    planes: np.ndarray  # [M, L, P, D] float64, broadcast if heads share them
     beta: np.ndarray  # [M] float64
     key_mask: np.ndarray | None  # [B, Tk] bool, True = take part
     sequences: np.ndarray  # [N, 5] int64: batch index, query begin, query end, key begin, key end
@@ -62,13 +61,11 @@ class Problem:
     is_causal: bool
     readout: str  # "ratio" or "bucket_mean"
     dtype: np.dtype  # of the arithmetic
-    chunk_tokens: int | None = (
-        None  # at most so many tokens in flight, rounded up to whole segments
-    )
+    # at most so many tokens in flight, rounded up to whole segments
+    chunk_tokens: int | None = None
     workspace_bytes: int = WORKSPACE_BYTES  # at most so much temporary memory
-    keeps_states: bool = (
-        False  # of all segments for the backward pass, not only those at the boundaries of chunks
-    )
+    # of all segments, for the backward pass, not only those at the boundaries of chunks
+    keeps_states: bool = False
 
     @property
     def n_state_heads(self) -> int:
@@ -84,6 +81,13 @@ class Problem:
     def on_device(self) -> bool:
         """Whether tokens, and so states and results, are on a GPU."""
         return cuda.is_array(self.key if self.query is None else self.query)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, Tq, H, V] of the output; there must be queries."""
+        if self.query is None:
+            raise TypeError("this problem has no queries")
+        return (*self.query.shape[:3], self.value_dim)
 
     def count_keys(self) -> np.ndarray:
         """Count the keys of every sequence that take part, int64 [N]."""
@@ -134,9 +138,7 @@ class Sketch:
         return Sketch(self.flat[first:last], self.n_buckets)
 
     def to_device(self, on_device: bool) -> Sketch:
-        """Return the same states on a GPU or in host memory; a copy only where they are on the
-        other side.
-        """
+        """Return the same states on a GPU or in host memory, copied only to the other device."""
         flat = arrays.to_device(self.flat, on_device)
         return self if flat is self.flat else Sketch(flat, self.n_buckets)
 
@@ -145,13 +147,13 @@ class Sketch:
         return Sketch(self.flat.copy(), self.n_buckets)
 
     def rounded(self, dtype: np.dtype) -> Sketch:
-        """Return the same states as float32 or float64: itself where it is that already."""
+        """Return the same states as float32 or float64; itself if it has that dtype."""
         return self if self.flat.dtype == dtype else Sketch(self.flat.astype(dtype), self.n_buckets)
 
 
 @dataclass(eq=False)
 class GradientBuffers:
-    """Where the backward passes write. None means not asked for.
+    """Arrays for the gradients; None for those that are not wanted.
 
     The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the
     order of their additions, and so their bits, independent of how the work is cut into chunks.

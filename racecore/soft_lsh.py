@@ -22,14 +22,14 @@ _FILE_VERSION = 1
 class SoftLSH:
     """Soft locality-sensitive hash: `n_tables` tables of `n_planes` random hyperplanes each.
 
-    A row x falls softly into every corner r of the cube {-1, +1}^P of a table, ``phi[r] =
+    A row x has a probability for every corner r of the cube {-1, +1}^P of a table, ``phi[r] =
     softmax_r(beta * sum_p tanh(<W_p, x>) * c_r[p])``. Corners are numbered big-endian: plane 0 is
     the most significant bit, and a set bit means +1.
 
     Parameters
     ----------
     planes : array_like, shape [L, P, D] or [H, L, P, D]
-        Normal vectors; the 4-D form gives every query head its own. Kept as float64.
+        Normal vectors; the 4-D form has separate planes for every query head. Stored as float64.
     beta : float or array_like, shape [H]
         Sharpness; 0 hashes everything evenly, large values approach a hard hash. In float32 nothing
         under- or overflows for beta in [0, 20]. One value per query head is allowed.
@@ -81,13 +81,13 @@ class SoftLSH:
         beta : float or array_like, shape [H]
             Sharpness.
         rng : None, int, array_like of int, SeedSequence, BitGenerator or Generator
-            What `numpy.random.default_rng` takes.
+            As for `numpy.random.default_rng`.
         orthogonal : bool
             Make the planes orthogonal in blocks of D rows, keeping the lengths of Gaussian rows.
             This lowers the error of the kernel estimate a little (by about a tenth at 16 tables or
             more).
         n_heads : int, optional
-            Draw planes of their own for each of so many query heads.
+            Draw separate planes for each of so many query heads.
 
         Returns
         -------
@@ -145,16 +145,14 @@ class SoftLSH:
 
     @property
     def n_heads(self) -> int | None:
-        """H where planes or beta are given per query head, else None."""
+        """H if planes or beta are given per query head, else None."""
         if self._planes.ndim == 4:
             return self._planes.shape[0]
         return self._beta.shape[0] if self._beta.ndim == 1 else None
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over shapes and values, in hex. States of hashes with different fingerprints do
-        not mix.
-        """
+        """SHA-256 over shapes and values, in hex; states of different fingerprints do not mix."""
         if self._fingerprint is None:
             digest = hashlib.sha256(b"racecore.SoftLSH.1")
             for array in (self._planes, self._beta):
@@ -164,10 +162,9 @@ class SoftLSH:
         return self._fingerprint
 
     def per_head(self, n_state_heads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return planes [M, L, P, D] and beta [M] for M state heads, shared values repeated without
-        a copy.
+        """Return planes [M, L, P, D] and beta [M] for M state heads; shared values are broadcast.
 
-        They are the same arrays every time: what is made of them for kernels is kept by them.
+        Every call returns the same arrays, because kernels key their padded copies by them.
         """
         if n_state_heads not in self._per_head:
             arrays = (
@@ -183,7 +180,7 @@ class SoftLSH:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SoftLSH:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises
         ------
@@ -210,7 +207,10 @@ class SoftLSH:
             if self._beta.ndim == 0
             else f"[{self._beta.min():g} ... {self._beta.max():g}]"
         )
-        return f"SoftLSH(head_dim={self.head_dim}, n_tables={self.n_tables}, n_planes={self.n_planes}, beta={beta}{heads})"
+        return (
+            f"SoftLSH(head_dim={self.head_dim}, n_tables={self.n_tables}, "
+            f"n_planes={self.n_planes}, beta={beta}{heads})"
+        )
 
 
 def _checked_planes(planes: ArrayLike) -> np.ndarray:
@@ -226,8 +226,7 @@ def _checked_planes(planes: ArrayLike) -> np.ndarray:
     if array.shape[-2] > _MAX_PLANES:
         raise ValueError(
             f"a table has at most {_MAX_PLANES} planes (2**P buckets), got P = {array.shape[-2]} "
-            "in planes of shape "
-            f"{array.shape}; spread them over more tables"
+            f"in planes of shape {array.shape}; use more tables"
         )
     if not np.isfinite(array).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
@@ -255,19 +254,17 @@ def _checked_beta(beta: ArrayLike, planes: np.ndarray) -> np.ndarray:
 
 
 def _locked(array: np.ndarray) -> np.ndarray:
-    """Return a read-only view whose flag nobody can set back, as it could be on the array itself."""
+    """Return a read-only view of an array."""
+    # the view cannot be made writable again, because the array itself is read-only
     array.flags.writeable = False
     return array.view()
 
 
 def _repeated(array: np.ndarray, ndim: int, n: int) -> np.ndarray:
-    """Return n views of an array of `ndim` axes, or the array itself where it has an axis for them
-    already.
-    """
+    """Return an array of `ndim` axes broadcast along a new first axis; more axes stay."""
     if array.ndim > ndim:
         return array
-    # numpy.broadcast_to says the same and takes six times as long, which a call for one token
-    # notices
+    # numpy.broadcast_to does the same in six times the time: too long for a step of one token
     return np.ndarray((n, *array.shape), array.dtype, array, 0, (0, *array.strides))
 
 
@@ -276,13 +273,12 @@ def _gaussian_rows(generator: np.random.Generator, n_rows: int, dim: int) -> np.
 
 
 def _orthogonal_rows(generator: np.random.Generator, n_rows: int, dim: int) -> np.ndarray:
-    """Uniformly random orthogonal blocks of `dim` rows, each row as long as a Gaussian row would be
-    (chi_dim).
-    """
+    """Draw orthogonal blocks of `dim` rows; lengths are those of Gaussian rows (chi_dim)."""
     blocks = []
     for start in range(0, n_rows, dim):
         q, r = np.linalg.qr(generator.standard_normal((dim, dim)))
-        q = q * np.sign(np.diag(r))  # makes the rotation uniform (Haar)
+        # the signs make the rotation uniform (Haar)
+        q = q * np.sign(np.diag(r))
         lengths = np.linalg.norm(generator.standard_normal((dim, dim)), axis=1)
         blocks.append((q.T * lengths[:, None])[: n_rows - start])
     return np.concatenate(blocks)

@@ -12,9 +12,7 @@ from racecore.runtime import arrays
 
 
 class Foreign:
-    """An array of a library of its own that speaks DLPack and nothing else, as a stand-in for the
-    real ones.
-    """
+    """An array of another library that has DLPack and nothing else, in place of real ones."""
 
     def __init__(self, array, device=(1, 0)):
         self.array = array

@@ -72,7 +72,7 @@ def test_results_go_where_the_caller_wants_them(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, x: {"query": x}, "in one place, got query in host memory, key on a GPU"),
+        (lambda q, x: {"query": x}, "on one device, got query in host memory, key on a GPU"),
         (
             lambda q, x: {"out": x},
             "out must be a CuPy array, as the inputs are on a GPU, got numpy.ndarray",

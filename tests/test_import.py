@@ -10,7 +10,8 @@ import numpy
 start = time.perf_counter()
 import racecore
 seconds = time.perf_counter() - start
-heavy = [name for name in ("cupy", "torch", "jax", "numba", "dask", "scipy", "tqdm", "matplotlib") if name in sys.modules]
+names = ("cupy", "torch", "jax", "numba", "dask", "scipy", "tqdm", "matplotlib")
+heavy = [name for name in names if name in sys.modules]
 print(json.dumps({"seconds": seconds, "heavy": heavy}))
 """
 

@@ -141,7 +141,7 @@ def test_out_must_not_overlap_an_input():
         racecore.attention(buffer[0], buffer[1], buffer[2], out=buffer[0])
 
 
-def test_out_must_not_overlap_what_was_copied_on_the_way_in():
+def test_out_must_not_overlap_an_input_that_was_copied():
     """A byte-swapped input is copied; a result must not land in the original either."""
     swapped = np.ones((8, 2, 6), ">f4")
     before = swapped.copy()
@@ -174,7 +174,7 @@ def test_gradient_targets_are_named(out):
         racecore.attention_backward(np.ones((2, 8, 4, 5)), saved, out=racecore.Gradients(beta=1.0))
 
 
-def test_a_state_brings_its_hash():
+def test_the_hash_is_that_of_the_initial_state():
     other = racecore.SoftLSH.random(6, 2, 3, rng=5)
     past = racecore.RaceState.zeros(other, 2, 2, 5)
     past.append(k, v)

@@ -172,7 +172,7 @@ def test_long_sequences_give_the_bits_of_saved_states(
     assert_equal_bits(jax_results(arrays, options, d_out), expected)
 
 
-def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwanted_gradients_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     from racecore.adapters import task
 
     wanted = []
@@ -193,7 +193,7 @@ def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.Monkey
 
 
 def test_one_set_of_gradients_is_not_taken_for_another() -> None:
-    """JAX traces the forward rule once for every set and keeps what it traced: sets asked for in
+    """JAX traces the forward rule once for every set and keeps what it traced: sets used in
     turns stay apart.
     """
     arrays, options, _ = inputs_of(KINDS["causal"], "float32")
@@ -350,7 +350,7 @@ def test_gradients_come_in_the_dtypes_of_their_inputs() -> None:
     )
 
 
-def test_nothing_is_narrowed_without_a_word() -> None:
+def test_nothing_is_narrowed_silently() -> None:
     arrays, _, _ = inputs_of(KINDS["causal"], "float64")
     lsh = racecore.SoftLSH.random(5, rng=0)
     single = [x.astype(np.float32) for x in arrays[:3]]
@@ -498,7 +498,7 @@ def test_calls_with_copies_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(mapped(*rows), copied)
 
 
-def test_a_refused_registration_is_said_and_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_registration_warns_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("no such interface")
 
@@ -584,13 +584,16 @@ SHARDED = """
     rows = [jnp.asarray(rng.standard_normal((2, 50, 4, 8), dtype=np.float32)) for _ in range(3)]
     shared = jnp.asarray(rng.standard_normal((3, 2, 8), dtype=np.float32)), jnp.float32(1.5)
     attend = lambda *a: race_attention(*a, is_causal=True)
-    both = lambda attend: lambda *a: (attend(*a), jax.grad(lambda *a: (attend(*a) * 0.5).sum(), argnums=(0, 1, 2, 3, 4))(*a))
+    def both(attend):
+        loss = lambda *a: (attend(*a) * 0.5).sum()
+        return lambda *a: (attend(*a), jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*a))
     expected = [np.asarray(x) for x in jax.tree.leaves(both(attend)(*rows, *shared))]
     worst = {}
 
     def compare(name, found, exact):
         found = [np.asarray(x) for x in jax.tree.leaves(found)]
-        errors = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
+        pairs = zip(found, expected, strict=True)
+        errors = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
         worst[name] = [max(errors[:4]), max(errors[4:])]  # rows, and what is summed over shards
 
     for spec in (P("x"), P(None, None, "x")):
@@ -601,12 +604,15 @@ SHARDED = """
                 compare(f"jit {spec} {kind}", jax.jit(both(attend))(*spread, *shared), True)
                 out = attend(*spread, *shared) + spread[0]  # what comes out can be used
                 compare(f"eager {spec} {kind}", both(attend)(*spread, *shared), True)
-                plain = racecore.attention(*spread, racecore.SoftLSH(*map(np.asarray, shared)), is_causal=True)
+                lsh = racecore.SoftLSH(*map(np.asarray, shared))
+                plain = racecore.attention(*spread, lsh, is_causal=True)
                 assert (np.asarray(plain) == expected[0]).all()
             if kind == AxisType.Auto:
                 for check in (True, False):
-                    local = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3 + (P(), P()), out_specs=spec, check_vma=check)
-                    compare(f"shard_map {spec} {check}", jax.jit(both(local))(*spread, *shared), False)
+                    specs = dict(in_specs=(spec,) * 3 + (P(), P()), out_specs=spec)
+                    local = jax.shard_map(attend, mesh=mesh, check_vma=check, **specs)
+                    found = jax.jit(both(local))(*spread, *shared)
+                    compare(f"shard_map {spec} {check}", found, False)
                     assert local(*spread, *shared).sharding.spec == spec
     print(json.dumps(worst))
 """
@@ -627,14 +633,16 @@ LARGE = """
     from jax import numpy as jnp
     from racecore.adapters.jax import race_attention
 
-    constant = np.random.default_rng(0).standard_normal((1 << 15, 2, 64), dtype=np.float32)  # 17 MB, unlike its neighbours
+    # 17 MB, unlike its neighbours
+    constant = np.random.default_rng(0).standard_normal((1 << 15, 2, 64), dtype=np.float32)
     planes = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 64), dtype=np.float32))
     attend = lambda q: race_attention(q, constant, q * 2, planes, 1.0, is_causal=True)
     step = jax.jit(lambda q: q - 0.1 * jax.grad(lambda q: (attend(attend(q)) ** 2).mean())(q))
     q = jnp.asarray(constant)
     for _ in range(12):
         q = step(q)  # not waited for: as many as JAX likes are under way
-    pieces = jax.jit(jax.vmap(attend_few := lambda q: race_attention(q, q, q, planes, 1.0)))(q.reshape(64, 512, 2, 64))
+    attend_few = lambda q: race_attention(q, q, q, planes, 1.0)
+    pieces = jax.jit(jax.vmap(attend_few))(q.reshape(64, 512, 2, 64))
     print(json.dumps(bool(jnp.isfinite(q).all() & jnp.isfinite(pieces).all())))
 """
 

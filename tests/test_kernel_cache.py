@@ -1,5 +1,6 @@
-"""Compiled kernels on disk: whatever happens to the files, results are right and at worst slower."""
+"""Compiled kernels on disk: whatever happens to the files, results are right, at worst slower."""
 
+import ast
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 
+import racecore
 from racecore.runtime import kernel_cache
 
 PROGRAM = """
@@ -142,22 +144,134 @@ def test_old_files_of_a_kernel_are_removed_when_a_new_one_is_saved(filled, tmp_p
     assert other.exists()
 
 
-def test_an_edited_helper_makes_other_file_names(monkeypatch):
-    """The name depends on every source that kernels are made from, also those of helpers in other
-    modules.
+PACKAGE = pathlib.Path(racecore.__file__).parent
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Return a copy of the sources, to be edited."""
+    return pathlib.Path(
+        shutil.copytree(
+            PACKAGE, tmp_path / "racecore", ignore=shutil.ignore_patterns("__pycache__")
+        )
+    )
+
+
+def kernel_digest(package):
+    return kernel_cache.source_digest(package, kernel_cache.kernel_sources)
+
+
+def other_digest(package):
+    return kernel_cache.source_digest(package, kernel_cache.other_sources)
+
+
+def edit(package, file, old, new):
+    text = (package / file).read_text()
+    assert old in text
+    (package / file).write_text(text.replace(old, new, 1))
+
+
+def test_the_digest_is_the_same_in_a_copy_of_the_package(package):
+    assert kernel_digest(package) == kernel_digest(PACKAGE)
+    assert other_digest(package) == other_digest(PACKAGE)
+
+
+def test_comments_docstrings_and_blank_lines_compile_nothing(package):
+    for file in package.rglob("*.py"):
+        text = file.read_text().replace('"""\n', ' More prose."""\n\n', 1)
+        file.write_text(f"# a comment\n{text}\n# another one\n")
+    assert kernel_digest(package) == kernel_digest(PACKAGE)
+    assert other_digest(package) == other_digest(PACKAGE)
+
+
+def subtract(node):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        node.op = ast.Sub()
+
+
+def double(node):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        node.value = 2 * node.value + 1
+
+
+def rename(node):
+    if isinstance(node, ast.FunctionDef):
+        node.name += "_2"
+
+
+def drop_a_flag(node):
+    if isinstance(node, ast.Set):
+        del node.elts[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("ops/simd/products.py", subtract),
+        ("ops/socket/layout.py", double),
+        ("chunking.py", double),
+        ("ops/causal/cpu.py", rename),
+        ("runtime/jit.py", drop_a_flag),
+    ],
+)
+def test_an_operator_a_constant_a_name_or_a_flag_changes_the_digest(package, file, change):
+    tree = ast.parse((package / file).read_bytes())
+    (package / file).write_text(ast.unparse(tree))
+    before = kernel_digest(package)
+    for node in ast.walk(tree):
+        change(node)
+    (package / file).write_text(ast.unparse(tree))
+    assert kernel_digest(package) != before
+
+
+def test_a_new_module_of_kernels_changes_the_digest(package):
+    (package / "ops" / "simd" / "new.py").write_text("x = 1\n")
+    assert kernel_digest(package) != kernel_digest(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("ops/soft_hash/reference.py", "def ", "def renamed_"),
+        ("ops/reference_rows.py", "def ", "def renamed_"),
+        ("ops/soft_hash/cuda.py", "def ", "def renamed_"),
+        ("ops/cuda/call.py", "def ", "def renamed_"),
+        ("ops/soft_hash/kernels.cu", "+", "-"),
+    ],
+)
+def test_other_backends_compile_nothing_but_change_the_identity(package, file, old, new):
+    edit(package, file, old, new)
+    assert kernel_digest(package) == kernel_digest(PACKAGE)
+    assert other_digest(package) != other_digest(PACKAGE)
+
+
+def test_the_identity_has_both_digests(monkeypatch):
+    before = kernel_cache.identity()
+    original = kernel_cache._digest
+    for sources in (kernel_cache.kernel_sources, kernel_cache.other_sources):
+        monkeypatch.setattr(
+            kernel_cache,
+            "_digest",
+            lambda of, changed=sources: "other" if of is changed else original(of),
+        )
+        assert kernel_cache.identity() != before
+
+
+def test_kernels_are_made_from_nothing_that_the_digest_leaves_out():
+    """Modules in the digest import no module of racecore outside of it, but for what no kernel
+    compiles: arrays, threads and the package's own name.
     """
-    before = kernel_cache._source_digest()
-    kernel_cache._source_digest.cache_clear()
-    original = pathlib.Path.read_bytes
-
-    def edited(self):
-        return original(self) + (b"# edited" if self.name == "products.py" else b"")
-
-    monkeypatch.setattr(pathlib.Path, "read_bytes", edited)
-    assert kernel_cache._source_digest() != before
-    monkeypatch.undo()
-    kernel_cache._source_digest.cache_clear()
-    assert kernel_cache._source_digest() == before
+    sources = kernel_cache.kernel_sources(PACKAGE)
+    inside = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sources}
+    harmless = {"runtime/arrays", "runtime/threads", "runtime/cuda", "runtime/progress", "errors"}
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("racecore"):
+                continue
+            base = node.module.replace(".", "/").removeprefix("racecore").removeprefix("/")
+            for name in [base, *(f"{base}/{alias.name}".lstrip("/") for alias in node.names)]:
+                if (PACKAGE / f"{name}.py").exists():
+                    assert name in inside | harmless, (path.name, name)
 
 
 def test_describe(monkeypatch, tmp_path):

@@ -442,17 +442,9 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(
 ):
     n = int(bounds[-1])
     q, kv = np.zeros((n, 1, 16), np.float32), np.zeros((n, 1, 16), np.float32)
-    problem, _, _ = inputs.check_attention(
-        q,
-        kv,
-        kv,
-        LSH,
-        is_causal=causal,
-        readout="ratio",
-        key_mask=None,
-        cu_seqlens=bounds,
-        chunk_size=None,
-        memory_limit=None,
+    passed = inputs.Passed.resolve(q, kv, kv)
+    problem, _ = inputs.check_attention(
+        passed, LSH, is_causal=causal, readout="ratio", cu_seqlens=bounds
     )
     limit = schedule.Limits(n_segments * 1024, 1 << 20, sequences, 0)
     seen = {stage: np.zeros(n, int) for stage in schedule.PASSES[causal, back]}
@@ -475,18 +467,8 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(
 
 def test_limits_follow_the_formula_and_grow_with_the_memory():
     x = np.broadcast_to(np.float32(0), (1 << 20, 4, 128))
-    problem, _, _ = inputs.check_attention(
-        x,
-        x,
-        x,
-        None,
-        is_causal=True,
-        readout="ratio",
-        key_mask=None,
-        cu_seqlens=None,
-        chunk_size=None,
-        memory_limit=None,
-    )
+    passed = inputs.Passed.resolve(x, x, x)
+    problem, _ = inputs.check_attention(passed, None, is_causal=True, readout="ratio")
     chunks = []
     for limit in (40e6, 100e6, 200e6, 1e9, 64e9):
         found = schedule.limits(problem, True, int(limit))

@@ -105,15 +105,13 @@ def test_soft_hash(dtype: Any, limit: float, n_tokens: int, backend: str) -> Non
 
 
 def problem_of(arrays: Any, problem: Problem, backend: str) -> Any:
-    checked, _, _ = inputs.check_attention(
-        *(put(array, backend) for array in (arrays.query, arrays.key, arrays.value)),
+    rows = (put(array, backend) for array in (arrays.query, arrays.key, arrays.value))
+    checked, _ = inputs.check_attention(
+        inputs.Passed.resolve(*rows),
         racecore.SoftLSH(arrays.planes, arrays.beta),
         is_causal=problem.is_causal,
         readout=problem.readout,
         key_mask=put(arrays.key_mask, backend),
-        cu_seqlens=None,
-        chunk_size=None,
-        memory_limit=None,
     )
     return checked
 

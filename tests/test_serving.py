@@ -16,8 +16,8 @@ import pytest
 from devices import BACKENDS, fetch, put
 
 import racecore
-from racecore.ops.cpu import call
 from racecore.ops.decoding import cpu as decoding
+from racecore.ops.soft_hash import planes
 from racecore.ops.soft_hash.cpu import soft_hash
 from racecore.runtime import files, progress
 
@@ -65,7 +65,7 @@ def assert_same(a, b):
 
 
 # One token
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
@@ -86,7 +86,7 @@ def test_a_step_is_append_and_attend_to_the_bit(sizes, per_head, dtype, readout)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_step_of_a_float32_state_rounds_what_it_stores_and_asks_that(sizes, dtype):
+def test_a_step_of_a_float32_state_reads_out_the_rounded_sums(sizes, dtype):
     state = make(sizes, dtype=np.float32)
     wide = state.astype(np.float64)
     query, key, value = rows(sizes, 1, dtype)
@@ -142,9 +142,9 @@ def test_backends_take_idle_members_masks_and_float32_states(dtype, backend):
     held = fetch(state.sketch.flat)[[0, 2]].copy()
     key[[0, 2]], value[[0, 2]] = np.nan, np.nan
     placed = [put(x, backend) for x in (query, key, value)]
-    asked = state.step(*placed, key_mask=put(mask, backend), backend=backend)
+    out_of_two = state.step(*placed, key_mask=put(mask, backend), backend=backend)
     np.testing.assert_array_equal(fetch(state.sketch.flat)[[0, 2]], held)
-    np.testing.assert_allclose(fetch(asked)[[0, 2]], fetch(out)[[0, 2]], rtol=1e-6)
+    np.testing.assert_allclose(fetch(out_of_two)[[0, 2]], fetch(out)[[0, 2]], rtol=1e-6)
     np.testing.assert_array_equal(state.lengths, [21, 21, 21])
 
 
@@ -210,7 +210,7 @@ def test_an_interrupted_step_is_done_as_a_whole_or_not_at_all(monkeypatch):
     assert_same(state, expected)
 
 
-def test_what_was_checked_once_is_not_taken_for_granted():
+def test_a_step_unlike_the_last_one_is_checked_again():
     state = make()
     query, key, value = rows((BATCH, H, G, D, V), 1)
     state.step(query, key, value)
@@ -244,11 +244,11 @@ def test_what_was_checked_once_is_not_taken_for_granted():
     assert_same(state, before)
 
 
-def test_what_kernels_keep_of_a_hash_goes_with_it():
+def test_padded_planes_are_dropped_with_their_hash():
     gc.collect()
-    n_before = len(call._padded)
+    n_before = len(planes._padded)
     outs = []
-    for beta in (0.5, 3.0):  # the second hash may lie where the first one lay
+    for beta in (0.5, 3.0):  # the second hash may have the address of the first one
         state = racecore.RaceState.zeros(
             racecore.SoftLSH.random(D, 3, 2, beta=beta, rng=int(beta)), BATCH, G, V
         )
@@ -256,16 +256,16 @@ def test_what_kernels_keep_of_a_hash_goes_with_it():
         state.append(key, value)
         tokens = rows((BATCH, H, G, D, V), 1, seed=3)
         outs.append((state.copy().step(*tokens), state.copy().step(*tokens, backend="reference")))
-        assert len(call._padded) > n_before
+        assert len(planes._padded) > n_before
         del state
         gc.collect()
-        assert len(call._padded) == n_before
+        assert len(planes._padded) == n_before
     for fast, plain in outs:
         np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-6)
 
 
 # Several tokens
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -358,7 +358,7 @@ def test_padding_on_the_left_is_masked():
 
 
 # Snapshots
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 WRITES = {
     "step": lambda state: state.step(*rows((BATCH, H, G, D, V), 1)),
@@ -371,7 +371,7 @@ WRITES = {
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("write", WRITES)
-def test_a_state_comes_back_from_whatever_was_written(write, dtype):
+def test_a_restored_state_has_the_bits_of_the_snapshot(write, dtype):
     state = make(dtype=dtype)
     before, after = state.copy(), state.copy()
     WRITES[write](after)
@@ -384,7 +384,7 @@ def test_a_state_comes_back_from_whatever_was_written(write, dtype):
         assert_same(state, before)
 
 
-def test_a_snapshot_copies_nothing_until_there_is_something_to_keep():
+def test_a_snapshot_copies_nothing_before_the_next_write():
     state = make()
     snapshot = state.snapshot()
     assert state.snapshot() is snapshot
@@ -400,7 +400,8 @@ def test_a_snapshot_copies_nothing_until_there_is_something_to_keep():
     kept = state.sketch.flat
     del snapshot
     WRITES["step"](state)
-    assert state.sketch.flat is kept  # nobody would miss it
+    # no copy for a snapshot that is gone
+    assert state.sketch.flat is kept
 
 
 def test_snapshots_are_independent_of_each_other():
@@ -417,7 +418,7 @@ def test_snapshots_are_independent_of_each_other():
             assert_same(snapshot, content)
 
 
-def test_members_of_a_batch_come_back_alone():
+def test_members_of_a_batch_are_restored_alone():
     state = make()
     before = state.copy()
     snapshot = state.snapshot()
@@ -436,7 +437,7 @@ def test_members_of_a_batch_come_back_alone():
     assert_same(state, before)
 
 
-def test_a_snapshot_goes_back_to_its_own_state_only():
+def test_a_snapshot_is_restored_in_its_own_state_only():
     state, other = make(), make()
     with pytest.raises(ValueError, match="another state"):
         other.restore(state.snapshot())
@@ -445,7 +446,7 @@ def test_a_snapshot_goes_back_to_its_own_state_only():
 
 
 # float32 states
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_dtype_of_a_state_stays(tmp_path):
@@ -467,12 +468,12 @@ def test_the_dtype_of_a_state_stays(tmp_path):
 
 @pytest.mark.parametrize("n_tokens", [3, 300, 1500])
 def test_many_tokens_are_summed_in_float64_and_rounded_once(n_tokens):
-    narrow = make(dtype=np.float32)
-    wide = narrow.astype(np.float64)
+    rounded = make(dtype=np.float32)
+    wide = rounded.astype(np.float64)
     tokens = rows((BATCH, H, G, D, V), n_tokens, seed=5)
-    narrow.append(*tokens[1:])
+    rounded.append(*tokens[1:])
     wide.append(*tokens[1:])
-    assert_same(narrow, wide.astype(np.float32))
+    assert_same(rounded, wide.astype(np.float32))
     stepped, wide = make(dtype=np.float32), make(dtype=np.float32).astype(np.float64)
     np.testing.assert_array_equal(stepped.step(*tokens), wide.step(*tokens))
     assert_same(stepped, wide.astype(np.float32))
@@ -491,22 +492,22 @@ def test_a_float32_sum_stands_still_where_the_docs_say_so():
         assert (state.mass == 2**24 + (6 if grows else 4)).all()
 
 
-@pytest.mark.parametrize(("own", "others"), [(np.float32, np.float64), (np.float64, np.float32)])
-def test_merging_keeps_the_dtype_of_the_state_that_grows(own, others):
-    state, other = make(dtype=own), make(dtype=others, seed=9)
-    expected = (state.sketch.flat.astype(np.float64) + other.sketch.flat).astype(own)
+@pytest.mark.parametrize(("mine", "others"), [(np.float32, np.float64), (np.float64, np.float32)])
+def test_merging_keeps_the_dtype_of_the_state_that_grows(mine, others):
+    state, other = make(dtype=mine), make(dtype=others, seed=9)
+    expected = (state.sketch.flat.astype(np.float64) + other.sketch.flat).astype(mine)
     state.merge(other)
     np.testing.assert_array_equal(state.sketch.flat, expected)
-    assert state.dtype == own
+    assert state.dtype == mine
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_attention_goes_on_from_a_float32_state(is_causal):
-    narrow = make(dtype=np.float32)
-    wide = narrow.astype(np.float64)
+def test_attention_continues_a_float32_state(is_causal):
+    rounded = make(dtype=np.float32)
+    wide = rounded.astype(np.float64)
     tokens = rows((BATCH, H, G, D, V), 12)
     results = []
-    for state in (narrow, wide):
+    for state in (rounded, wide):
         out, saved, final = racecore.attention_forward(
             *tokens, initial_state=state, is_causal=is_causal, return_state=True
         )
@@ -543,7 +544,7 @@ def test_files_of_the_first_version_still_load(tmp_path):
 
 
 # The benchmark
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_loop_behind_the_table_of_errors_adds_as_a_step_does(monkeypatch):

@@ -658,7 +658,7 @@ def test_results_are_on_the_device_of_the_index(backend, tmp_path):
         (lambda: host.append(k, v), "index is in the host's memory and key in a GPU's memory"),
         (
             lambda: host.append(k, value),
-            "must be in one place, got key on a GPU, value in host memory",
+            "must be on one device, got key on a GPU, value in host memory",
         ),
         (lambda: index.scores(query), "index is in a GPU's memory and query in the host's"),
         (lambda: host.select(q, budget=3), "index is in the host's memory and query in a GPU's"),

@@ -1,5 +1,7 @@
 """RaceState: additive, mergeable, saved with a checksum, and never half-changed."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -214,7 +216,7 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
     assert state.n_tokens == 5000
 
 
-def test_append_and_attend_go_part_by_part(monkeypatch):
+def test_append_and_attend_compute_part_by_part(monkeypatch):
     """Temporary memory is bounded because a batch is cut into parts; the cut changes no bit."""
     from racecore import chunking
 
@@ -265,7 +267,7 @@ def test_attend_names_what_is_wrong():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("n_heads", "value_dim"), [(2, 32), (4, 48), (2, 20), (2, 24)])
 def test_one_query_gets_the_same_bits_as_among_many(n_heads, value_dim, dtype):
-    """One or two queries read the state where it lies, many a rounded copy of it."""
+    """One or two queries read the float64 state itself, many a rounded copy of it."""
     rng = np.random.default_rng(0)
     shapes = ((300, 2, 16), (300, 2, value_dim), (40, n_heads, 16))
     k, v, q = (rng.standard_normal((1, *shape), dtype=dtype) for shape in shapes)
@@ -280,3 +282,24 @@ def test_one_query_gets_the_same_bits_as_among_many(n_heads, value_dim, dtype):
     for n in (1, 2):
         alone = np.concatenate([state.attend(q[:, i : i + n]) for i in range(0, 40, n)], axis=1)
         np.testing.assert_array_equal(alone, together)
+
+
+def test_pickles_name_modules_that_stay():
+    """Pickles name a class by its module; those of version 0.1 name modules that have moved."""
+    lsh = racecore.SoftLSH.random(D, 2, 2, rng=0)
+    rng = np.random.default_rng(0)
+    key, value = (rng.standard_normal((1, 70, 2, dim), dtype=np.float32) for dim in (D, 5))
+    state, index = racecore.RaceState.zeros(lsh, 1, 2, 5), racecore.SocketIndex(lsh)
+    state.append(key, value)
+    index.append(key, value, backend="reference")
+    content = pickle.dumps((state, index), protocol=2)
+    assert b"racecore.state\nRaceState\n" in content
+    new_name, old_name = b"racecore.sparse\nSocketIndex\n", b"racecore.socket_index\nSocketIndex\n"
+    assert new_name in content
+    for copy in (content, content.replace(new_name, old_name)):
+        loaded_state, loaded_index = pickle.loads(copy)
+        np.testing.assert_array_equal(loaded_state.value_sum, state.value_sum)
+        np.testing.assert_array_equal(
+            loaded_index.scores(key[:, -1:], backend="reference"),
+            index.scores(key[:, -1:], backend="reference"),
+        )

@@ -107,7 +107,7 @@ def test_default_count(monkeypatch):
     assert default_count() == processors
 
 
-def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatch):
+def test_a_finished_job_keeps_nothing_alive_before_its_helpers_begin(monkeypatch):
     """A starved helper holds the jobs it never got round to; their arrays would count as the next
     call's memory.
     """
@@ -131,7 +131,7 @@ def test_a_job_that_is_over_keeps_nothing_alive_though_no_helper_came(monkeypatc
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_a_signal_raises_waits_for_the_helpers(error):
+def test_an_exception_of_a_signal_handler_waits_for_the_helpers(error):
     """They write to arrays that the caller gives up when it unwinds."""
     working = set()
 

@@ -121,7 +121,7 @@ def test_gradcheck_with_masks_and_packed(is_causal):
 
 
 def test_gradients_of_a_few():
-    """Only what is asked for; the rest has none, and the values stay."""
+    """Only the wanted gradients are computed; the values stay."""
     for wanted in range(5):
         tensors = inputs(requires_grad=False)
         tensors[wanted].requires_grad_()
@@ -360,10 +360,10 @@ def test_autocast():
 
 
 # Layouts and traps
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def test_any_strides_are_taken_where_they_lie():
+def test_any_strides_are_read_in_place():
     tensors = inputs(torch.float32)
     expected = race_attention(*tensors)
     transposed = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]]
@@ -446,7 +446,7 @@ def test_tensors_without_memory():
 
 
 # race_sdpa
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_sdpa_has_heads_first():
@@ -465,7 +465,7 @@ def test_sdpa_has_heads_first():
 
 
 def test_compiled_sdpa():
-    """With a module's hash in one graph; with a SoftLSH, which is not made of tensors, in pieces."""
+    """In one graph with a module's hash; in pieces with a SoftLSH, which is not made of tensors."""
     module = RaceAttention(24, 4, n_tables=3, n_planes=2)
     lsh = racecore.SoftLSH(module.planes.numpy(), module.beta.item())
     tensors = [x.detach().transpose(1, 2) for x in inputs(torch.float32)[:3]]
@@ -504,7 +504,7 @@ def test_sdpa_refuses_what_a_sketch_cannot_do(options, message):
 
 
 # RaceAttention
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_layer_is_projections_around_attention():
@@ -656,7 +656,7 @@ def test_bad_layers(options, message):
 
 
 # RaceCache
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
@@ -785,7 +785,7 @@ def test_data_loader_workers_after_the_parent_has_computed():
     np.testing.assert_array_equal(bits(torch.cat(list(loader))), bits(expected))
 
 
-def test_threads_are_those_of_torch_unless_racecore_is_asked(monkeypatch):
+def test_threads_are_those_of_torch_unless_set_in_racecore(monkeypatch):
     from racecore.runtime.threads import count
 
     seen = []
@@ -872,6 +872,7 @@ def test_peak_memory_of_training():
 
 
 def test_importing_racecore_loads_no_framework():
-    code = "import sys, racecore; print([m for m in ('torch', 'jax', 'transformers', 'dask', 'cupy') if m in sys.modules])"
+    names = ("torch", "jax", "transformers", "dask", "cupy")
+    code = f"import sys, racecore; print([m for m in {names} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

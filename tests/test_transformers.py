@@ -257,7 +257,7 @@ def test_converting_leaves_others_alone():
 
 
 def test_the_first_call_leaves_no_traces():
-    """The fixed hash is made when it is first needed, whatever that call is under."""
+    """The fixed hash is made by the first call, which may be under inference mode."""
     race.register("race once more")
     model = model_with("race once more")
     with torch.inference_mode():

@@ -7,10 +7,10 @@ How it works. The kernels run on the host, on NumPy views of XLA's own buffers: 
 function is traced, shapes and dtypes are checked with stand-ins that take no memory, so that
 mistakes are reported by the call that makes them.
 
-What is kept between forward and backward: the inputs, nothing else. racecore's own `Saved` also
-holds states at chunk boundaries; how many there are depends on how the call is cut into chunks,
-they are float64, which JAX without x64 does not have, and under vmap the cut is known only when the
-batch is. Backward sums the keys again instead.
+Between forward and backward only the inputs are kept. The `Saved` of racecore also holds states at
+chunk boundaries: their number depends on the chunks of the call, they are float64, which JAX
+without x64 does not have, and under vmap the chunks are known only when the batch is. Backward sums
+the keys again instead.
 
 No function of JAX is called inside a call from XLA: on a machine with few cores it could wait for a
 thread that waits for it.
@@ -31,13 +31,13 @@ import racecore
 from racecore import inputs
 from racecore.adapters import task as host
 from racecore.adapters import xla_call
-from racecore.adapters.task import HASH, ROWS, Task
+from racecore.adapters.task import HASH, ROWS, HostTask
 from racecore.runtime import arrays
 
 __all__ = ["race_attention"]
 
 _DIFFERENTIABLE = (*ROWS, *HASH)
-_TARGET = "racecore_race_attention"  # what compiled programs call
+_TARGET = "racecore_race_attention"  # the name in compiled programs
 
 
 def race_attention(
@@ -78,24 +78,24 @@ def race_attention(
     Returns
     -------
     jax.Array, shape [B, T, H, V]
-        In the query's dtype. Gradients are in the dtype of what they belong to.
+        In the query's dtype. A gradient has the dtype of its argument.
 
     Raises
     ------
     ValueError, TypeError
-        What was expected, what came and what to do, while tracing. Also for a float64 array where
-        x64 is off: JAX would narrow it without a word.
+        While tracing; the message says what was expected, what came and what to do. Also for a
+        float64 array where x64 is off: JAX would silently make it float32.
     NotImplementedError
-        A second derivative was asked for.
+        A second derivative is taken.
 
     Notes
     -----
-    Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2. The bits are those of `racecore.attention` on NumPy arrays.
+    Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2. The bits are those of
+    `racecore.attention` on NumPy arrays.
 
     Under `jax.vmap` mapped axes become one batch. Where planes, beta or cu_seqlens are mapped, or a
     mapped function's gradient of planes or beta is wanted, the examples are computed one after the
-    other, as JAX asks for the gradient of each: a batch axis of the arrays themselves is then
-    faster.
+    other, as JAX needs the gradient of each: a batch axis of the arrays themselves is then faster.
 
     Values that only become known when the compiled program runs cannot raise while tracing: planes
     or beta that are not finite make the result NaN, and so all gradients; a traced cu_seqlens that
@@ -103,12 +103,13 @@ def race_attention(
 
     Computation is in host memory, whatever device the arrays are on. An array sharded over devices
     is gathered for the call, unless it is made inside `jax.shard_map`: then every shard is computed
-    where it is.
+    by itself.
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
-    >>> q, k, v = (jnp.asarray(rng.standard_normal((100, 2, 16), dtype=np.float32)) for _ in range(3))
+    >>> rows = (rng.standard_normal((100, 2, 16), dtype=np.float32) for _ in range(3))
+    >>> q, k, v = (jnp.asarray(x) for x in rows)
     >>> planes = jnp.asarray(rng.standard_normal((4, 2, 16), dtype=np.float32))
     >>> loss = lambda q: race_attention(q, k, v, planes, 1.0, is_causal=True).sum()
     >>> jax.grad(loss)(q).shape
@@ -118,14 +119,14 @@ def race_attention(
     given |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
     _check(given, is_causal, readout)
     traced = {name: _as_jax(array, name) for name, array in given.items() if array is not None}
-    task = Task(
+    task = HostTask(
         bool(is_causal), readout, tuple((name, array.ndim) for name, array in traced.items())
     )
     return _compiled(task, _varying_alike(traced))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
+def _attention(task: HostTask, given: dict[str, jax.Array]) -> jax.Array:
     """Call racecore's forward on arrays that have been checked."""
     query, value = given["query"], given["value"]
     (out,) = _call(
@@ -135,19 +136,19 @@ def _attention(task: Task, given: dict[str, jax.Array]) -> jax.Array:
 
 
 def _forward(
-    task: Task, given: dict[str, Any]
+    task: HostTask, given: dict[str, Any]
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
-    """Keep the inputs, and which gradients will be wanted."""
+    """Return the output; keep the inputs and the names of the gradients to compute."""
     values = {name: argument.value for name, argument in given.items()}
     code = sum(1 << bit for bit, name in enumerate(_DIFFERENTIABLE) if given[name].perturbed)
-    # As a length: known while tracing, and part of the array. The structure of what is kept is not
-    # safe, since JAX traces this function once for every set of wanted gradients and may then take
-    # one's structure for another's.
+    # As a length: known while tracing, and part of the array. The structure of the kept values is
+    # not safe, since JAX traces this function once for every set of wanted gradients and may then
+    # take one's structure for another's.
     return _attention(task, values), (values, jnp.zeros((code, 0), bool))
 
 
 def _backward(
-    task: Task, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any
+    task: HostTask, kept: tuple[dict[str, jax.Array], jax.Array], d_out: Any
 ) -> tuple[dict[str, Any]]:
     values, wanted = kept
     wrt = tuple(name for bit, name in enumerate(_DIFFERENTIABLE) if wanted.shape[0] >> bit & 1)
@@ -158,12 +159,14 @@ def _backward(
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
-# Compiled, because shard_map outside a jit cannot tell what is differentiated.
+# Compiled, because shard_map outside a jit does not know what is differentiated.
 _compiled = jax.jit(_attention, static_argnums=0, inline=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dict[str, jax.Array]:
+def _gradients(
+    task: HostTask, given: dict[str, jax.Array], d_out: jax.Array
+) -> dict[str, jax.Array]:
     """Call racecore's backward; gradients by name."""
     names = task.wrt or ()
     shapes = [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in names]
@@ -173,7 +176,7 @@ def _gradients(task: Task, given: dict[str, jax.Array], d_out: jax.Array) -> dic
 
 
 @_gradients.defjvp
-def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(task: HostTask, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "race_attention has first derivatives only: the gradient of a gradient (as in "
         "jax.hessian, or grad of grad) is not "
@@ -182,22 +185,22 @@ def _no_second_derivative(task: Task, primals: Any, tangents: Any) -> Any:
 
 
 def _call(
-    task: Task, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]
+    task: HostTask, shapes: list[jax.ShapeDtypeStruct], given: dict[str, jax.Array]
 ) -> list[jax.Array]:
-    """Have a task done on the host. Inside shard_map every shard has a call of its own."""
+    """Call a task on the host. Inside shard_map there is one call for every shard."""
     text = task.text
 
     def in_place(*arguments: jax.Array) -> list[jax.Array]:
-        """XLA calls the task on its own buffers."""
+        """Let XLA call the task on its own buffers."""
         return jax.ffi.ffi_call(_TARGET, shapes, vmap_method="expand_dims")(*arguments, task=text)
 
     def with_copies(*arguments: jax.Array) -> list[jax.Array]:
-        """Python calls it, on copies: on other devices, or where XLA cannot."""
+        """Let Python call the task on copies: for other devices, or if XLA cannot call it."""
         results = jax.pure_callback(
             _WithCopies(text, tuple(shapes)), shapes, *arguments, vmap_method="expand_dims"
         )
-        # Else the result of a call for all shards, if a jit returns nothing else, has a sharding
-        # that no operation takes.
+        # Without the barrier, the result of a call for all shards, if a jit returns nothing else,
+        # has a sharding that no operation takes.
         return jax.lax.optimization_barrier(results)
 
     cpu = in_place if _is_registered() else with_copies
@@ -212,11 +215,10 @@ def _call(
 
 @cache
 def _is_registered() -> bool:
-    """Register `racecore.adapters.task.run` with XLA; tell whether it has taken it."""
+    """Register `racecore.adapters.task.run` with XLA; return whether XLA has accepted it."""
     try:
-        jax.local_devices(
-            backend="cpu"
-        )  # a backend that begins later would fail with the registration
+        # a CPU backend that is created after the registration would fail
+        jax.local_devices(backend="cpu")
         xla_call.register(_TARGET, host.run)
     except Exception as error:
         warnings.warn(
@@ -242,9 +244,8 @@ class _WithCopies:
 
 
 def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Inside shard_map, let all arguments differ from shard to shard where one does: a gradient of
-    what they share is a sum.
-    """
+    """Inside shard_map, mark all arguments as varying along the axes of any of them."""
+    # the gradient of an argument that shards share is then their sum
     varying = {name: _varying_axes(array) for name, array in given.items()}
     axes = frozenset().union(*varying.values())
     return {
@@ -254,18 +255,14 @@ def _varying_alike(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
-    """Return the mesh axes along which an array differs from shard to shard; none outside
-    shard_map(check_vma=True).
-    """
+    """Return the mesh axes along which an array varies; none outside shard_map(check_vma=True)."""
     kind = jax.typeof(array)
-    return (
-        kind.vma if hasattr(kind, "vma") else kind.mat.varying
-    )  # the name before JAX 0.10, and the one since
+    # the name before JAX 0.10, and the one since
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying
 
 
 def _placed_like(result: jax.Array, like: jax.Array) -> jax.Array:
-    """Under a mesh with explicit axes, where the sharding is part of the type, give a result that
-    of an argument.
+    """Give a result the sharding of an argument, under a mesh of explicit axes.
 
     The last axis is never sharded in an output, whose last axis may be another one.
     """
@@ -279,14 +276,13 @@ def _placed_like(result: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _as_jax(array: Any, name: str) -> jax.Array:
-    """Make a JAX array, and nothing narrower than what came."""
+    """Make a JAX array; a dtype that JAX would make narrower raises."""
     if isinstance(array, jax.Array):  # tracers too
         narrow = jax.dtypes.canonicalize_dtype(array.dtype)
         if array.dtype.kind == "f" and narrow != array.dtype:
             raise TypeError(_narrowing(array.dtype, narrow, name))
-        return jnp.asarray(
-            array
-        )  # under jax.grad a Python number is a tracer with that number inside
+        # under jax.grad a Python number is a tracer with that number inside
+        return jnp.asarray(array)
     if isinstance(array, (int, float)) and not isinstance(array, np.generic):
         return jnp.asarray(array)
     numbers = _as_numpy(array, name)
@@ -328,18 +324,13 @@ def _check(given: dict[str, Any], is_causal: bool, readout: str) -> None:
     elif bounds is not None:
         bounds = np.asarray(given["cu_seqlens"])
     lsh = racecore.SoftLSH(standing["planes"], standing["beta"])
-    query, key, value = (standing[name] for name in ROWS)
     inputs.check_attention(
-        query,
-        key,
-        value,
+        inputs.Passed.resolve(*(standing[name] for name in ROWS)),
         lsh,
         is_causal=is_causal,
         readout=readout,
         key_mask=standing["key_mask"],
         cu_seqlens=bounds,
-        chunk_size=None,
-        memory_limit=None,
     )
 
 

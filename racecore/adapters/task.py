@@ -1,8 +1,8 @@
-"""What an adapter asks of racecore in one call: forward or gradients, of one example or of many, on
-plain NumPy arrays.
+"""One call from an adapter: forward or gradients, of one example or of many, on NumPy arrays.
 
-A framework that traces programs knows everything but the values beforehand: that is a `Task`. It is
-handed over as text, which can be part of a compiled program; the arrays come when the program runs.
+A framework that traces programs knows everything but the values while tracing: that is a
+`HostTask`. It is passed as text, which can be part of a compiled program; the arrays come when the
+program runs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore.race_attention import saved_without_forward
+from racecore.gradients import saved_without_forward
 
-__all__ = ["HASH", "ROWS", "Task", "mapped_axes", "run"]
+__all__ = ["HASH", "ROWS", "HostTask", "mapped_axes", "run"]
 
 ROWS = ("query", "key", "value")
 HASH = ("planes", "beta")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is known while tracing. It is part of the compiled program, as text."""
+class HostTask:
+    """All that is known while tracing. It is part of the compiled program, as text."""
 
     is_causal: bool
     readout: str
-    ndims: tuple[tuple[str, int], ...]  # of every argument, in their order, as one example has it
+    ndims: tuple[tuple[str, int], ...]  # of every argument of one example, in order
     wrt: tuple[str, ...] | None = None  # None: forward
 
     @property
@@ -41,14 +41,12 @@ class Task:
 
 
 def run(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
-    """Do a task. Every argument has the axes that vmap added in front, of length 1 where examples
-    share it.
-    """
+    """Run a task on arguments with the axes of vmap in front, of length 1 if examples share one."""
     task = _task_of(text)
     given = _named(task, arguments)
-    for example, place in _examples(task, given, mapped_axes(text, arguments)):
+    for example, view in _examples(task, given, mapped_axes(text, arguments)):
         lsh = _hash(example)
-        targets = [place(result) for result in results]
+        targets = [view(result) for result in results]
         if lsh is None:
             for target in targets:
                 target[...] = np.nan
@@ -68,18 +66,18 @@ def mapped_axes(text: str, arguments: list[np.ndarray]) -> tuple[int, ...]:
 
 
 @cache
-def _task_of(text: str) -> Task:
+def _task_of(text: str) -> HostTask:
     fields = json.loads(text)
     fields["ndims"] = tuple((name, ndim) for name, ndim in fields["ndims"])
-    return Task(**fields)
+    return HostTask(**fields)
 
 
-def _named(task: Task, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _named(task: HostTask, arguments: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for (name, _), array in zip(task.ndims, arguments, strict=True)}
 
 
 def _write_gradients(
-    task: Task,
+    task: HostTask,
     example: dict[str, np.ndarray],
     lsh: racecore.SoftLSH,
     targets: dict[str, np.ndarray],
@@ -96,12 +94,12 @@ def _write_gradients(
 
 
 def _examples(
-    task: Task, given: dict[str, np.ndarray], mapped: tuple[int, ...]
+    task: HostTask, given: dict[str, np.ndarray], mapped: tuple[int, ...]
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield arguments for racecore, and the function that finds their place in an array of results.
+    """Yield arguments for racecore, and the function from an array of results to their view in it.
 
-    All at once as one batch, where examples share the hash, and the gradient of that is not wanted;
-    else one by one.
+    All examples are one batch if they share the hash and its gradient is not wanted; else they are
+    yielded one by one.
     """
     shares = (
         all(set(given[name].shape[: len(mapped)]) <= {1} for name in HASH)
@@ -119,13 +117,13 @@ def _examples(
 
 
 def _folded(array: np.ndarray, name: str, mapped: tuple[int, ...]) -> np.ndarray:
-    """Make one batch axis of the mapped axes and the batch axis, if there is one."""
-    own = array.shape[len(mapped) :]
+    """Return an array whose mapped axes and batch axis, if there is one, are one batch axis."""
+    shape = array.shape[len(mapped) :]
     if name in HASH:
-        return array.reshape(own)
+        return array.reshape(shape)
     n_kept = 1 if name == "key_mask" else 3  # [Tk], or [T, heads, dim]
-    batch = math.prod(mapped) * math.prod(own[:-n_kept])
-    return np.broadcast_to(array, (*mapped, *own)).reshape(batch, *own[-n_kept:])
+    batch = math.prod(mapped) * math.prod(shape[:-n_kept])
+    return np.broadcast_to(array, (*mapped, *shape)).reshape(batch, *shape[-n_kept:])
 
 
 def _folded_result(result: np.ndarray) -> np.ndarray:
@@ -133,14 +131,15 @@ def _folded_result(result: np.ndarray) -> np.ndarray:
 
 
 def _result_of_one(index: tuple[Any, ...], result: np.ndarray) -> np.ndarray:
-    return result[(*index, Ellipsis)]  # a view even where no axis is left
+    # a view even if no axis is left
+    return result[(*index, Ellipsis)]
 
 
 def _rows(example: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return example["query"], example["key"], example["value"]
 
 
-def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
+def _options(task: HostTask, example: dict[str, np.ndarray]) -> dict[str, Any]:
     names = ("key_mask", "cu_seqlens")
     return {"is_causal": task.is_causal, "readout": task.readout} | {
         name: example.get(name) for name in names
@@ -148,9 +147,8 @@ def _options(task: Task, example: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _hash(example: dict[str, np.ndarray]) -> racecore.SoftLSH | None:
-    """Return the hash, or None for values that make none: their shapes have been checked, so they
-    are not finite.
-    """
+    """Return the hash, or None for planes or beta that are not finite."""
+    # shapes were checked while tracing: only values can be wrong here
     try:
         return racecore.SoftLSH(example["planes"], example["beta"])
     except ValueError:

@@ -5,7 +5,7 @@
 >>> model = LlamaForCausalLM(LlamaConfig(..., attn_implementation="race"))
 
 trains and generates; every layer has the same fixed hash. `convert` gives some or all layers of a
-model a hash of their own, with a learned beta, in the model's state dict. For decoding in constant
+model a separate hash, with a learned beta, in the model's state dict. For decoding in constant
 memory pass ``cache=race.new_cache(model)`` to ``model.generate`` or to the model.
 """
 
@@ -30,8 +30,8 @@ from racecore.soft_lsh import SoftLSH
 __all__ = ["RaceHash", "RaceLayer", "convert", "new_cache", "register"]
 
 NAME = "race"
-_names: set[str] = set()  # that configurations may call it
-# attribute of a tensor of keys: the layer of the cache that it has just been given to
+_names: set[str] = set()  # registered for configurations
+# attribute of a tensor of keys: the layer of the cache that `update` was called on
 _LAYER_OF_KEY = "_race_layer"
 
 
@@ -68,13 +68,13 @@ def register(
     Parameters
     ----------
     name : str
-        What configurations call it.
+        Its name in configurations.
     n_tables, n_planes, beta
-        Of the fixed hash that layers use which were not given their own by `convert`; see
+        Of the fixed hash of layers that `convert` has not given one; see
         `racecore.SoftLSH.random`.
     readout : {"ratio", "bucket_mean"}
         See `racecore.attention`.
-    rng : int or what else `numpy.random.default_rng` takes
+    rng : int, or as for `numpy.random.default_rng`
         Draws its planes.
     """
 
@@ -83,17 +83,20 @@ def register(
     )
     @lru_cache
     def default_hash(head_dim: int) -> RaceHash:
-        """Return the hash of all layers of this width that have none of their own."""
+        """Return the hash of all layers of this width that `convert` has not given one."""
         lsh = SoftLSH.random(head_dim, n_tables, n_planes, beta, rng)
-        with torch.inference_mode(False):  # whatever the first call is under: it is kept for all
+        # the first call may be under inference mode, and the hash is kept for all calls
+        with torch.inference_mode(False):
             return RaceHash(lsh, readout, learn_beta=False, learn_planes=False)
 
     def attend(
         module: Any, query: torch.Tensor, *others: Any, **options: Any
     ) -> tuple[torch.Tensor, None]:
-        """Attend with the layer's own hash, or the one of its width."""
-        own = getattr(module, "race", None)
-        return _attend(own or default_hash(query.shape[-1]), module, query, *others, **options)
+        """Attend with the hash of the layer, or the one of its width."""
+        layer_hash = getattr(module, "race", None)
+        return _attend(
+            layer_hash or default_hash(query.shape[-1]), module, query, *others, **options
+        )
 
     _names.add(name)
     AttentionInterface.register(name, attend)
@@ -112,7 +115,7 @@ def convert(
     readout: str = "ratio",
     rng: int = 0,
 ) -> list[int]:
-    """Give layers of a model RACE attention with a hash of their own, in place.
+    """Give layers of a model RACE attention, each with a separate hash, in place.
 
     Parameters
     ----------
@@ -133,9 +136,9 @@ def convert(
     Raises
     ------
     ValueError
-        The model has no attention layers that transformers can switch, or not those that were
-        named, or they have been converted already; or it has several of one number, as models of an
-        encoder and a decoder do.
+        The model has no attention layers that transformers can switch, or not the named ones, or
+        they have been converted already; or several have one number, as in models of an encoder and
+        a decoder.
     """
     if NAME not in _names:
         register()
@@ -161,8 +164,7 @@ def convert(
 
 
 def new_cache(model: nn.Module) -> Cache:
-    """Make a cache for decoding: of constant size for layers of RACE attention, keys and values for
-    the others.
+    """Make a cache for decoding: states for layers of RACE attention, keys and values for others.
 
     Pass it as `cache` to ``model.generate``, or to the model step by step.
     """
@@ -173,10 +175,10 @@ def new_cache(model: nn.Module) -> Cache:
 
 
 class RaceLayer(CacheLayerMixin):
-    """What a transformers cache holds for a layer of RACE attention: a `RaceCache` of one layer.
+    """A layer of a transformers cache for RACE attention: a `RaceCache` of one layer.
 
-    `update` cannot add to it, since queries must see the past as it was. It leaves a note on the
-    tensor of keys instead, which the layer's attention function finds.
+    `update` cannot add to it, since queries must see the past before the update. It marks the
+    tensor of keys instead, and the layer's attention function finds the mark.
     """
 
     is_sliding = False
@@ -193,7 +195,7 @@ class RaceLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return new keys and values [B, G, T, dim] as they are."""
+        """Return new keys and values [B, G, T, dim] unchanged."""
         if self._waits:
             raise RuntimeError(
                 "a layer took keys to another attention than RACE's, which does not know the "
@@ -201,7 +203,8 @@ class RaceLayer(CacheLayerMixin):
                 "racecore.adapters.transformers.new_cache after the layers have got their attention"
             )
         self._waits = self.is_initialized = True
-        key_states = key_states.view_as(key_states)  # a tensor of its own, to write on
+        # a separate tensor object, to set the attribute on
+        key_states = key_states.view_as(key_states)
         setattr(key_states, _LAYER_OF_KEY, self)
         return key_states, value_states
 
@@ -213,11 +216,11 @@ class RaceLayer(CacheLayerMixin):
         return self.race.attend(0, *tensors, readout=readout, key_mask=key_mask)
 
     def get_seq_length(self) -> int:
-        """Return the tokens seen, padding among them."""
+        """Return the tokens seen, padding included."""
         return self.race.n_seen(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many tokens a mask tells of, and the first of them."""
+        """Return the number of tokens of a mask, and the first of them."""
         return self.race.n_seen(0) + query_length, 0
 
     def get_max_length(self) -> int:
@@ -230,7 +233,7 @@ class RaceLayer(CacheLayerMixin):
         self._waits = self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the sequences at these places."""
+        """Keep the sequences at these indices."""
         self.race.select(beam_idx)
 
     batch_select_indices = reorder_cache
@@ -255,7 +258,7 @@ def _is_race(module: Any) -> bool:
 
 
 def _attention_layers(model: nn.Module) -> dict[int, Any]:
-    """Return the modules that ask transformers for an attention function, by their number."""
+    """Return the modules with an attention function of transformers, by layer number."""
     needed = ("layer_idx", "config", "head_dim", "is_causal")
     modules: list[Any] = [
         module for module in model.modules() if all(hasattr(module, name) for name in needed)
@@ -263,9 +266,8 @@ def _attention_layers(model: nn.Module) -> dict[int, Any]:
     numbers = [module.layer_idx for module in modules]
     if None in numbers or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"layers are told apart by their numbers, and those of this model are {numbers}: "
-            "models of an encoder and a decoder "
-            "are not supported"
+            f"layers need different numbers, and those of this model are {numbers}: "
+            "models of an encoder and a decoder are not supported"
         )
     return dict(zip(numbers, modules, strict=True))
 
@@ -284,10 +286,10 @@ def _attend(
     cu_seq_lens_q: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks: query [B, H, Tq, D], key and value [B, G, Tk, dim] -> [B, Tq, H,
-    dim] and no weights.
+    """Return attention as transformers expects it: [B, Tq, H, dim], and no weights.
 
-    `scaling` is among what is ignored: rows are hashed as they come.
+    The query is [B, H, Tq, D], key and value are [B, G, Tk, dim]. `scaling` is ignored, among
+    others: rows are hashed unscaled.
     """
     if dropout:
         raise ValueError(
@@ -308,9 +310,8 @@ def _attend(
     if mask is None and causal and 1 < n_queries < n_keys:
         raise ValueError(
             f"{n_queries} queries came with {n_keys} keys and no mask, as from a static cache, "
-            "which has room for tokens to "
-            "come: use racecore.adapters.transformers.new_cache(model), or transformers' dynamic "
-            "cache"
+            "which has capacity for more tokens: use "
+            "racecore.adapters.transformers.new_cache(model), or transformers' dynamic cache"
         )
     planes, beta, readout = hash_of_layer.planes, hash_of_layer.beta, hash_of_layer.readout
     if cu_seq_lens_q is not None and (past is not None or mask is not None or n_queries != n_keys):
@@ -321,11 +322,11 @@ def _attend(
     if past is not None:
         mask = None if mask is None or bool(mask[:, -n_keys:].all()) else mask[:, -n_keys:]
         return past.attend(q, k, v, planes, beta, readout=readout, key_mask=mask), None
-    if (
-        causal and 1 < n_queries < n_keys
-    ):  # further tokens after keys that the model keeps: ask for all of them
+    if causal and 1 < n_queries < n_keys:
+        # new tokens after keys that the model keeps: query all of them, with zeros for the old ones
         q = torch.cat([q.new_zeros(len(q), n_keys - n_queries, *q.shape[2:]), q], dim=1)
-    causal = causal and n_queries > 1  # the last token sees all keys
+    # a single query is the last token, which sees all keys
+    causal = causal and n_queries > 1
     out = race_attention(
         q,
         k,
@@ -354,7 +355,7 @@ def _mask(
 ) -> torch.Tensor | None:
     """Return which keys take part, bool [B, Tk], for transformers to pass on as the attention mask.
 
-    None says that all do, and that there is a query for every key.
+    None means all, and a query for every key.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
@@ -367,7 +368,7 @@ def _mask(
         raise ValueError(
             f"queries end at token {int(q_offset) + q_length} and keys at "
             f"{kv_offset + kv_length}, as in a static cache, "
-            "which has room for tokens to come: use "
+            "which has capacity for more tokens: use "
             "racecore.adapters.transformers.new_cache(model), or the dynamic cache"
         )
     if attention_mask is None and q_length != kv_length:
@@ -378,20 +379,17 @@ def _mask(
 
 
 def _key_mask(mask: torch.Tensor | None, n_queries: int, is_causal: bool) -> torch.Tensor | None:
-    """Return which keys take part, [B, Tk], from what `_mask` made or from what other layers of the
-    model take.
-    """
+    """Return which keys take part, [B, Tk], from the result of `_mask` or a mask of pairs."""
     if mask is None or mask.ndim == 2:
         return mask
-    pairs = (mask if mask.dtype == torch.bool else mask == 0)[
-        :, 0
-    ]  # [B, Tq, Tk]; eager attention adds 0 or -inf
+    # [B, Tq, Tk]; eager attention adds 0 or -inf
+    pairs = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
     keys = pairs[:, -1]
     expected = keys[:, None, :].expand_as(pairs)
     if is_causal:
         n_keys = pairs.shape[-1]
         expected = expected & torch.ones_like(pairs).tril(n_keys - n_queries)
-    # What a padding token may see differs from version to version, and nobody reads its output.
+    # Versions differ in what a padding token may see, and its output is not used.
     agree = (pairs == expected).all(dim=-1) | ~keys[:, -n_queries:]
     if not bool(agree.all()):
         raise ValueError(

@@ -69,7 +69,7 @@ class Gpu:
     def identity(self, kernels: str) -> str:
         """Return what results depend on to the last bit."""
         cupy = cuda.cupy()
-        return f"CUDA on compute capability {cupy.cuda.Device().compute_capability}"
+        return f"{kernels}, CUDA on compute capability {cupy.cuda.Device().compute_capability}"
 
     @property
     def empty(self) -> Callable[[tuple[int, ...], Any], np.ndarray]:

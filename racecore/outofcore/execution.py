@@ -76,17 +76,13 @@ class Run:
     def __init__(self, request: Request, sources: dict[str, Source], check_finite: bool) -> None:
         self.request, self.sources, self._checks = request, sources, check_finite
         stand_ins = {name: _stand_in(source) for name, source in sources.items()}
-        problem, self._lsh, _ = inputs.check_attention(
-            stand_ins["query"],
-            stand_ins["key"],
-            stand_ins["value"],
+        problem, self._lsh = inputs.check_attention(
+            inputs.Passed.resolve(stand_ins["query"], stand_ins["key"], stand_ins["value"]),
             request.lsh,
             is_causal=request.is_causal,
             readout=request.readout,
             key_mask=stand_ins.get("key_mask"),
             cu_seqlens=_bounds(request.cu_seqlens),
-            chunk_size=None,
-            memory_limit=None,
         )
         shape = self.shape("out")
         if "d_out" in sources and (sources["d_out"].shape, sources["d_out"].dtype) != (

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from racecore import inputs
+from racecore import outputs
 from racecore.outofcore import npy
 from racecore.outofcore.locked_file import open_locked
 from racecore.outofcore.positioned import read_at, write_at
@@ -91,7 +91,7 @@ def open_sink(
     if isinstance(sink, (str, os.PathLike)):
         return _NpyFile(os.fspath(sink), name, shape, dtype, resumes)
     if isinstance(sink, np.ndarray):
-        return _InArray(inputs.check_out(sink, name, shape, dtype, sources, False), name)
+        return _InArray(outputs.check_out(sink, name, shape, dtype, sources, False), name)
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
         if tuple(sink.shape) != shape or np.dtype(sink.dtype) != dtype:
             raise ValueError(

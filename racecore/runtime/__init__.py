@@ -1,1 +1,1 @@
-"""What any numerical library needs: arrays, devices, files, threads, compilation, progress."""
+"""The base of any numerical library: arrays, devices, files, threads, compilation, progress."""

@@ -1,47 +1,43 @@
-"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; and the dtype
-policy.
+"""Arrays of any library in, NumPy or CuPy arrays inside, the caller's library out; the dtypes.
 
 Arrays in host memory become NumPy arrays, arrays on a GPU CuPy arrays, both without a copy.
+`resolve` makes one record of a caller's array: its device, its dtype, the way back.
 
-Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 where
-the storage is float64. Strides of any kind are legal and stay as they are; only a foreign byte
-order, or addresses and strides that are no multiple of the item size, cost a copy.
+Storage dtypes are float16, bfloat16, float32 and float64. Arithmetic is float32, or float64 for
+float64 storage. Strides of any kind are legal and kept; only a foreign byte order, or addresses and
+strides that are no multiple of the item size, cost a copy.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from racecore.runtime import cuda
+from racecore.runtime import cuda, dlpack
 
 __all__ = [
+    "DTYPE_NAMES",
+    "CallerArray",
     "as_array",
     "as_numpy",
     "compute_dtype",
     "copied",
+    "dtype_of",
     "empty",
     "is_bfloat16",
-    "is_on_device",
     "is_supported",
-    "restorer",
+    "resolve",
     "to_device",
+    "to_host",
     "zeros",
 ]
 
 DTYPE_NAMES = "float16, bfloat16 (ml_dtypes), float32 or float64"
 _ALIGNMENT = 64  # one cache line, and the widest vector store
-_HOST, _HOST_PINNED, _DEVICE, _DEVICE_MANAGED = (
-    1,
-    3,
-    2,
-    13,
-)  # DLPack's device types: CPU, CUDAHost, CUDA, CUDAManaged
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
@@ -50,9 +46,8 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> 
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, on_device: bool = False) -> Any:
-    """Return the same filled with zeros. Large ones come from the system already zero and cost
-    nothing until touched.
-    """
+    """Return an array of zeros, aligned like those of `empty`."""
+    # large ones come from the system already zero and cost nothing until touched
     return cuda.cupy().zeros(shape, dtype) if on_device else _aligned(np.zeros, shape, dtype)
 
 
@@ -65,28 +60,116 @@ def _aligned(
 
 
 def copied(array: Any) -> Any:
-    """Return a copy as `empty` makes arrays, where the array is."""
+    """Return a C-contiguous copy on the array's device, aligned like those of `empty`."""
     new = empty(array.shape, array.dtype, cuda.is_array(array))
     new[...] = array
     return new
 
 
 def to_device(array: Any, on_device: bool) -> Any:
-    """Return an array on the GPU, or in host memory; a copy only where it is on the other side."""
+    """Return an array on the GPU, or in host memory; a copy only if it is on the other device."""
     if cuda.is_array(array) == on_device:
         return array
     return cuda.cupy().asarray(array) if on_device else cuda.cupy().asnumpy(array)
 
 
+def to_host(array: Any, name: str) -> np.ndarray:
+    """Return an array of any library as a NumPy array; one on a GPU is copied."""
+    return to_device(as_array(array, name), False)
+
+
+class CallerArray(NamedTuple):
+    """An array that a caller passed, resolved once.
+
+    Attributes
+    ----------
+    source : array
+        The array as it was passed, of any library.
+    array : numpy.ndarray or cupy.ndarray
+        The same numbers on the device of the computation.
+    on_device : bool
+        Whether `source` is on a GPU.
+    """
+
+    source: Any
+    array: Any
+    on_device: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The storage dtype."""
+        return self.array.dtype
+
+    @property
+    def had_batch(self) -> bool:
+        """Whether there is a batch axis: [B, T, heads, dim], not [T, heads, dim]."""
+        return self.array.ndim == 4
+
+    def way_back(self) -> Callable[[Any], Any]:
+        """Return the function that turns a result into an array of the library and on the device of
+        `source`.
+
+        Results are fresh, writable and C-contiguous, so DLPack can export them and copies nothing.
+        Only results on a GPU for arrays in host memory are copied.
+
+        Raises
+        ------
+        TypeError
+            The library can export arrays and not import them.
+        """
+        source = self.source
+        if isinstance(source, np.ndarray):
+            return _result_in_host_memory
+        if cuda.is_array(source):
+            return _result_itself
+        export = dlpack.exporter(source)
+        return export if self.on_device else lambda result: export(to_device(result, False))
+
+
+def resolve(on_device: bool | None, **named: Any) -> list[CallerArray]:
+    """Resolve the arrays of one computation.
+
+    Parameters
+    ----------
+    on_device : bool or None
+        Whether to compute on a GPU; arrays elsewhere are copied. None: on the device of the arrays.
+    **named : array
+        Of any library, by the names that messages use.
+
+    Raises
+    ------
+    TypeError
+        As for `as_numpy`.
+    ValueError
+        `on_device` is None, and some arrays are on a GPU and others are not.
+    """
+    found = []
+    for name, source in named.items():
+        array = as_array(source, name)
+        found.append(CallerArray(source, array, not isinstance(array, np.ndarray)))
+    if on_device is not None:
+        return [x._replace(array=to_device(x.array, on_device)) for x in found]
+    for x in found:
+        if x.on_device is not found[0].on_device:
+            text = ", ".join(
+                f"{name} {'on a GPU' if x.on_device else 'in host memory'}"
+                for name, x in zip(named, found, strict=True)
+            )
+            raise ValueError(
+                f"the arrays must be on one device, got {text}; move them with cupy.asarray or "
+                "cupy.asnumpy"
+            )
+    return found
+
+
 def is_bfloat16(dtype: np.dtype) -> bool:
-    """Tell whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
-    return (
-        dtype.isbuiltin == 2 and dtype.name == "bfloat16"
-    )  # 2: registered by a package; spelling a name is slow
+    """Return whether `dtype` is ml_dtypes.bfloat16, without importing ml_dtypes."""
+    # 2: registered by a package. It is checked first, because the name of a dtype is slow.
+    return dtype.isbuiltin == 2 and dtype.name == "bfloat16"
 
 
 def is_supported(dtype: np.dtype) -> bool:
-    """Tell whether `dtype`, in either byte order, is one that the kernels can read."""
+    """Return whether kernels read `dtype`, in either byte order."""
     return (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)) or is_bfloat16(dtype)
 
 
@@ -115,70 +198,12 @@ def compute_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def as_array(array: Any, name: str) -> Any:
-    """View an array of any library as a CuPy array if it is on a GPU, else as a NumPy array; see
-    `as_numpy`.
-    """
+    """View an array of any library as a CuPy array if it is on a GPU, else as `as_numpy` does."""
     if not cuda.is_array(array):
-        if isinstance(array, np.ndarray) or not is_on_device(array):
+        if isinstance(array, np.ndarray) or not dlpack.is_on_device(array):
             return as_numpy(array, name)
-        array = _import_from_device(array, name)
-    return array.copy() if any(stride % array.itemsize for stride in array.strides) else array
-
-
-def is_on_device(array: Any) -> bool:
-    """Tell whether an array of any library is on a GPU."""
-    if cuda.is_array(array):
-        return True
-    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
-        return False
-    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in (
-        _DEVICE,
-        _DEVICE_MANAGED,
-    )
-
-
-def _import_from_device(array: Any, name: str) -> Any:
-    """Bring an array of another library in through DLPack, on the GPU where it is."""
-    _refuse_gradients(array, name)
-    try:
-        cupy = cuda.cupy()
-    except ImportError:
-        raise TypeError(
-            f"{name} is on a GPU, where racecore computes with CuPy, and that cannot be imported: "
-            "pip install "
-            "'racecore[cuda13]' (or [cuda12]), or copy the array to the host; `racecore doctor` "
-            "says more"
-        ) from None
-    if "bfloat16" in str(array.dtype) and _library(array) == "torch":
-        return cupy.from_dlpack(array.view(sys.modules["torch"].int16)).view(dtype_of("bfloat16"))
-    return cupy.from_dlpack(array)
-
-
-def _is_jax_array_in_pieces(array: Any) -> bool:
-    """Tell whether an array of JAX is spread over devices, which DLPack does not know; NumPy gets
-    it gathered.
-
-    Raises
-    ------
-    TypeError
-        There is no array, as its function is being traced.
-    """
-    if isinstance(array, sys.modules["jax"].core.Tracer):
-        raise TypeError(
-            "an array is traced by JAX (under jit, grad or vmap), and racecore needs its values: "
-            "use race_attention of "
-            "racecore.adapters.jax there, which has gradients too"
-        )
-    return len(array.devices()) > 1
-
-
-def _refuse_gradients(array: Any, name: str) -> None:
-    if getattr(array, "requires_grad", False):
-        raise TypeError(
-            f"{name} is a tensor that requires a gradient, and gradients do not pass through "
-            "DLPack: "
-            "pass the result of .detach() and call attention_backward yourself"
-        )
+        array = dlpack.import_on_device(array, name)
+    return array if _has_whole_strides(array) else array.copy()
 
 
 def as_numpy(array: Any, name: str) -> np.ndarray:
@@ -189,7 +214,7 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     array : array
         A NumPy array, or anything in host memory that speaks DLPack.
     name : str
-        What the caller calls it; used in messages.
+        The argument's name, for messages.
 
     Returns
     -------
@@ -200,121 +225,34 @@ def as_numpy(array: Any, name: str) -> np.ndarray:
     Raises
     ------
     TypeError
-        For anything else, naming what came.
+        For anything else; the message names its type.
     """
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array; pass its .data, and the mask as key_mask (True = take part)"
         )
     if not isinstance(array, np.ndarray):
-        array = _import(array, name)
+        array = dlpack.import_in_host_memory(array, name)
     array = np.asarray(array)
     dtype = array.dtype
     if not dtype.isnative:
         array = array.astype(dtype.newbyteorder("="))
-    if not array.flags.aligned or any(s % dtype.itemsize for s in array.strides):
-        array = array.copy(order="C")
-    return array
+    return array if _has_whole_strides(array) and array.flags.aligned else array.copy(order="C")
 
 
-def _import(array: Any, name: str) -> np.ndarray:
-    """Bring an array of another library in through DLPack."""
-    if _library(array) == "jax" and _is_jax_array_in_pieces(array):
-        return np.asarray(array)
-    if not hasattr(array, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be a NumPy array or an array that speaks DLPack, got "
-            f"{type(array).__module__}."
-            f"{type(array).__qualname__}; convert it with numpy.asarray first"
-        )
-    _refuse_gradients(array, name)
-    device = int(array.__dlpack_device__()[0])
-    if device in (_DEVICE, _DEVICE_MANAGED):
-        raise TypeError(
-            f"{name} is on a GPU, and here host memory is needed; copy it to the host first"
-        )
-    if device not in (_HOST, _HOST_PINNED):
-        raise TypeError(
-            f"{name} lives on a device (DLPack device type {device}) that racecore does not "
-            "compute on; copy it to the "
-            "host first"
-        )
-    if "bfloat16" in str(array.dtype):
-        return _import_bfloat16(array, name)
-    return np.from_dlpack(array)
+def _has_whole_strides(array: Any) -> bool:
+    """Return whether the strides are multiples of the item size."""
+    itemsize = array.itemsize
+    # `any` of a generator takes 0.5 us, this loop 0.2: a step of one token comes here three times
+    for stride in array.strides:  # noqa: SIM110
+        if stride % itemsize:
+            return False
+    return True
 
 
-def _import_bfloat16(array: Any, name: str) -> np.ndarray:
-    """NumPy's DLPack refuses bfloat16: exchange the same bits as 16-bit integers."""
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise TypeError(
-            f"{name} is bfloat16, which needs the ml_dtypes package: pip install 'racecore[bf16]'"
-        ) from None
-    library = _library(array)
-    if library == "torch":
-        bits = np.from_dlpack(array.view(sys.modules["torch"].int16))
-    elif library == "jax":
-        return np.asarray(array)  # jax gives ml_dtypes.bfloat16 without a copy
-    else:
-        raise TypeError(
-            f"{name}: bfloat16 from {library} is not supported; view it as uint16 and then as "
-            "ml_dtypes.bfloat16"
-        )
-    return bits.view(ml_dtypes.bfloat16)
+def _result_itself(result: Any) -> Any:
+    return result
 
 
-def _library(array: Any) -> str:
-    """Name the package that defines the type of `array` (jaxlib's arrays belong to jax)."""
-    root = type(array).__module__.partition(".")[0]
-    return "jax" if root == "jaxlib" else root
-
-
-def restorer(array: Any) -> Callable[[Any], Any]:
-    """Return the function that turns a result into an array of the library that `array` comes from.
-
-    Results are fresh, writable and C-contiguous, so handing them over through DLPack is safe and
-    copies nothing. Only one that was computed on a GPU for arrays in host memory is copied there.
-    """
-    if cuda.is_array(array):
-        return lambda result: result
-    if isinstance(array, np.ndarray):
-        return lambda result: to_device(result, False)
-    hand_over = _hand_over(array)
-    return hand_over if is_on_device(array) else lambda result: hand_over(to_device(result, False))
-
-
-def _hand_over(array: Any) -> Callable[[Any], Any]:
-    library = _library(array)
-    module = sys.modules.get(library)
-    if library == "jax":
-        return _to_jax
-    if library == "torch":
-        return _to_torch
-    from_dlpack = getattr(module, "from_dlpack", None)
-    if from_dlpack is None and hasattr(array, "__array_namespace__"):
-        from_dlpack = array.__array_namespace__().from_dlpack
-    if from_dlpack is None:
-        raise TypeError(
-            f"arrays of {library} can be read but not made: it has no from_dlpack; pass NumPy "
-            "arrays"
-        )
-    return from_dlpack
-
-
-def _to_torch(result: Any) -> Any:
-    torch = sys.modules["torch"]
-    if is_bfloat16(result.dtype):
-        return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(result)
-
-
-def _to_jax(result: Any) -> Any:
-    jax = sys.modules["jax"]
-    if cuda.is_array(result):
-        return jax.numpy.from_dlpack(result)
-    if result.dtype.itemsize < 8:
-        return jax.numpy.asarray(result)
-    with jax.enable_x64(True):  # it came as float64; outside, JAX would narrow it without a word
-        return jax.numpy.asarray(result)
+def _result_in_host_memory(result: Any) -> np.ndarray:
+    return to_device(result, False)

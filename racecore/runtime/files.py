@@ -1,6 +1,4 @@
-"""Small result files: .npz archives with a kind, a version and a checksum, that appear whole or not
-at all.
-"""
+"""Small result files: .npz archives with a kind, a version and a checksum, written atomically."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def save(path: str | os.PathLike[str], kind: str, version: int, **arrays: np.nda
 def load(
     path: str | os.PathLike[str], kind: str, version: int, names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    """Read what `save` wrote; `names` are the arrays that must be there.
+    """Read a file of `save`; `names` are its arrays.
 
     Raises
     ------
@@ -89,18 +87,16 @@ def _digest(kind: str, version: int, arrays: dict[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {arrays[name].shape}".encode())
-        digest.update(
-            array.reshape(-1).view(np.uint8).data
-        )  # where it lies: an index may fill half of the memory
+        # a view, not a copy: an index may fill half of the memory
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def replace_when_done(path: str | os.PathLike[str]) -> Any:
-    """Give the name of a temporary file beside `path`; move it there if the block succeeds, remove
-    it if not.
-    """
-    target = os.path.realpath(os.fsdecode(path))  # a link stays one
+    """Yield the path of a temporary file beside `path`: renamed on success, removed on an error."""
+    # a symbolic link stays one: its target is replaced
+    target = os.path.realpath(os.fsdecode(path))
     if not os.path.isdir(os.path.dirname(target)):
         raise FileNotFoundError(
             f"there is no folder {os.path.dirname(target)} to write {os.path.basename(target)} to"

@@ -1,8 +1,8 @@
-"""The one place with Numba's options, and with the cache of compiled kernels.
+"""The one module with Numba's options, and with the cache of compiled kernels.
 
-`helper` compiles functions that kernels call; `kernel` compiles what Python launches and keeps it
-on disk. Both compile on first use. Flags are named one by one: fast-math as a whole would delete
-the checks for NaN.
+`helper` compiles functions that kernels call; `kernel` compiles functions that Python launches, and
+keeps them on disk. Both compile on first use. Flags are named one by one: fast-math as a whole
+would delete the checks for NaN.
 """
 
 from __future__ import annotations
@@ -36,16 +36,12 @@ def helper(function: Callable[..., Any]) -> Any:
 
 
 def piece(function: Callable[..., Any]) -> Any:
-    """Compile a function that has one caller, as part of that: optimising it twice would only take
-    time.
-    """
+    """Compile a function as part of its only caller, so that it is optimised once."""
     return numba.njit(**_OPTIONS, inline="always")(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Compile a function of a few instructions that must not cost a call; its operations keep their
-    order.
-    """
+    """Compile a function of a few instructions without the cost of a call, in their exact order."""
     return numba.njit(**_EXACT, **_INNER, forceinline=True)(function)
 
 
@@ -57,8 +53,8 @@ def exact_helper(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any], variant: str = "") -> Any:
     """Compile a function that Python launches; its compiled form is kept on disk.
 
-    What a factory makes needs the name of its variant: the files in the cache are named after
-    functions.
+    A function made by a factory needs the name of its variant, because files in the cache are named
+    after functions.
     """
     if variant:
         function.__qualname__ = f"{function.__name__}_{variant}"
@@ -66,8 +62,8 @@ def kernel(function: Callable[..., Any], variant: str = "") -> Any:
 
 
 if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles would find Numba's lock taken for ever: let the
-    # fork wait for it.
+    # A child forked while another thread compiles would find Numba's lock taken for ever: the fork
+    # waits for it.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,

@@ -1,4 +1,4 @@
-"""How much memory this process has of its own."""
+"""The anonymous memory of this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process in bytes, pages of files not counted; 0 where the
-    system does not tell.
-    """
+    """Return the anonymous memory of this process in bytes (no pages of files); 0 if unknown."""
     try:
         with open("/proc/self/status") as file:
             return next(

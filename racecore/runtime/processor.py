@@ -1,4 +1,4 @@
-"""What the processor that Numba compiles for can do."""
+"""Features of the processor that Numba compiles for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["has"]
 
 @cache
 def has(feature: str) -> bool:
-    """Tell whether the processor has a feature, by LLVM's name for it, such as "avx512f"."""
+    """Return whether the processor has a feature, by LLVM's name, such as "avx512f"."""
     if numba.config.CPU_NAME not in (None, "", "host") and numba.config.CPU_FEATURES is None:
         return False
     if numba.config.CPU_FEATURES is not None:

@@ -1,8 +1,7 @@
-"""Progress without a parameter: loops over tokens call `advance`; whoever wants to know opens
-`reporting`.
+"""Progress without a parameter: loops over tokens call `advance`, a listener opens `reporting`.
 
 The callback lives in a context variable, so that no signature between the command line and the
-chunk loop has to carry it, and two threads that compute at once report to their own listeners.
+chunk loop has to carry it, and two threads that compute at once report to separate listeners.
 Without a listener `advance` costs one look-up per chunk.
 """
 
@@ -20,9 +19,7 @@ _listener: ContextVar[Callable[[int], object] | None] = ContextVar(
 
 
 def advance(n_tokens: int) -> None:
-    """Tell the listener of this context, if there is one, that one pass over `n_tokens` more tokens
-    is done.
-    """
+    """Report to the listener of this context, if any, one pass over `n_tokens` more tokens."""
     listener = _listener.get()
     if listener is not None:
         listener(n_tokens)

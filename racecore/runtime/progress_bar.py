@@ -1,6 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere, nothing for what
-takes a second.
-"""
+"""Progress on stderr: a bar on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -21,18 +19,16 @@ _FORMAT = "{desc} {percentage:3.0f} % |{bar}| {elapsed} gone, {remaining} left{p
 
 @contextmanager
 def token_bar(label: str, total: int, n_tokens: int | None = None) -> Iterator[None]:
-    """Show how far the attention calls inside the block are, how fast, and what memory the process
-    has of its own.
+    """Show progress, speed and anonymous memory of the attention calls inside the block.
 
     Parameters
     ----------
     label : str
-        What is being done.
+        Name of the work.
     total : int
         Tokens, counted once for every pass over them.
     n_tokens : int, optional
-        Tokens, counted once: the speed that is shown is in these. None means that there is one
-        pass.
+        Tokens, counted once, for the speed shown. None means that there is one pass.
     """
     share = 1.0 if n_tokens is None or total == 0 else n_tokens / total
     if not sys.stderr.isatty():
@@ -46,7 +42,8 @@ def token_bar(label: str, total: int, n_tokens: int | None = None) -> Iterator[N
 
         def advance(n_steps: int) -> None:
             """Move the bar."""
-            rate = bar.format_dict["rate"]  # recent, as tqdm smooths it
+            # tqdm smooths it over recent steps
+            rate = bar.format_dict["rate"]
             speed = f"{rate * share:,.0f} tokens/s, " if rate else ""
             bar.set_postfix_str(f"{speed}{_megabytes()}", refresh=False)
             bar.update(min(n_steps, bar.total - bar.n))

@@ -1,12 +1,12 @@
-"""A small pool of threads that runs serial, GIL-free kernels on fixed pieces of work.
+"""A small pool of threads that runs serial, GIL-free kernels on fixed parts of the work.
 
 Why not Numba's own parallel loops: its OpenMP layer kills a forked child at its first parallel
 loop, its workqueue layer aborts when two Python threads compute at once, and neither obeys Ctrl-C.
-Here the calling thread does the work itself and helpers only join in, so that nothing can
+Here the calling thread does the work itself and helpers only take part, so that nothing can
 dead-lock: a forked child starts without helpers and makes its own, any number of Python threads may
 compute at once, and between two launches (milliseconds) signals are handled.
 
-Pieces are cut by shape, never by the number of threads, so results keep their bits.
+Parts are cut by shape, never by the number of threads, so results keep their bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _n_helpers = 0
 def threads(n: int) -> Iterator[None]:
     """Use `n` threads for every call inside the block, in this Python thread.
 
-    The default is the number of processors this process may run on, or OMP_NUM_THREADS where that
+    The default is the number of processors this process may run on, or OMP_NUM_THREADS if that
     is set (as joblib, Dask and batch systems do to share a machine). Results do not depend on it,
     not even in the last bit.
 
@@ -60,7 +60,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def default_count() -> int:
-    """Return the number of threads in use where `threads` does not say otherwise."""
+    """Return the number of threads outside of `threads`."""
     limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     processors = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -73,9 +73,7 @@ def default_count() -> int:
 
 
 def requested() -> int | None:
-    """Return the number of threads that `threads` asked for in this Python thread, None outside of
-    it.
-    """
+    """Return the number of threads set by `threads` in this Python thread, None outside of it."""
     return _requested.get()
 
 
@@ -93,6 +91,7 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
     the caller may free) and is raised.
     """
     n_launches = -(-n_tasks // tasks_per_launch)
+    # small work, such as one decoded token, must not pay for a job
     if n_launches <= 1:
         if n_tasks > 0:
             launch(0, n_tasks)
@@ -104,9 +103,9 @@ def run(launch: Callable[[int, int], object], n_tasks: int, tasks_per_launch: in
 
 
 def _work_and_wait(job: _Job, n_helpers: int) -> None:
-    """Work with helpers, and wait for them whatever is raised meanwhile: they write to memory that
-    the caller may free.
+    """Work with helpers and wait for them, even if an error is raised meanwhile.
 
+    They write to memory that the caller may free.
     A signal handler can raise anything anywhere, KeyboardInterrupt or SystemExit, and more than
     once; the first is raised here.
     """
@@ -118,6 +117,7 @@ def _work_and_wait(job: _Job, n_helpers: int) -> None:
         job.work()
     except BaseException as error:
         raised = error
+    # until helpers are done, however many exceptions signal handlers raise meanwhile
     while True:
         try:
             job.finish()
@@ -148,6 +148,7 @@ class _Job:
 
     def help(self) -> None:
         """Do `work` in a helper thread; errors are kept for the caller."""
+        # checked under the lock: after `finish` no helper may begin
         with self._state:
             if self._closed:
                 return
@@ -163,10 +164,9 @@ class _Job:
                 self._state.notify_all()
 
     def finish(self) -> None:
-        """Let no helper begin any more and wait for those at work.
+        """Close the job to helpers, wait for those at work, and drop the arrays.
 
-        Then the job lets go of its arrays: a helper that has not got round to it may hold the job
-        itself for long.
+        An idle helper may hold a finished job for long.
         """
         self._closed = True
         with self._state:
@@ -176,7 +176,7 @@ class _Job:
 
 
 def _nothing(first: int, last: int) -> None:
-    """Stand in for the launches of a job that is over."""
+    """Replace the launches of a finished job."""
 
 
 def _ensure_helpers(n: int) -> None:
@@ -197,7 +197,8 @@ def _help_forever(jobs: queue.SimpleQueue[_Job]) -> None:
 
 
 def _forget_helpers() -> None:
-    """In a forked child: the parent's threads are not there, and its locks may be held for ever."""
+    """Start without helpers in a forked child."""
+    # the parent's threads do not exist there, and its locks may be held for ever
     global _lock, _jobs, _n_helpers
     _lock, _jobs, _n_helpers = threading.Lock(), queue.SimpleQueue(), 0
 

@@ -1,41 +1,56 @@
-"""The checks of sparse decoding: what a caller passed to a `SocketIndex` or to `sparse_attention`,
-and every message about it.
-"""
+"""The checks of the arguments of `SocketIndex` and `sparse_attention`, and their messages."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore import inputs
+from racecore.inputs import Passed
 from racecore.ops.socket.layout import Scorer
-from racecore.runtime import arrays, cuda
+from racecore.runtime import arrays, cuda, dlpack
+from racecore.runtime.arrays import CallerArray
 from racecore.soft_lsh import SoftLSH
-
-if TYPE_CHECKING:
-    from racecore.sparse.socket_index import SocketIndex
 
 __all__ = [
     "SCORERS",
     "Choice",
     "Decoding",
+    "IndexDescription",
     "check_append",
+    "check_batch_indices",
     "check_budget",
     "check_choice",
     "check_decoding",
     "check_lengths",
     "check_query",
     "check_scorer",
+    "described",
 ]
 
 SCORERS = ("soft", "hamming", "signed_jl")
 SELECTIONS = ("head", "group")
 
 
+class IndexDescription(NamedTuple):
+    """The hash, the sizes and the device of an index: all that arguments are checked against."""
+
+    lsh: SoftLSH
+    batch: int | None  # B; None before the first append, as is G
+    n_kv_heads: int | None  # G
+    lengths: np.ndarray  # int64 [B]
+    on_device: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max(initial=0))
+
+
 class Choice(NamedTuple):
-    """Which tokens to attend to."""
+    """The options of a selection: how many tokens, and which in any case."""
 
     budget: int | float
     sink: int
@@ -44,29 +59,29 @@ class Choice(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, int]:
-        """First and last tokens that are always chosen: at least the last one."""
+        """Numbers of first and last tokens that are always chosen: at least the last one."""
         return (self.sink, self.window) if self.sink or self.window else (0, 1)
 
     def budgets(self, lengths: np.ndarray) -> np.ndarray:
-        """Return how many tokens every sequence chooses by score, int64 [B]; shares are rounded up."""
+        """Return the budget of every sequence in tokens, int64 [B]; shares are rounded up."""
         if isinstance(self.budget, int):
             return np.full(len(lengths), self.budget, np.int64)
-        # an excess of a few roundings is none: 0.07 * 100 is 7.000000000000001
+        # less a few roundings before it is rounded up: 0.07 * 100 is 7.000000000000001
         return np.array([math.ceil(self.budget * int(n) * (1 - 1e-15)) for n in lengths], np.int64)
 
 
 class Decoding(NamedTuple):
     """The checked arguments of `sparse_attention`; all arrays have a batch axis."""
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    lengths: np.ndarray
-    had_batch: bool
+    query: np.ndarray  # [B, Tq, H, D]
+    key: np.ndarray  # [B, T, G, D]
+    value: np.ndarray  # [B, T, G, V]
+    lengths: np.ndarray  # int64 [B]
+    passed: Passed
 
 
 def check_scorer(lsh: Any, scorer: Any, tau: Any, weight_by_value_norm: Any) -> Scorer:
-    """Check what a `SocketIndex` is made with."""
+    """Check the arguments of `SocketIndex`."""
     if not isinstance(lsh, SoftLSH):
         raise TypeError(f"lsh must be a racecore.SoftLSH, got {type(lsh).__qualname__}")
     if not isinstance(scorer, str) or scorer not in SCORERS:
@@ -84,15 +99,14 @@ def check_scorer(lsh: Any, scorer: Any, tau: Any, weight_by_value_norm: Any) -> 
 
 
 def check_append(
-    index: SocketIndex, key: Any, value: Any, lengths: Any, on_device: bool | None
+    index: IndexDescription, key: Any, value: Any, lengths: Any, on_device: bool | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Check the arguments of `SocketIndex.append`; return 4-D arrays and the counts of new tokens.
 
-    `on_device` is where the arrays shall be, None means where they are.
+    `on_device` says whether to compute on a GPU, None means on the device of the arrays.
     """
-    k, v = _to_device(on_device, key=key, value=value)
-    inputs.check_same_device(key=k, value=v)
-    _check_place(index, key=k)
+    k, v = (x.array for x in arrays.resolve(on_device, key=key, value=value))
+    _check_device(index, "key", k)
     batch, n_kv_heads = index.batch, index.n_kv_heads
     if k.ndim == v.ndim == 3 and (batch is None or batch == 1):
         k, v = k[None], v[None]
@@ -126,34 +140,25 @@ def check_append(
     return k, v, check_lengths(lengths, len(k), k.shape[1])
 
 
-def _to_device(on_device: bool | None, **named: Any) -> list[Any]:
-    """Return arrays of any library as the operations take them, where they are or where they shall
-    be.
-    """
-    found = [arrays.as_array(array, name) for name, array in named.items()]
-    return found if on_device is None else [arrays.to_device(array, on_device) for array in found]
-
-
-def _check_place(index: SocketIndex, **named: Any) -> None:
-    """Check that an array is where the index is, if that has anything yet."""
-    ((name, array),) = named.items()
-    if index.hashed is None or index.on_device == cuda.is_array(array):
+def _check_device(index: IndexDescription, name: str, array: Any) -> None:
+    """Check that an array is on the device of an index that has any keys."""
+    on_device = cuda.is_array(array)
+    if index.batch is None or index.on_device == on_device:
         return
-    places = [f"{place} memory" for place in ("the host's", "a GPU's")]
+    memory = ["the host's memory", "a GPU's memory"]
     raise ValueError(
-        f"the index is in {places[index.on_device]} and {name} in {places[cuda.is_array(array)]}: "
-        "an index stays where the first "
-        "keys appended to it were; bring the arrays there with cupy.asarray or cupy.asnumpy, or "
-        "take the index along with "
-        "SocketIndex.save and SocketIndex.load(path, backend=...)"
+        f"the index is in {memory[index.on_device]} and {name} in {memory[on_device]}: an index "
+        "stays on the device of the first keys appended to it; move the arrays there with "
+        "cupy.asarray or cupy.asnumpy, or move the index with SocketIndex.save and "
+        "SocketIndex.load(path, backend=...)"
     )
 
 
 def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     """Return the numbers of tokens of every sequence, int64 [B], 0 to `most` each."""
-    if arrays.is_on_device(lengths):
-        lengths = arrays.to_device(arrays.as_array(lengths, "lengths"), False)
-    array = np.asarray(lengths)
+    array = np.asarray(
+        arrays.to_host(lengths, "lengths") if dlpack.is_on_device(lengths) else lengths
+    )
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype}")
     if array.ndim == 0:
@@ -169,15 +174,27 @@ def check_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple[np.ndarray, bool]:
-    """Check the query of `SocketIndex.scores` and `select`; return it with a batch axis, and
-    whether it had one.
-    """
+def check_batch_indices(batch_indices: Any) -> np.ndarray:
+    """Return the argument of `SocketIndex.select_batch` as a 1-D array of integers."""
+    indices = np.atleast_1d(np.asarray(batch_indices))
+    if indices.size == 0:
+        indices = indices.astype(np.int64)
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"batch_indices must be integers, got {indices.dtype}")
+    if indices.ndim != 1:
+        raise ValueError(f"batch_indices must be one-dimensional, got shape {indices.shape}")
+    return indices
+
+
+def check_query(
+    index: IndexDescription, query: Any, on_device: bool | None
+) -> tuple[np.ndarray, CallerArray]:
+    """Check the query of `SocketIndex.scores` and `select`; return it 4-D, and as it was passed."""
     if index.batch is None:
         raise ValueError("this index is empty: append keys and values first")
-    (q,) = _to_device(on_device, query=query)
-    _check_place(index, query=q)
-    had_batch = q.ndim == 4
+    (passed,) = arrays.resolve(on_device, query=query)
+    q = passed.array
+    _check_device(index, "query", q)
     if q.ndim == 3 and index.batch == 1:
         q = q[None]
     if q.ndim != 4 or (q.shape[0], q.shape[1], q.shape[3]) != (index.batch, 1, index.lsh.head_dim):
@@ -191,11 +208,11 @@ def check_query(index: SocketIndex, query: Any, on_device: bool | None) -> tuple
             f"{q.shape[2]}"
         )
     inputs.check_dtypes(query=q)
-    return q, had_batch
+    return q, passed
 
 
 def check_budget(budget: Any) -> int | float:
-    """Return a number of tokens (int) or a share of them (float)."""
+    """Return the budget: a number of tokens (int) or a share of them (float)."""
     if isinstance(budget, (int, np.integer)) and not isinstance(budget, bool):
         if budget < 0:
             raise ValueError(f"budget must not be negative, got {budget}")
@@ -228,13 +245,9 @@ def check_choice(budget: Any, sink: Any, window: Any, group_selection: Any) -> C
     return Choice(check_budget(budget), int(sink), int(window), group_selection == "group")
 
 
-def check_decoding(
-    query: Any, key: Any, value: Any, index: Any, lengths: Any, on_device: bool | None
-) -> Decoding:
+def check_decoding(passed: Passed, index: IndexDescription | None, lengths: Any) -> Decoding:
     """Check the arrays of `sparse_attention`, with each other and with the index."""
-    q, k, v = _to_device(on_device, query=query, key=key, value=value)
-    inputs.check_same_device(query=q, key=k, value=v)
-    q, k, v, had_batch = inputs.check_shapes(q, k, v)
+    q, k, v = inputs.check_shapes(passed)
     inputs.check_dtypes(query=q, key=k, value=v)
     batch, n_tokens, n_kv_heads = k.shape[:3]
     if index is None:
@@ -243,18 +256,18 @@ def check_decoding(
             if lengths is None
             else check_lengths(lengths, batch, n_tokens)
         )
-        return Decoding(q, k, v, _at_least(found, q.shape[1]), had_batch)
+        return Decoding(q, k, v, _at_least(found, q.shape[1]), passed)
     _check_index(index, batch, n_kv_heads, k.shape[3])
-    _check_place(index, key=k)
+    _check_device(index, "key", k)
     if lengths is None:
         if n_tokens != index.n_tokens:
             raise ValueError(
                 f"key and value have {n_tokens} tokens and the index {index.n_tokens}: append "
                 "every token to the index before "
-                "attending; of a cache with room to spare, pass the part in use (key[:, :n]) or "
+                "attending; of a cache with spare capacity, pass the part in use (key[:, :n]) or "
                 "its lengths"
             )
-        return Decoding(q, k, v, _at_least(index.lengths, q.shape[1]), had_batch)
+        return Decoding(q, k, v, _at_least(index.lengths, q.shape[1]), passed)
     given = check_lengths(lengths, batch, n_tokens)
     if (given != index.lengths).any():
         where = int(np.argmax(given != index.lengths))
@@ -263,15 +276,21 @@ def check_decoding(
             "of that sequence: append "
             "every token to the index before attending"
         )
-    return Decoding(q, k, v, _at_least(given, q.shape[1]), had_batch)
+    return Decoding(q, k, v, _at_least(given, q.shape[1]), passed)
 
 
-def _check_index(index: Any, batch: int, n_kv_heads: int, head_dim: int) -> None:
-    if not all(hasattr(index, name) for name in ("lsh", "hashed", "n_kv_heads")):
+def described(index: Any) -> IndexDescription | None:
+    """Return the description of an index; None stays None."""
+    description = getattr(index, "description", None)
+    if index is not None and not isinstance(description, IndexDescription):
         raise TypeError(
             "index must be a racecore.SocketIndex, or None for dense attention, got "
             f"{type(index).__qualname__}"
         )
+    return description
+
+
+def _check_index(index: IndexDescription, batch: int, n_kv_heads: int, head_dim: int) -> None:
     if index.lsh.head_dim != head_dim:
         raise ValueError(
             f"the index hashes rows of {index.lsh.head_dim} values, query and key have {head_dim}"
@@ -286,9 +305,7 @@ def _check_index(index: Any, batch: int, n_kv_heads: int, head_dim: int) -> None
 
 
 def _at_least(lengths: np.ndarray, n_queries: int) -> np.ndarray:
-    """Check that there are as many tokens as queries: the queries are the last of them. A single
-    query may find none.
-    """
+    """Return `lengths`; raise if several queries are more than the tokens of their sequence."""
     if n_queries > 1 and (lengths < n_queries).any():
         where = int(np.argmax(lengths < n_queries))
         raise ValueError(

@@ -1,14 +1,13 @@
-"""Sparse attention for decoding: score all tokens by their bits, attend exactly to the best of
-them.
-"""
+"""Sparse attention for decoding: score all tokens by their bits, attend exactly to the best."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import Any
 
-from racecore import backends, inputs
-from racecore.runtime import arrays, cuda
+from racecore import backends, outputs
+from racecore.inputs import Passed
+from racecore.runtime import cuda
 from racecore.sparse import checks
 from racecore.sparse.socket_index import SocketIndex
 
@@ -29,59 +28,59 @@ def sparse_attention(
     backend: str | None = None,
     out: Any = None,
 ) -> Any:
-    """Compute softmax attention of one token over the few tokens of a cache that matter to it
-    (SOCKET).
+    """Compute softmax attention of one token over selected tokens of a cache (SOCKET).
 
     Several queries at once (a prefill), and sequences of no more tokens than `budget`, get dense,
     causal, exact attention: the queries are the last tokens of their sequences, and each sees
-    itself and what is before it.
+    itself and the tokens before it.
 
     Parameters
     ----------
     query : array, shape [B, Tq, H, D]
     key : array, shape [B, T, G, D]
     value : array, shape [B, T, G, V]
-        The cache, with the query's own token: all of one dtype, float16, bfloat16, float32 or
+        The cache, including the query's token: all of one dtype, float16, bfloat16, float32 or
         float64. Any strides; memory maps are read row by row, and nothing of size T is copied (but
         arrays in a foreign byte order, or not aligned). Without a batch axis all three mean B = 1.
         H must be a multiple of G.
     index : SocketIndex or None
-        To which every token of the cache has been appended, and which lies where the cache does.
-        None: dense attention, whatever the number of tokens.
+        An index of every token of the cache, on the device of the cache. None: dense attention for
+        any number of tokens.
     budget : int or float
         Tokens chosen by score: a number, or a share of each sequence, rounded up.
     sink, window : int
         How many of the first and of the last tokens to attend to in any case. If both are 0, the
-        last one.
+        last one is.
     group_selection : {"head", "group"}
-        Whether every query head chooses tokens for itself, or those of a key/value head together;
+        Whether every query head selects tokens, or the heads of a key/value head select together;
         see `SocketIndex.select`.
     lengths : integers, shape [B], optional
-        How many tokens of each sequence are in use, of a cache with room to spare; must be those of
-        the index.
+        How many tokens of each sequence are in use, for a cache with spare capacity; must be those
+        of the index.
     backend : {"cpu", "cuda", "reference"}, optional
-        None takes the fastest that runs where the arrays are. "cuda" copies arrays in host memory
-        to the GPU first.
+        None takes the fastest for the device of the arrays. "cuda" copies arrays in host memory to
+        the GPU first.
     out : array, shape [B, Tq, H, V], optional
-        Where to write the result.
+        Array for the result.
 
     Returns
     -------
     array, shape [B, Tq, H, V]
         ``softmax(q k^T / sqrt(D)) v`` over the selected tokens, in the query's dtype and library.
-        Zero where there are none.
+        Zero for a sequence without tokens.
 
     Raises
     ------
     ValueError, TypeError
-        What was expected, what came and what to do. Nothing has been changed then.
+        The message says what was expected, what came and what to do. Nothing has been changed.
     racecore.errors.BackendUnavailableError
         The backend cannot run here; lists every backend with its reason.
 
     Notes
     -----
-    Source: SOCKET (arXiv 2602.06283). Results have the same bits for any number of threads, and in a batch of sequences of
-    several lengths the same as one by one. On a GPU the work goes to CuPy's current stream, and nothing waits for it.
+    Source: SOCKET (arXiv 2602.06283). Results have the same bits for any number of threads, and the
+    same in a batch of sequences of several lengths as one by one. On a GPU the work goes to CuPy's
+    current stream, and nothing waits for it.
 
     Examples
     --------
@@ -96,16 +95,15 @@ def sparse_attention(
     (1, 1, 8, 64)
     """
     choice = checks.check_choice(budget, sink, window, group_selection)
-    d = checks.check_decoding(query, key, value, index, lengths, backends.place(backend))
+    passed = Passed.resolve(query, key, value, backends.place(backend))
+    d = checks.check_decoding(passed, checks.described(index), lengths)
     on_device = cuda.is_array(d.query)
     operations = backends.choose(backend, on_device).socket
     shape = (*d.query.shape[:3], d.value.shape[3])
-    out_shape = shape if d.had_batch else shape[1:]
     sources = [("query", d.query), ("key", d.key), ("value", d.value)]
-    target = result = inputs.check_out(out, "out", out_shape, d.query.dtype, sources, on_device)
-    if not d.had_batch:
-        target = result[None]
+    result, target, give_back = outputs.result_array(out, passed.query, shape, sources, on_device)
     budgets = choice.budgets(d.lengths)
+    # Neighbours of one kind are computed together: a batch of one kind is one call.
     is_dense = (budgets >= d.lengths) | (index is None or d.query.shape[1] != 1)
     for dense, run in groupby(range(len(is_dense)), key=lambda b: bool(is_dense[b])):
         sequences = list(run)
@@ -120,4 +118,4 @@ def sparse_attention(
             )
             selected = index.chosen(operations, rows[0], part, choice)
             operations.attend_selected(*rows, selected, target[some])
-    return arrays.restorer(query if out is None else out)(result)
+    return give_back(result)

@@ -1,6 +1,4 @@
-"""SocketIndex: some bytes per key, from which the few tokens that a query should attend to are
-found.
-"""
+"""SocketIndex: some bytes per key, by which a query selects the few tokens to attend to."""
 
 from __future__ import annotations
 
@@ -10,28 +8,24 @@ from typing import Any
 import numpy as np
 
 from racecore import backends
-from racecore.errors import CorruptFileError
-from racecore.ops.socket.layout import BLOCK_TOKENS, HashedKeys, n_rows
-from racecore.runtime import arrays, cuda, files
+from racecore.ops.socket.layout import HashedKeys
+from racecore.runtime import arrays, cuda
 from racecore.soft_lsh import SoftLSH
 from racecore.sparse import checks
+from racecore.sparse.key_storage import no_keys, trimmed, with_capacity
+from racecore.sparse.saved_index import SavedIndex, read_index, write_index
 
 __all__ = ["SocketIndex"]
 
-_FILE_KIND = "racecore.SocketIndex"
-_FILE_VERSION = 1
-_GROWTH = 1.5
-
 
 class SocketIndex:
-    """Hashed keys of a key/value cache: which tokens deserve exact attention from a query, answered
-    without reading the keys.
+    """Hashed keys of a key/value cache: scores and selects tokens for a query without their keys.
 
     Keys are hashed once, when they are appended, to the P signs of each of L tables; a query weighs
-    these bits softly. What is kept of a token and key/value head is L bytes for P <= 8 (L * (8 + 1,
-    2, 4 or 8) bits for P = 9, 10, up to 12, up to 16) and its norm in 16 bits. Batch and key/value
-    heads are those of the first keys appended, and bits and norms lie where these lay: in host
-    memory, or on a GPU. Keys and values stay with the caller.
+    these bits softly. A token takes, per key/value head, L bytes for P <= 8 (L * (8 + 1, 2, 4 or 8)
+    bits for P = 9, 10, up to 12, up to 16) and 16 bits for its norm. Batch and key/value heads are
+    those of the first keys appended, and so is the device: host memory, or a GPU. Keys and values
+    stay with the caller.
 
     Parameters
     ----------
@@ -39,12 +33,11 @@ class SocketIndex:
         Planes [L, P, D], shared by all heads, or [G, L, P, D], a set for each *key/value* head. Its
         beta is not used.
     scorer : {"soft", "hamming", "signed_jl"}
-        What a query makes of a key's bits. "soft": the probability that the soft hash of the query
-        gives to the key's buckets, summed over tables. "hamming": the number of signs that agree.
+        The score of a key's bits. "soft": the probability that the soft hash of the query gives to
+        the key's buckets, summed over tables. "hamming": the number of signs that agree.
         "signed_jl": the sum over planes of the query's projection times the key's sign, times the
-        norm of the key: an estimate of their product, and the best in the study of
-        docs/socket_study.md, as is not to weigh by values. SOCKET's own is "soft", with the norms
-        of values.
+        norm of the key; it estimates their product. "signed_jl" without the norms of values was the
+        best in the study of docs/socket_study.md; SOCKET itself uses "soft" with them.
     tau : float
         Temperature of "soft": the hash is that of a `SoftLSH` with beta = 1/tau and tanh(u)/sqrt(D)
         for tanh(u).
@@ -54,15 +47,18 @@ class SocketIndex:
     Raises
     ------
     ValueError, TypeError
-        What was expected, what came and what to do.
+        The message says what was expected, what came and what to do.
 
     Notes
     -----
-    Source: SOCKET (arXiv 2602.06283). ``score[j] = sum_l prob[l, code_l(j)] * ||v_j||``. Norms are kept with 6 bits of exponent
-    and 10 of fraction: the relative error is at most 2^-11, between 2^-32 and 2^32.
+    Source: SOCKET (arXiv 2602.06283). ``score[j] = sum_l prob[l, code_l(j)] * ||v_j||``. Norms are
+    kept with 6 bits of exponent and 10 of fraction: the relative error is at most 2^-11, between
+    2^-32 and 2^32.
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from racecore import SoftLSH
     >>> rng = np.random.default_rng(0)
     >>> key, value = (rng.standard_normal((1, 5000, 2, 64), dtype=np.float32) for _ in range(2))
     >>> index = SocketIndex(SoftLSH.random(head_dim=64, n_tables=60, n_planes=8, rng=0))
@@ -83,6 +79,7 @@ class SocketIndex:
     ) -> None:
         self._scorer = checks.check_scorer(lsh, scorer, tau, weight_by_value_norm)
         self._lsh = lsh
+        # None before the first append, which decides batch, heads and device
         self._hashed: HashedKeys | None = None
 
     @property
@@ -92,7 +89,7 @@ class SocketIndex:
 
     @property
     def scorer(self) -> str:
-        """What a query makes of a key's bits."""
+        """The name of the score of a key's bits."""
         return self._scorer.kind
 
     @property
@@ -127,7 +124,7 @@ class SocketIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and norms, with the room for tokens to come."""
+        """Bytes of codes and norms, spare capacity included."""
         return 0 if self._hashed is None else self._hashed.codes.nbytes + self._hashed.norms.nbytes
 
     @property
@@ -137,26 +134,32 @@ class SocketIndex:
 
     @property
     def hashed(self) -> HashedKeys | None:
-        """The bits and norms themselves, as the operations take them."""
+        """Bits and norms in the form that the operations take; None before the first append."""
         return self._hashed
+
+    @property
+    def description(self) -> checks.IndexDescription:
+        """Hash, sizes and device, against which arguments are checked."""
+        return checks.IndexDescription(
+            self._lsh, self.batch, self.n_kv_heads, self.lengths, self.on_device
+        )
 
     def append(
         self, key: Any, value: Any, *, lengths: Any = None, backend: str | None = None
     ) -> None:
-        """Hash tokens and add them, in place. In whatever pieces tokens are appended, the index
-        becomes the same.
+        """Hash tokens and add them, in place; how they are divided into calls changes nothing.
 
         Parameters
         ----------
         key : array, shape [B, T, G, D]
         value : array, shape [B, T, G, V]
             Of one dtype: float16, bfloat16, float32 or float64; any strides, memory maps included.
-            Without a batch axis where B is 1. Of values only norms are taken. On a GPU if the index
+            Without a batch axis if B is 1. Of values only norms are taken. On a GPU if the index
             is there.
         lengths : integers, shape [B], optional
             How many of the T tokens of each sequence count; the rest is padding. None: all.
         backend : {"cpu", "cuda", "reference"}, optional
-            None takes the fastest that runs where the arrays are. "cuda" copies arrays in host
+            None takes the fastest for the device of the arrays. "cuda" copies arrays in host
             memory to the GPU first.
 
         Raises
@@ -166,37 +169,40 @@ class SocketIndex:
         racecore.errors.BackendUnavailableError
             The backend cannot run here; lists every backend with its reason.
         """
-        key, value, counts = checks.check_append(self, key, value, lengths, backends.place(backend))
+        key, value, counts = checks.check_append(
+            self.description, key, value, lengths, backends.place(backend)
+        )
         on_device = cuda.is_array(key)
         operations = backends.choose(backend, on_device).socket
         hashed = self._hashed
         if hashed is None:
-            hashed = _no_keys(self._lsh, len(key), key.shape[2], on_device)
-        hashed = _with_room(hashed, int((hashed.lengths + counts).max(initial=0)))
+            hashed = no_keys(self._lsh, len(key), key.shape[2], on_device)
+        hashed = with_capacity(hashed, int((hashed.lengths + counts).max(initial=0)))
         operations.hash_keys(key, value, self._planes(key.shape[2]), self._scorer, hashed, counts)
-        # only now: whatever was raised before, the index has what it had
+        # last, so that an error above leaves the index as it was
         self._hashed = hashed._replace(lengths=hashed.lengths + counts)
 
     def scores(self, query: Any, *, backend: str | None = None) -> Any:
-        """Return what a query thinks of every token.
+        """Return the score of every token for a query.
 
         Parameters
         ----------
         query : array, shape [B, 1, H, D]
-            H must be a multiple of G. Without a batch axis where B is 1.
+            H must be a multiple of G. Without a batch axis if B is 1.
         backend : {"cpu", "cuda", "reference"}, optional
 
         Returns
         -------
         array, shape [B, H, T]
-            float32, or float64 for a float64 query, in the query's library; -inf behind the end of
-            a shorter sequence. Without the batch axis if the query has none.
+            float32, or float64 for a float64 query, in the query's library; -inf past the end of a
+            shorter sequence. Without the batch axis if the query has none.
         """
-        q, had_batch = checks.check_query(self, query, backends.place(backend))
+        q, passed = checks.check_query(self.description, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
+        # [B, H, L, N, 16]: a score for every value of each digit of a code
         tables = operations.query_tables(q, self._planes(hashed.codes.shape[1]), self._scorer)
         scores = operations.scores(tables, hashed, self._scorer.multiplies)
-        return arrays.restorer(query)(scores if had_batch else scores[0])
+        return passed.way_back()(scores if passed.had_batch else scores[0])
 
     def select(
         self,
@@ -234,17 +240,18 @@ class SocketIndex:
             library. On a GPU this waits until W is known, as `sparse_attention` does not.
         """
         choice = checks.check_choice(budget, sink, window, group_selection)
-        q, had_batch = checks.check_query(self, query, backends.place(backend))
+        q, passed = checks.check_query(self.description, query, backends.place(backend))
         operations, hashed = self._prepared(q, backend)
         selected = self.chosen(operations, q, hashed, choice)
-        if self.on_device and selected.size:  # rows there are as wide as they might have to be
+        if self.on_device and selected.size:
+            # rows on a GPU have the largest possible width: cut them to the longest
             selected = selected[:, :, : int((selected >= 0).sum(axis=2).max())]
-        return arrays.restorer(query)(selected if had_batch else selected[0])
+        return passed.way_back()(selected if passed.had_batch else selected[0])
 
     def chosen(
         self, operations: Any, query: np.ndarray, hashed: HashedKeys, choice: checks.Choice
     ) -> np.ndarray:
-        """Do what `select` does, of checked arguments and some sequences of this index."""
+        """Return the selected tokens for checked arguments and some sequences of this index."""
         tables = operations.query_tables(query, self._planes(hashed.codes.shape[1]), self._scorer)
         budgets = choice.budgets(hashed.lengths)
         return operations.select(
@@ -252,12 +259,12 @@ class SocketIndex:
         )
 
     def truncate(self, lengths: Any) -> None:
-        """Forget tokens at the end, in place: those of drafts that were not accepted, say.
+        """Drop tokens at the end, in place, such as drafts that were not accepted.
 
         Parameters
         ----------
         lengths : int, or integers of shape [B]
-            How many tokens of every sequence remain; at most what there are.
+            How many tokens of every sequence remain; at most its length.
         """
         if self._hashed is None:
             raise ValueError("this index is empty: there is nothing to truncate")
@@ -267,15 +274,17 @@ class SocketIndex:
                 f"truncate cannot lengthen: the sequences have {self._hashed.lengths} tokens, got "
                 f"{kept}"
             )
+        # codes and norms stay: appended tokens overwrite them
         self._hashed = self._hashed._replace(lengths=kept)
 
     def copy(self) -> SocketIndex:
         """Return an independent copy."""
-        return self._of(None if self._hashed is None else _cut(self._hashed, slice(None)))
+        return self._of(None if self._hashed is None else trimmed(self._hashed, slice(None)))
 
     def select_batch(self, batch_indices: Any) -> SocketIndex:
-        """Return a new index of the sequences at `batch_indices`, in that order; repeats are legal
-        (beam search).
+        """Return a new index of the sequences at `batch_indices`, in that order.
+
+        Repeats are legal (beam search).
 
         Raises
         ------
@@ -286,42 +295,18 @@ class SocketIndex:
         """
         if self._hashed is None:
             raise ValueError("this index is empty: append keys and values first")
-        indices = np.atleast_1d(np.asarray(batch_indices))
-        if indices.size == 0:
-            indices = indices.astype(np.int64)
-        if indices.dtype.kind not in "iu":
-            raise TypeError(f"batch_indices must be integers, got {indices.dtype}")
-        if indices.ndim != 1:
-            raise ValueError(f"batch_indices must be one-dimensional, got shape {indices.shape}")
-        return self._of(_cut(self._hashed, indices))
+        indices = checks.check_batch_indices(batch_indices)
+        return self._of(trimmed(self._hashed, indices))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write bits, norms, hash, scorer and checksum to an .npz file, which appears whole or not
-        at all.
-        """
-        hashed = (
-            _no_keys(self._lsh, 0, 0) if self._hashed is None else _cut(self._hashed, slice(None))
-        )
-        files.save(
-            path,
-            _FILE_KIND,
-            _FILE_VERSION,
-            planes=self._lsh.planes,
-            beta=np.asarray(self._lsh.beta),
-            scorer=np.array(self._scorer.kind),
-            tau=np.array(self._scorer.tau),
-            weighs_values=np.array(self._scorer.weighs_values),
-            codes=arrays.to_device(hashed.codes, False),
-            norms=arrays.to_device(hashed.norms, False),
-            lengths=hashed.lengths,
-            is_empty=np.array(self._hashed is None),
-        )
+        """Write index, hash and checksum to an .npz file, which appears whole or not at all."""
+        write_index(path, SavedIndex(self._lsh, self._scorer, self._hashed))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], lsh: SoftLSH | None = None, *, backend: str | None = None
     ) -> SocketIndex:
-        """Read what `save` wrote, wherever that index was.
+        """Read a file of `save`; that index may have been on any device.
 
         Parameters
         ----------
@@ -329,7 +314,7 @@ class SocketIndex:
         lsh : SoftLSH, optional
             The hash that the index must have been made with.
         backend : {"cpu", "cuda", "reference"}, optional
-            "cuda" brings the index to the GPU; else it is in host memory.
+            "cuda" loads the index to the GPU; else it is in host memory.
 
         Raises
         ------
@@ -339,45 +324,19 @@ class SocketIndex:
         ValueError
             It was made with another hash than `lsh`.
         """
-        names = (
-            "planes",
-            "beta",
-            "scorer",
-            "tau",
-            "weighs_values",
-            "codes",
-            "norms",
-            "lengths",
-            "is_empty",
-        )
-        content = files.load(path, _FILE_KIND, _FILE_VERSION, names)
-        own = SoftLSH(content["planes"], content["beta"])
-        if lsh is not None and lsh != own:
-            raise ValueError(
-                f"{os.fspath(path)} was made with another hash: its fingerprint is "
-                f"{own.fingerprint[:12]}..., that of lsh "
-                f"{lsh.fingerprint[:12]}..."
-            )
-        index = cls(
-            own,
-            scorer=str(content["scorer"]),
-            tau=float(content["tau"]),
-            weight_by_value_norm=bool(content["weighs_values"]),
-        )
-        if not content["is_empty"]:
-            hashed = HashedKeys(
-                content["codes"],
-                content["norms"],
-                content["lengths"].astype(np.int64),
-                own.n_tables,
-                own.n_planes,
-            )
-            _check_sizes(hashed, path)
+        saved = read_index(path, lsh)
+        hashed = saved.hashed
+        if hashed is not None:
             on_device = bool(backends.place(backend))
-            index._hashed = hashed._replace(
-                codes=arrays.to_device(hashed.codes, on_device),
-                norms=arrays.to_device(hashed.norms, on_device),
-            )
+            codes, norms = (arrays.to_device(x, on_device) for x in (hashed.codes, hashed.norms))
+            hashed = hashed._replace(codes=codes, norms=norms)
+        return cls._from(saved._replace(hashed=hashed))
+
+    @classmethod
+    def _from(cls, saved: SavedIndex) -> SocketIndex:
+        kind, tau, weighs_values = saved.scorer
+        index = cls(saved.lsh, scorer=kind, tau=tau, weight_by_value_norm=weighs_values)
+        index._hashed = saved.hashed
         return index
 
     def _planes(self, n_kv_heads: int) -> np.ndarray:
@@ -390,11 +349,8 @@ class SocketIndex:
         return operations, self._hashed
 
     def _of(self, hashed: HashedKeys | None) -> SocketIndex:
-        """Return an index with the same hash and scorer."""
-        kind, tau, weighs_values = self._scorer
-        new = SocketIndex(self._lsh, scorer=kind, tau=tau, weight_by_value_norm=weighs_values)
-        new._hashed = hashed
-        return new
+        """Return an index of other keys with the same hash and scorer."""
+        return SocketIndex._from(SavedIndex(self._lsh, self._scorer, hashed))
 
     def __repr__(self) -> str:
         return (
@@ -404,61 +360,3 @@ class SocketIndex:
             f"n_tokens={self.n_tokens}, "
             f"lsh={self._lsh!r})"
         )
-
-
-def _no_keys(lsh: SoftLSH, batch: int, n_kv_heads: int, on_device: bool = False) -> HashedKeys:
-    shape = (batch, n_kv_heads, 0, n_rows(lsh.n_tables, lsh.n_planes), BLOCK_TOKENS)
-    codes, norms = (
-        arrays.zeros(shape, np.uint8, on_device),
-        arrays.zeros(shape[:3], np.uint16, on_device),
-    )
-    return HashedKeys(codes, norms, np.zeros(batch, np.int64), lsh.n_tables, lsh.n_planes)
-
-
-def _with_room(hashed: HashedKeys, n_tokens: int) -> HashedKeys:
-    """Return the same keys in arrays for at least `n_tokens`: those there are, or longer ones by a
-    constant factor.
-    """
-    has, needed = hashed.codes.shape[2], -(-n_tokens // BLOCK_TOKENS)
-    if needed <= has:
-        return hashed
-    size = max(needed, int(has * _GROWTH) + 1) if has else needed
-    batch, n_kv_heads, _, rows, _ = hashed.codes.shape
-    on_device = cuda.is_array(hashed.codes)
-    codes = arrays.zeros((batch, n_kv_heads, size, rows, BLOCK_TOKENS), np.uint8, on_device)
-    norms = arrays.zeros((batch, n_kv_heads, size * BLOCK_TOKENS), np.uint16, on_device)
-    codes[:, :, :has] = hashed.codes
-    norms[:, :, : has * BLOCK_TOKENS] = hashed.norms
-    return hashed._replace(codes=codes, norms=norms)
-
-
-def _cut(hashed: HashedKeys, sequences: Any) -> HashedKeys:
-    """Return a copy of some sequences without room to spare."""
-    lengths = hashed.lengths[
-        sequences
-    ].copy()  # raises where there is no such sequence; a GPU would not
-    n_blocks = -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)
-    if not isinstance(sequences, slice):
-        sequences = arrays.to_device(sequences, cuda.is_array(hashed.codes))
-    codes = arrays.copied(hashed.codes[:, :, :n_blocks][sequences])
-    norms = arrays.copied(hashed.norms[:, :, : n_blocks * BLOCK_TOKENS][sequences])
-    return hashed._replace(codes=codes, norms=norms, lengths=lengths)
-
-
-def _check_sizes(hashed: HashedKeys, path: str | os.PathLike[str]) -> None:
-    """Raise unless the arrays of a file fit each other."""
-    batch, n_kv_heads, n_blocks, rows, lanes = hashed.codes.shape
-    fits = hashed.norms.shape == (
-        batch,
-        n_kv_heads,
-        n_blocks * BLOCK_TOKENS,
-    ) and hashed.lengths.shape == (batch,)
-    fits = fits and (rows, lanes) == (n_rows(hashed.n_tables, hashed.n_planes), BLOCK_TOKENS)
-    fits = fits and bool(
-        ((hashed.lengths >= 0) & (hashed.lengths <= n_blocks * BLOCK_TOKENS)).all()
-    )
-    if not fits or (hashed.codes.dtype, hashed.norms.dtype) != (
-        np.dtype(np.uint8),
-        np.dtype(np.uint16),
-    ):
-        raise CorruptFileError(f"{os.fspath(path)} holds arrays that do not fit each other")

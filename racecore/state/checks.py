@@ -1,91 +1,91 @@
-"""Every check of what a caller hands to a `RaceState`, and every message about it; the helpers are
-those of `inputs`.
-"""
+"""The checks of a `RaceState`'s arguments, and their messages."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from racecore.inputs import (
+    Passed,
     check_dtypes,
     check_readout,
-    check_same_device,
     checked_mask,
     whole_sequences,
 )
-from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem, changed
+from racecore.problem import DEVICE_WORKSPACE_BYTES, WORKSPACE_BYTES, Problem
 from racecore.runtime import arrays, cuda
+from racecore.runtime.arrays import CallerArray
+from racecore.soft_lsh import SoftLSH
 
-if TYPE_CHECKING:
-    from racecore.state.race_state import RaceState
+__all__ = [
+    "StateSizes",
+    "check_append",
+    "check_attend",
+    "check_members",
+    "check_mergeable",
+    "check_same_hash",
+    "check_sizes",
+    "check_state_dtype",
+    "check_step",
+]
 
-__all__ = ["check_append", "check_attend", "check_members", "check_state_dtype", "check_step"]
+
+class StateSizes(NamedTuple):
+    """The hash and the sizes of a state: all that its arguments are checked against."""
+
+    lsh: SoftLSH
+    batch: int  # B
+    n_state_heads: int  # M
+    n_kv_heads: int  # G
+    value_dim: int  # V
 
 
-def check_append(state: RaceState, key: Any, value: Any, key_mask: Any) -> Problem:
+def check_sizes(lsh: Any, batch: Any, n_kv_heads: Any, value_dim: Any) -> None:
+    """Check the arguments of `RaceState.zeros`."""
+    if not isinstance(lsh, SoftLSH):
+        raise TypeError(f"lsh must be a racecore.SoftLSH, got {type(lsh).__qualname__}")
+    for name, size, least in (
+        ("batch", batch, 0),
+        ("n_kv_heads", n_kv_heads, 1),
+        ("value_dim", value_dim, 1),
+    ):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+    if lsh.n_heads is not None and lsh.n_heads % n_kv_heads:
+        raise ValueError(
+            f"the {lsh.n_heads} heads of lsh must be a multiple of n_kv_heads, got {n_kv_heads}"
+        )
+
+
+def check_append(state: StateSizes, key: Any, value: Any, key_mask: Any) -> Problem:
     """Check the arguments of `RaceState.append`."""
-    k, v = arrays.as_array(key, "key"), arrays.as_array(value, "value")
-    check_same_device(key=k, value=v)
-    k, v = _with_batch(k, state.batch), _with_batch(v, state.batch)
+    k, v = (_with_batch(x.array, state.batch) for x in arrays.resolve(None, key=key, value=value))
     _check_keys(state, k, v)
     check_dtypes(key=k, value=v)
     return _state_problem(state, None, k, v, key_mask=checked_mask(key_mask, k))
 
 
-def check_attend(state: RaceState, query: Any, readout: str, on_device: bool | None) -> Problem:
-    """Check the arguments of `RaceState.attend`; `on_device` is where the query shall be, None
-    means where it is.
+def check_attend(
+    state: StateSizes, query: Any, readout: str, on_device: bool | None
+) -> tuple[Problem, CallerArray]:
+    """Check the arguments of `RaceState.attend`; also return the resolved query.
+
+    `on_device` says whether to compute on a GPU, None means on the query's device.
     """
-    q = _with_batch(arrays.as_array(query, "query"), state.batch)
-    q = q if on_device is None else arrays.to_device(q, on_device)
+    (passed,) = arrays.resolve(on_device, query=query)
+    q = _with_batch(passed.array, state.batch)
     _check_query(state, q)
     check_dtypes(query=q)
     check_readout(readout)
-    return _state_problem(state, q, None, None, readout=readout)
+    return _state_problem(state, q, None, None, readout=readout), passed
 
 
 def check_step(
-    state: RaceState,
-    query: Any,
-    key: Any,
-    value: Any,
-    key_mask: Any,
-    counts: Any,
-    readout: str,
-    on_device: bool | None,
+    state: StateSizes, passed: Passed, key_mask: Any, counts: Any, readout: str
 ) -> Problem:
-    """Check the arguments of `RaceState.step`; `on_device` is where the arrays shall be, None means
-    where they are.
-
-    Arrays like those of the last plain step have been checked then.
-    """
-    q, k, v = (
-        arrays.as_array(query, "query"),
-        arrays.as_array(key, "key"),
-        arrays.as_array(value, "value"),
-    )
-    is_plain = key_mask is None and counts is None and on_device is None
-    signature = (
-        q.shape,
-        k.shape,
-        v.shape,
-        type(q),
-        type(k),
-        type(v),
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        readout,
-    )
-    if is_plain and signature == state.checked_step[0]:
-        return changed(state.checked_step[1], query=q, key=k, value=v)
-    if on_device is None:
-        check_same_device(query=q, key=k, value=v)
-    else:
-        q, k, v = (arrays.to_device(x, on_device) for x in (q, k, v))
-    q, k, v = (_with_batch(x, state.batch) for x in (q, k, v))
+    """Check the arguments of `RaceState.step`."""
+    q, k, v = (_with_batch(x.array, state.batch) for x in passed)
     _check_keys(state, k, v)
     _check_query(state, q)
     if q.shape[1] != k.shape[1]:
@@ -99,28 +99,25 @@ def check_step(
         raise ValueError(
             "key_mask and counts were both given; use one: a key that does not count is masked"
         )
-    problem = _state_problem(
+    return _state_problem(
         state, q, k, v, key_mask=checked_mask(key_mask, k), counts=counts, readout=readout
     )
-    if is_plain and q.ndim == len(signature[0]):
-        state.checked_step = signature, changed(problem, query=None, key=None, value=None)
-    return problem
 
 
-def _check_keys(state: RaceState, k: np.ndarray, v: np.ndarray) -> None:
-    wanted_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
-    wanted_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
-    if not (_fits(k.shape, wanted_k) and _fits(v.shape, wanted_v) and k.shape[1] == v.shape[1]):
+def _check_keys(state: StateSizes, k: np.ndarray, v: np.ndarray) -> None:
+    expected_k = (state.batch, "T", state.n_kv_heads, state.lsh.head_dim)
+    expected_v = (state.batch, "T", state.n_kv_heads, state.value_dim)
+    if not (_fits(k.shape, expected_k) and _fits(v.shape, expected_v) and k.shape[1] == v.shape[1]):
         raise ValueError(
-            f"key and value must have shapes {_text(wanted_k)} and {_text(wanted_v)} for this "
+            f"key and value must have shapes {_text(expected_k)} and {_text(expected_v)} for this "
             f"state, got {k.shape} and {v.shape}"
         )
 
 
-def _check_query(state: RaceState, q: np.ndarray) -> None:
-    wanted = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
-    if not _fits(q.shape, wanted):
-        raise ValueError(f"query must have shape {_text(wanted)} for this state, got {q.shape}")
+def _check_query(state: StateSizes, q: np.ndarray) -> None:
+    expected = (state.batch, "Tq", state.lsh.n_heads or "H", state.lsh.head_dim)
+    if not _fits(q.shape, expected):
+        raise ValueError(f"query must have shape {_text(expected)} for this state, got {q.shape}")
     if q.shape[2] % state.n_kv_heads or q.shape[2] == 0:
         raise ValueError(
             f"the query's heads must be a multiple of the state's {state.n_kv_heads}, got "
@@ -129,7 +126,7 @@ def _check_query(state: RaceState, q: np.ndarray) -> None:
 
 
 def _state_problem(
-    state: RaceState,
+    state: StateSizes,
     q: np.ndarray | None,
     k: np.ndarray | None,
     v: np.ndarray | None,
@@ -138,17 +135,17 @@ def _state_problem(
     counts: Any = None,
     readout: str = "ratio",
 ) -> Problem:
-    """Bundle a problem: only keys to sum, only queries to answer, or both, which is causal."""
+    """Return a problem: only keys to sum, only queries to read out, or both, which is causal."""
     side = q if q is not None else k
     if side is None:
         raise TypeError("a problem needs a query or a key")
-    batch, n_state_heads, _ = state.sketch.flat.shape
-    planes, beta = state.lsh.per_head(n_state_heads)
+    planes, beta = state.lsh.per_head(state.n_state_heads)
+    # int64 [B, 5]: batch, query begin and end, key begin and end
     sequences = whole_sequences(
-        batch, 0 if q is None else q.shape[1], 0 if k is None else k.shape[1]
+        state.batch, 0 if q is None else q.shape[1], 0 if k is None else k.shape[1]
     )
     if counts is not None:
-        sequences[:, 2] = sequences[:, 4] = _checked_counts(counts, batch, side.shape[1])
+        sequences[:, 2] = sequences[:, 4] = _checked_counts(counts, state.batch, side.shape[1])
     return Problem(
         query=q,
         key=k,
@@ -157,7 +154,7 @@ def _state_problem(
         beta=beta,
         key_mask=key_mask,
         sequences=sequences,
-        n_heads=n_state_heads if q is None else q.shape[2],
+        n_heads=state.n_state_heads if q is None else q.shape[2],
         n_kv_heads=state.n_kv_heads,
         value_dim=state.value_dim,
         is_causal=q is not None and k is not None,
@@ -171,7 +168,7 @@ def _checked_counts(counts: Any, batch: int, n_tokens: int) -> np.ndarray:
     """Return how many tokens each sequence has, integers [B]."""
     if isinstance(counts, (list, tuple)):
         counts = np.asarray(counts, None if counts else np.int64)
-    numbers = arrays.to_device(arrays.as_array(counts, "counts"), False)
+    numbers = arrays.to_host(counts, "counts")
     if numbers.dtype.kind not in "iub":
         raise TypeError(
             f"counts must be integers or bools (True = all tokens), got {numbers.dtype}"
@@ -187,10 +184,29 @@ def _checked_counts(counts: Any, batch: int, n_tokens: int) -> np.ndarray:
     return numbers
 
 
+def check_same_hash(of_state: SoftLSH, lsh: SoftLSH) -> None:
+    """Raise unless a state's hash is `lsh`, or one of the same planes and beta."""
+    if lsh is not of_state and lsh.fingerprint != of_state.fingerprint:
+        raise ValueError(
+            "this state was made with another hash: its fingerprint is "
+            f"{of_state.fingerprint[:12]}..., that of the hash in use {lsh.fingerprint[:12]}...; "
+            "planes and beta must be identical"
+        )
+
+
+def check_mergeable(mine: StateSizes, other: StateSizes) -> None:
+    """Raise unless two states have the same hash and sizes."""
+    check_same_hash(other.lsh, mine.lsh)
+    if mine[1:] != other[1:]:
+        raise ValueError(
+            "states must agree in (batch, key/value heads, value dim): this one has "
+            f"{(mine.batch, mine.n_kv_heads, mine.value_dim)}, the other "
+            f"{(other.batch, other.n_kv_heads, other.value_dim)}"
+        )
+
+
 def check_members(indices: Any, name: str) -> np.ndarray:
-    """Check which sequences of a batch a caller means: integers in one dimension, or a bool for
-    each.
-    """
+    """Return indices into a batch: integers in one dimension, or a bool for each sequence."""
     members = np.atleast_1d(np.asarray(indices))
     if members.size == 0 and members.dtype.kind == "f":
         members = members.astype(np.int64)
@@ -216,11 +232,11 @@ def _with_batch(array: np.ndarray, batch: int) -> np.ndarray:
     return array[None] if array.ndim == 3 and batch == 1 else array
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True)
+def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        isinstance(w, str) or w == s for s, w in zip(shape, expected, strict=True)
     )
 
 
-def _text(wanted: tuple[int | str, ...]) -> str:
-    return f"[{', '.join(map(str, wanted))}]"
+def _text(expected: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, expected))}]"

@@ -7,9 +7,9 @@
 torch.Size([2, 1000, 64])
 
 Tensors in host memory go to the Numba kernels, tensors on a GPU to the CUDA kernels on PyTorch's
-current stream, both without a copy and in their own dtype. `function` has the calls that autograd
-sees, `operator` what the compiler sees in their place, `tensors` the way from tensors to arrays and
-back, `module` and `cache` what models are built of.
+current stream, both without a copy and in their dtype. `function` has the calls for autograd,
+`operator` the operators for the compiler, `tensors` the conversion of tensors to arrays and back,
+`module` and `cache` the parts of models.
 """
 
 from racecore.adapters.torch.cache import RaceCache

@@ -1,4 +1,4 @@
-"""RaceCache: what a stack of attention layers remembers while a model generates, of constant size."""
+"""RaceCache: the states of a stack of attention layers while a model generates; constant size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from racecore.adapters.torch.tensors import (
     as_tensor,
     autocast,
     check_tensors,
-    same_place,
     target,
     to_array,
+    torch_threads_or_stream,
 )
-from racecore.state.race_state import RaceState
+from racecore.state import RaceState
 
 __all__ = ["RaceCache"]
 
@@ -29,9 +29,9 @@ class RaceCache:
     However long the past is, a layer keeps ``8 * B * G * L * R * (1 + V)`` bytes. States have no
     gradients: decode under ``torch.no_grad()``.
 
-    Layers are told apart by identity, or by whatever hashable is passed for them: a layer that a
-    model uses twice needs a name for each use (`attend`), a copy of a layer starts with an empty
-    past. One thread at a time may use a cache.
+    Layers are distinguished by identity, or by a hashable passed for them: a layer that a model
+    uses twice needs a name for each use (`attend`), a copy of a layer starts with an empty past.
+    One thread at a time may use a cache.
 
     For models of Hugging Face transformers, `racecore.adapters.transformers.new_cache` makes one.
 
@@ -65,9 +65,7 @@ class RaceCache:
         return len(self._states)
 
     def n_seen(self, layer: Hashable) -> int:
-        """Return the tokens that a layer has been given, padding among them: the position of the
-        next one.
-        """
+        """Return the tokens of a layer, padding included: the position of the next one."""
         return self._seen.get(layer, 0)
 
     @torch.compiler.disable(
@@ -91,7 +89,7 @@ class RaceCache:
         Parameters
         ----------
         layer : hashable
-            Who asks: a module, or a number.
+            The layer: a module, or a number.
         query, key, value : Tensor, shapes [B, T, H, D], [B, T, G, D] and [B, T, G, V]
         planes, beta : Tensor
             The layer's hash, which must not change while it decodes.
@@ -107,7 +105,7 @@ class RaceCache:
         RuntimeError
             A gradient is wanted.
         ValueError, TypeError
-            Shapes, dtypes or a hash that do not fit what came before; the past is then unchanged.
+            Shapes, dtypes or a hash that do not fit the past; the past is then unchanged.
         """
         check_tensors(query=query, key=key, value=value, key_mask=key_mask)
         query, key, value = autocast(query, key, value)
@@ -126,7 +124,7 @@ class RaceCache:
         if state is None:
             state = RaceState.zeros(lsh, len(key), key.shape[2], value.shape[3])
         state.check_same_hash(lsh)
-        with same_place(query):
+        with torch_threads_or_stream(query):
             q, k, v = to_array(query), to_array(key), to_array(value)
             out = target((*query.shape[:-1], value.shape[-1]), query)
             mask = None if key_mask is None else to_array(key_mask)
@@ -152,7 +150,8 @@ class RaceCache:
         return other
 
     def __deepcopy__(self, memo: Any) -> RaceCache:
-        return self.copy()  # layers are who they are: copies of them would find nothing here
+        # layers are keys by identity: copies of them would find nothing here
+        return self.copy()
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -16,9 +16,9 @@ from racecore.adapters.torch.tensors import (
     as_tensor,
     autocast,
     check_tensors,
-    same_place,
     target,
     to_array,
+    torch_threads_or_stream,
 )
 from racecore.gradients import Gradients
 from racecore.race_attention import attention, attention_backward, attention_forward
@@ -76,9 +76,9 @@ def race_attention(
 
     Notes
     -----
-    Between forward and backward the inputs are kept, and states of at most 32 MiB (1 GiB on a GPU). There is no second
-    derivative: asking for one raises. Planes and beta on a GPU are copied to the host in every call, which waits for the
-    GPU; they may stay on the CPU while query, key and value are on the GPU.
+    Between forward and backward the inputs are kept, and states of at most 32 MiB (1 GiB on a GPU).
+    A second derivative raises. Planes and beta on a GPU are copied to the host in every call, which
+    waits for the GPU; they may stay on the CPU while query, key and value are on the GPU.
 
     Source: RACE Attention (arXiv 2510.04008), Algorithms 1 and 2.
     """
@@ -149,7 +149,7 @@ def race_sdpa(
     Raises
     ------
     ValueError, TypeError
-        As `racecore.attention` raises them, and for what a sketch cannot do.
+        As `racecore.attention` raises them, and for masks, dropout or a scale.
     """
     _refuse_scores(attn_mask, dropout_p, scale)
     if not isinstance(lsh, SoftLSH) and not (hasattr(lsh, "planes") and hasattr(lsh, "beta")):
@@ -191,10 +191,9 @@ def _tensors_of(lsh: SoftLSH) -> tuple[torch.Tensor, torch.Tensor]:
 def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> None:
     if attn_mask is not None:
         raise ValueError(
-            "attn_mask must be None: keys are summed before a query meets them, so no single pair "
-            "can be masked; race_attention "
-            "takes key_mask (padding) and cu_seqlens (packed sequences), and is_causal=True is "
-            "the causal mask"
+            "attn_mask must be None: keys are summed before they are queried, so no single pair "
+            "can be masked; race_attention takes key_mask (padding) and cu_seqlens (packed "
+            "sequences), and is_causal=True is the causal mask"
         )
     if dropout_p:
         raise ValueError(
@@ -202,13 +201,13 @@ def _refuse_scores(attn_mask: Any, dropout_p: float, scale: float | None) -> Non
         )
     if scale is not None:
         raise ValueError(
-            f"scale must be None, got {scale}: rows are hashed as they come; multiply the query "
+            f"scale must be None, got {scale}: rows are hashed unscaled; multiply the query "
             "and the key, or choose beta"
         )
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:
-    """Refuse forward-mode differentiation, where a tensor takes part in it."""
+    """Raise if a tensor takes part in forward-mode differentiation."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "race_attention has no forward-mode derivative; take gradients with torch.autograd"
@@ -216,9 +215,7 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
 
 
 def _is_traced(query: torch.Tensor) -> bool:
-    """Tell whether somebody writes down what is computed, or tensors have no numbers: that needs
-    operators; see `operator`.
-    """
+    """Return whether a call is recorded, or its tensors have no data: both need `operator`."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -243,24 +240,22 @@ def _without_gradient(
     lsh: SoftLSH,
     options: tuple[Any, ...],
 ) -> torch.Tensor:
-    with same_place(query):
+    with torch_threads_or_stream(query):
         out = target((*query.shape[:-1], value.shape[-1]), query)
         result = attention(*_arrays(query, key, value), lsh, out=out, **array_options(*options))
     return as_tensor(result)
 
 
 class _Attention(torch.autograd.Function):
-    """Forward and backward of racecore. All tensors are kept by autograd, so that checkpointing can
-    drop them.
-    """
+    """Forward and backward of racecore; autograd keeps all tensors, so that checkpointing works."""
 
     @staticmethod
     def forward(ctx, query, key, value, planes, beta, is_causal, readout, key_mask, cu_seqlens):
-        """Compute, and give autograd what backward needs."""
+        """Compute the output, and save the tensors of backward with autograd."""
         wrt = [
             name for name, needed in zip(WANTED, ctx.needs_input_grad[:5], strict=True) if needed
         ]
-        with same_place(query):
+        with torch_threads_or_stream(query):
             out = target((*query.shape[:-1], value.shape[-1]), query)
             result, saved = attention_forward(
                 *_arrays(query, key, value),
@@ -277,7 +272,8 @@ class _Attention(torch.autograd.Function):
             ]
         ctx.counts = [None if states is None else len(states) for states in saved.states]
         ctx.saved = saved.without_inputs()
-        kept_beta = beta if isinstance(beta, torch.Tensor) else None  # a number needs no gradient
+        # a number needs no gradient
+        kept_beta = beta if isinstance(beta, torch.Tensor) else None
         ctx.save_for_backward(query, key, value, planes, kept_beta, key_mask, *states)
         return as_tensor(result)
 
@@ -293,9 +289,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.Tensor | None, ...]:
-    """Bring what forward kept together again and compute the gradients that are wanted."""
+    """Rebuild the `Saved` of forward and compute the wanted gradients."""
     wrt = ctx.saved.wrt
-    with same_place(tensors[0]):
+    with torch_threads_or_stream(tensors[0]):
         out = [
             target(tuple(x.shape), x) if name in wrt else None
             for name, x in zip(WANTED, tensors, strict=False)
@@ -313,11 +309,11 @@ def _backward(ctx, d_out, tensors, planes, beta, key_mask, flat) -> tuple[torch.
 
 
 class _NotTwice(torch.autograd.Function):
-    """The identity on gradients; whoever differentiates them is told that this cannot be done."""
+    """The identity on gradients; differentiating them raises."""
 
     @staticmethod
     def forward(ctx, d_out, query, key, value, planes, beta, *grads):
-        """Return the gradients as they are."""
+        """Return the gradients unchanged."""
         return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
 
     backward = staticmethod(no_second_derivative)

@@ -1,4 +1,4 @@
-"""RaceAttention: a layer of multi-head RACE attention, to put where softmax attention stood."""
+"""RaceAttention: a layer of multi-head RACE attention, to replace one of softmax attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RaceAttention(nn.Module):
     n_tables, n_planes : int
         L and P of the hash.
     beta : float or sequence of float
-        Sharpness of the hash to begin with; one value per head gives every head its own.
+        Initial sharpness of the hash; a sequence has one value per head.
     learn_beta, learn_planes : bool
         Whether they are parameters; else they are buffers. Both are in the state dict either way,
         so that a loaded model hashes as the saved one did, whatever `rng` was.
@@ -40,8 +40,8 @@ class RaceAttention(nn.Module):
         See `racecore.attention`.
     bias : bool
         Whether the projections have a bias.
-    rng : int or what else `numpy.random.default_rng` takes
-        Draws the planes. Layers of one model want different ones.
+    rng : int, or as for `numpy.random.default_rng`
+        Draws the planes. Layers of one model should have different ones.
     rope_base : float, optional
         Rotate queries and keys by their positions (rotary embedding, in halves as in LLaMA), with
         wavelengths up to ``2 pi rope_base``; 10,000 is usual. None means no rotation. Needs an even
@@ -56,8 +56,8 @@ class RaceAttention(nn.Module):
 
     Notes
     -----
-    Source: RACE Attention (arXiv 2510.04008). Of size T it keeps for backward: x, the projected (and rotated) queries, keys and
-    values, and attention's output.
+    Source: RACE Attention (arXiv 2510.04008). For backward it keeps, of size T: x, the projected
+    (and rotated) queries, keys and values, and the output of attention.
 
     Examples
     --------
@@ -126,9 +126,7 @@ class RaceAttention(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the projections anew, and set planes and beta back to what `rng` gave: also after
-        ``to_empty``.
-        """
+        """Draw new projections; reset planes and beta to those of `rng`, also after `to_empty`."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             projection.reset_parameters()
         with torch.no_grad():
@@ -154,10 +152,10 @@ class RaceAttention(nn.Module):
         cu_seqlens : integer Tensor, shape [n + 1], optional
             Boundaries of sequences packed along T; B must be 1.
         positions : integer Tensor, shape [T] or [B, T], optional
-            For the rotary embedding. None counts from 0, from where the cache ends, or from where
-            each packed sequence begins.
+            For the rotary embedding. None counts from 0, from the end of the cache, or from the
+            beginning of each packed sequence.
         cache : RaceCache, optional
-            What came before; these tokens are added to it. Without gradients.
+            The past, to which these tokens are added. Without gradients.
 
         Returns
         -------
@@ -209,7 +207,7 @@ class RaceAttention(nn.Module):
         return self.o_proj(out.reshape(batch, n_tokens, self.num_heads * self.head_dim))
 
     def extra_repr(self) -> str:
-        """Return what `print` shows beside the projections."""
+        """Return the text that `print` shows beside the projections."""
         n_tables, n_planes = self.planes.shape[-3:-1]
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
@@ -228,9 +226,7 @@ def add_hash(
     device: Any = None,
     dtype: Any = None,
 ) -> None:
-    """Give a module `planes` and `beta`: parameters where they are learned, else buffers of the
-    state dict.
-    """
+    """Give a module `planes` and `beta`: parameters if learned, else buffers of the state dict."""
     options = {"device": device, "dtype": dtype or torch.get_default_dtype()}
     for name, array, is_learned in (
         ("planes", lsh.planes, learn_planes),

@@ -1,9 +1,9 @@
-"""What the compiler sees: two operators whose shapes it knows and whose insides it leaves alone.
+"""Two operators for the compiler, which knows their shapes and does not trace into them.
 
 `torch.compile` and `torch.export` trace a model with tensors that have no memory, so they need
-operators. Backward takes nothing from forward but its inputs and sums the keys again, since what
-eager mode keeps (`function`) differs in shape from plan to plan. In eager mode operators would cost
-a hundred microseconds a call.
+operators. Backward takes only the inputs of forward and sums the keys again, because the states
+that eager mode keeps (`function`) have shapes that depend on the chunks. In eager mode operators
+would cost a hundred microseconds a call.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from racecore.adapters.torch.tensors import (
     as_hash,
     as_like,
     as_tensor,
-    same_place,
     target,
     to_array,
+    torch_threads_or_stream,
 )
-from racecore.gradients import Gradients
-from racecore.race_attention import attention, attention_backward, saved_without_forward
+from racecore.gradients import Gradients, saved_without_forward
+from racecore.race_attention import attention, attention_backward
 
 __all__ = ["WANTED", "attend", "attend_backward", "no_second_derivative"]
 
@@ -40,7 +40,7 @@ def attend(
     readout: str,
 ) -> torch.Tensor:
     """Compute attention."""
-    with same_place(query):
+    with torch_threads_or_stream(query):
         options = array_options(is_causal, readout, key_mask, cu_seqlens)
         out = target((*query.shape[:-1], value.shape[-1]), query)
         q, k, v = to_array(query), to_array(key), to_array(value)
@@ -66,12 +66,10 @@ def attend_backward(
     readout: str,
     wrt: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the gradients of query, key, value, planes and beta; those that `wrt` does not name
-    are empty.
-    """
+    """Compute gradients of query, key, value, planes and beta; empty unless `wrt` names them."""
     names = wrt.split()
     tensors = {"query": query, "key": key, "value": value}
-    with same_place(query):
+    with torch_threads_or_stream(query):
         options = array_options(is_causal, readout, key_mask, cu_seqlens)
         targets = {name: target(tuple(x.shape), x) for name, x in tensors.items() if name in names}
         saved = saved_without_forward(
@@ -115,7 +113,7 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def no_second_derivative(ctx, *d_grads):
-    """Say so: what differentiating `attend_backward` comes to, and the gradients of eager mode."""
+    """Raise: for `attend_backward`, and for the gradients of eager mode."""
     raise NotImplementedError(
         "racecore has first derivatives only: the gradients of race_attention cannot be "
         "differentiated again"

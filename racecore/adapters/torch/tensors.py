@@ -1,9 +1,8 @@
-"""From tensors to arrays and back, without copies; the stream and the number of threads that
-PyTorch would use.
+"""From tensors to arrays and back without copies, on PyTorch's stream and number of threads.
 
-The traps on this way: NumPy knows no bfloat16 (its bits pass as int16), tensors that autograd
-watches are detached knowingly (`function` tells autograd of the results), and tensors on a GPU must
-be used on the stream that PyTorch works on.
+The traps: NumPy has no bfloat16 (its bits pass as int16), tensors with gradients are detached on
+purpose (`function` registers the results with autograd), and tensors on a GPU must be used on
+PyTorch's current stream.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ __all__ = [
     "as_tensor",
     "autocast",
     "check_tensors",
-    "same_place",
     "target",
     "to_array",
+    "torch_threads_or_stream",
 ]
 
 _MOST_BYTES = 1 << 15  # of planes whose hash is kept for the next call
 
 
 def to_array(tensor: torch.Tensor) -> Any:
-    """View a tensor as a NumPy array, or as a CuPy array where it is on a GPU; what autograd
-    watches is left behind.
-    """
+    """View a tensor, detached, as a NumPy array, or as a CuPy array if it is on a GPU."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.device.type == "cpu":
-        tensor = tensor.resolve_neg()  # a lazy minus sign, as torch.view_as_imag(x.conj()) has
+        # a lazy minus sign, as in torch.view_as_imag(x.conj())
+        tensor = tensor.resolve_neg()
         if tensor.dtype is torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(arrays.dtype_of("bfloat16"))
         return tensor.numpy()
@@ -74,7 +72,7 @@ def as_tensor(array: Any) -> torch.Tensor:
 
 def as_like(gradient: Any, tensor: Any) -> torch.Tensor | None:
     """Return a gradient of planes or beta, float64 or a float, in the dtype and on the device of
-    what it belongs to.
+    `tensor`.
     """
     if gradient is None:
         return None
@@ -87,8 +85,9 @@ def as_like(gradient: Any, tensor: Any) -> torch.Tensor | None:
 
 
 def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
-    """Return an array on a GPU in memory from PyTorch's pool to write a result to; None on the
-    host, where racecore allocates.
+    """Return an array for a result in PyTorch's memory pool of a GPU; None on the host.
+
+    On the host, racecore allocates.
     """
     if like.device.type == "cpu":
         return None
@@ -96,11 +95,10 @@ def target(shape: tuple[int, ...], like: torch.Tensor) -> Any:
 
 
 def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
-    """Return the hash of tensors of planes and beta. It lives on the host, so tensors on a GPU are
-    waited for.
-    """
+    """Return the hash, on the host, of planes and beta; this waits for tensors on a GPU."""
     array = to_array(planes if planes.device.type == "cpu" else planes.cpu())
-    number = beta.tolist() if hasattr(beta, "tolist") else beta  # a float for one that has no axes
+    # a float for a 0-D tensor, else a list
+    number = beta.tolist() if hasattr(beta, "tolist") else beta
     if isinstance(number, list):
         number = tuple(number)
     if array.nbytes > _MOST_BYTES or (
@@ -112,14 +110,13 @@ def as_hash(planes: torch.Tensor, beta: Any) -> SoftLSH:
 
 @lru_cache(maxsize=128)
 def _hash_of(shape: tuple[int, ...], dtype: np.dtype, planes: bytes, beta: Any) -> SoftLSH:
-    """Return the same hash for the same numbers: a `SoftLSH` keeps what kernels want of it, which
-    takes time to make.
-    """
+    """Return the same hash object for the same numbers."""
+    # kernels key their padded copies of the planes by the hash, and these take time to make
     return SoftLSH(np.frombuffer(planes, dtype).reshape(shape), beta)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast to the dtype of autocast where that is on; float64 stays, as elsewhere in PyTorch."""
+    """Cast to the dtype of autocast, if enabled; float64 stays, as elsewhere in PyTorch."""
     kind = tensors[0].device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
@@ -131,7 +128,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def check_tensors(**named: Any) -> None:
-    """Check that arguments are tensors and rows on one device; None is left alone."""
+    """Check that arguments are tensors or None, and rows on one device."""
     for name, tensor in named.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(
@@ -145,9 +142,8 @@ def check_tensors(**named: Any) -> None:
         )
 
 
-def same_place(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Compute where PyTorch does: with its number of threads, or on the current stream of the
-    tensor's GPU.
+def torch_threads_or_stream(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Compute with PyTorch's number of threads, or on its current stream of the tensor's GPU.
 
     `racecore.threads` has precedence. A data loader's worker has one thread for PyTorch, and so for
     racecore.
