@@ -25,7 +25,7 @@ from racecore.cli import main
 from racecore.commands import demo, doctor, race
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
-from racecore.outofcore.stages import Stages
+from racecore.outofcore.passes import PassRunner
 from racecore.runtime import progress, progress_bar
 
 GRADIENTS = ("query", "key", "value")
@@ -367,14 +367,14 @@ def test_after_an_error_in_the_work_the_same_command_goes_on(
         np.save(
             f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1))
         )  # 28,000 tokens: two chunks at least
-    genuine = Stages.compute
+    genuine = PassRunner.compute
 
     def fail(self, task, *rest):
-        if task.stage == "sum back":
+        if task.pass_name == "sum back":
             raise error
         genuine(self, task, *rest)
 
-    monkeypatch.setattr(Stages, "compute", fail)
+    monkeypatch.setattr(PassRunner, "compute", fail)
     assert attend(*BACKWARD) == code
     printed = capsys.readouterr().err
     assert message in printed
@@ -383,7 +383,7 @@ def test_after_an_error_in_the_work_the_same_command_goes_on(
     left = sorted(set(os.listdir()) - {"g.npy", "k.npy", "q.npy", "v.npy"})
     partial = [f"{name}.npy.partial" for name in ("dk", "dq", "dv", "o")]
     assert left == sorted([*partial, "o.npy.journal", "o.npy.states"])
-    monkeypatch.setattr(Stages, "compute", genuine)
+    monkeypatch.setattr(PassRunner, "compute", genuine)
     assert attend(*BACKWARD, "--json") == 0
     assert json.loads(capsys.readouterr().out)["resumed_tokens"] == 84_000
     assert not {*left} & {*os.listdir()}
@@ -391,7 +391,7 @@ def test_after_an_error_in_the_work_the_same_command_goes_on(
 
 
 def test_a_bug_shows_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(PassRunner, "compute", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attend()
     assert not os.path.exists("o.npy")
@@ -437,7 +437,7 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
 
 def test_restart_discards_what_there_is(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
+        patch.setattr(PassRunner, "compute", lambda *_, **__: 1 / 0)
         attend()
     assert attend("--causal") == 2
     error = capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, mon
     assert (plan.read_bytes, plan.written_bytes) == (moved["read"], moved["written"])
     assert (
         sum(
-            p.tokens * (2 if p.name == "walk back" or (back and p.name == "read") else 1)
+            p.tokens * (2 if p.name == "scan back" or (back and p.name == "read out") else 1)
             for p in plan.passes
         )
         == told[0]

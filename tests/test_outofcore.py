@@ -24,7 +24,7 @@ NAMES = ("query", "key", "value", "d_out")
 
 
 def make(shape_q, shape_kv, dtype=np.float32, value_dim=24, seed=0):
-    """Return query, key, value, d_out; heads and dims are fixed: 4 of 16 for queries, 2 for keys."""
+    """Return query, key, value, d_out; 4 query heads, 2 key heads, head dim 16."""
     rng = np.random.default_rng(seed)
     shapes = (
         (*shape_q, 4, 16),
@@ -454,18 +454,18 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(
         chunk_size=None,
         memory_limit=None,
     )
-    limit = schedule.Limits(n_segments * 1024, 1 << 20, sequences, 0)
+    limit = schedule.MemoryBudget(n_segments * 1024, 1 << 20, sequences, 0)
     seen = {stage: np.zeros(n, int) for stage in schedule.PASSES[causal, back]}
     order = []
     for number, task in enumerate(schedule.tasks(problem, back, limit)):
         assert task.number == number
         assert task.first <= number
-        p = schedule.PASSES[causal, back][task.stage]
+        p = schedule.PASSES[causal, back][task.pass_name]
         begin, end = task.tokens(p.reads[0])
         assert end - begin <= limit.chunk_tokens
         assert len(task.sequences) <= sequences
-        seen[task.stage][begin:end] += 1
-        order.append((task.first, list(seen).index(task.stage)))
+        seen[task.pass_name][begin:end] += 1
+        order.append((task.first, list(seen).index(task.pass_name)))
         for _, q_begin, _, k_begin, _ in task.sequences:
             first = begin + (k_begin if "key" in p.reads else q_begin)
             assert first == n or (first - bounds[bounds <= first].max()) % 1024 == 0
@@ -489,7 +489,7 @@ def test_limits_follow_the_formula_and_grow_with_the_memory():
     )
     chunks = []
     for limit in (40e6, 100e6, 200e6, 1e9, 64e9):
-        found = schedule.limits(problem, True, int(limit))
+        found = schedule.budget_memory(problem, True, int(limit))
         state = 4 * 64 * 129 * 8
         buffers = 2 * found.chunk_tokens * 7 * 4 * 128 * 4
         assert (
@@ -593,11 +593,11 @@ def test_checksums_are_those_of_the_plain_twin(size):
 
 def test_the_first_word_with_all_bits_of_a_mask():
     words = np.zeros(10_000, np.uint32)
-    assert loops.first_with(words, np.uint32(6)) == -1
+    assert loops.first_with_bits(words, np.uint32(6)) == -1
     words[5000:] = 2
-    assert loops.first_with(words, np.uint32(6)) == -1
+    assert loops.first_with_bits(words, np.uint32(6)) == -1
     words[[9999, 9000]] = 7
-    assert loops.first_with(words, np.uint32(6)) == 9000
+    assert loops.first_with_bits(words, np.uint32(6)) == 9000
 
 
 def test_a_checksum_notices_any_bit_any_place_and_no_order():

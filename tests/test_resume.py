@@ -148,7 +148,7 @@ def finish(run, wanted, report):
 
 
 @pytest.mark.parametrize("which", [1, 2, 4, 9])
-@pytest.mark.parametrize("point", crash_points.POINTS)
+@pytest.mark.parametrize("point", crash_points.NAMES)
 def test_killed_at_every_point(case, point, which):
     run, wanted, report = case
     child = run.in_child(die_at(point, which))
@@ -158,7 +158,7 @@ def test_killed_at_every_point(case, point, which):
         assert run.take_results() == wanted
         return
     names = {path.name for path in run.left()}
-    before_the_names = crash_points.POINTS.index(point) < crash_points.POINTS.index(
+    before_the_names = crash_points.NAMES.index(point) < crash_points.NAMES.index(
         "one output named"
     )
     assert not before_the_names or not {f"{name}.result.npy" for name in WRITTEN} & names
@@ -298,7 +298,7 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
 def test_another_version_is_refused(tmp_path, monkeypatch):
     run = Run(tmp_path, {})
     begun(run)
-    monkeypatch.setattr("racecore.outofcore.execution.__version__", "9.9")
+    monkeypatch.setattr("racecore.outofcore.checked.__version__", "9.9")
     with pytest.raises(ValueError, match=r"racecore: .* then, 9\.9 now"):
         run()
 
