@@ -22,7 +22,7 @@ import pytest
 import racecore
 from racecore import backends
 from racecore.cli import main
-from racecore.commands import demo, doctor, race
+from racecore.commands import demo, doctor, softmax_comparison
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
 from racecore.outofcore.passes import PassRunner
@@ -378,7 +378,7 @@ def test_after_an_error_in_the_work_the_same_command_goes_on(
     assert attend(*BACKWARD) == code
     printed = capsys.readouterr().err
     assert message in printed
-    assert "the same command goes on where this one ended" in printed
+    assert "run the same command again to resume" in printed
     assert "Traceback" not in printed
     left = sorted(set(os.listdir()) - {"g.npy", "k.npy", "q.npy", "v.npy"})
     partial = [f"{name}.npy.partial" for name in ("dk", "dq", "dv", "o")]
@@ -430,7 +430,7 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     assert seconds < 10  # usually a fraction of one; the machine may be busy
     assert "Traceback" not in message
     assert "interrupted" in message or number == signal.SIGTERM
-    assert "the same command goes on where this one ended" in message
+    assert "run the same command again to resume" in message
     left = ["o.npy.journal", "o.npy.partial", "o.npy.states"]
     assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", *left, "q.npy", "v.npy"]
 
@@ -565,7 +565,8 @@ def test_help(capsys):
 
 
 def test_the_command_line_imports_nothing_heavy():
-    program = "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
+    program = "import racecore.cli, sys; heavy = ('numba', 'scipy', 'tqdm', 'matplotlib'); "
+    program += "print([name for name in heavy if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
@@ -586,7 +587,8 @@ def test_a_reader_that_stops_reading_is_no_error():
 
 def test_doctor_in_json_without_importing_what_is_optional():
     program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
-    program += "print([m for m in ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes') if m in sys.modules], code)"
+    program += "optional = ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes'); "
+    program += "print([name for name in optional if name in sys.modules], code)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
@@ -688,7 +690,7 @@ def test_the_rival_is_softmax_attention():
     wanted = np.einsum("hij,jhd->ihd", weights / weights.sum(axis=2, keepdims=True), v)
     with ThreadPoolExecutor(2) as pool:
         np.testing.assert_allclose(
-            race.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6
+            softmax_comparison.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6
         )
 
 
@@ -710,7 +712,7 @@ def test_demo_quick(tmp_path):
     assert re.search(r"plain mean of all values: \d+%", printed)
     assert re.search(r"64 tables +\d+% +\d+%", printed)
     assert re.search(r"softmax (is|was not) faster here", printed, re.IGNORECASE)
-    assert re.search(r"All rows are right; the demo took \d+ s", printed)
+    assert re.search(r"All rows are correct; the demo took \d+ s", printed)
     assert (tmp_path / "racecore-demo" / "race_vs_softmax.png").read_bytes().startswith(b"\x89PNG")
     made = {"q", "k", "v", "d_out", "out", "d_query", "d_key", "d_value"}
     assert {path.stem for path in tmp_path.glob("racecore-demo/*.npy")} == made
@@ -718,7 +720,7 @@ def test_demo_quick(tmp_path):
 
 def test_demo_without_matplotlib_and_with_wrong_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    monkeypatch.setattr(race, "_ENOUGH", 0.0)
+    monkeypatch.setattr(softmax_comparison, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(demo, "_TOLERANCE", 0.0)
     folder = tmp_path / "new" / "folder"
     words = (
@@ -758,13 +760,13 @@ def test_demo_destroys_no_files_of_others(folder, capsys):
 
 
 def test_the_race_says_where_softmax_wins():
-    laps = [
-        race.Lap(64, 0.002, 0.006, 0.001),
-        race.Lap(128, 0.003, 0.009, 0.006),
-        race.Lap(256, 0.004, 0.01, None),
+    timings = [
+        softmax_comparison.Timing(64, 0.002, 0.006, 0.001),
+        softmax_comparison.Timing(128, 0.003, 0.009, 0.006),
+        softmax_comparison.Timing(256, 0.004, 0.01, None),
     ]
-    assert race.softmax_wins(laps) == [64]
-    lines = race.table(laps).splitlines()
+    assert softmax_comparison.lengths_where_softmax_is_faster(timings) == [64]
+    lines = softmax_comparison.table(timings).splitlines()
     assert lines[2].endswith("2.0 x slower")
     assert lines[3].endswith("2.0 x faster")
     assert lines[4].endswith("-")

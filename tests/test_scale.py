@@ -12,7 +12,7 @@ import pytest
 import racecore
 from racecore import outofcore
 from racecore.cli import main
-from racecore.commands import scale
+from racecore.commands import scale_result, scale_rows
 from racecore.outofcore import Synthetic
 
 SHAPE = ("scale", "--heads", "2", "--head-dim", "16", "--memory-limit", "20MB")
@@ -37,12 +37,14 @@ def test_rows_are_right_and_the_report_says_what_was_done(words, capsys):
     assert told["causal"] == ("--causal" in words)
     assert sorted(told["errors"]) == sorted(told["digests"])
     assert len(told["errors"]) == (1 if "--forward-only" in words else 4)
-    assert all(0 <= error <= scale._DTYPES[told["dtype"]] for error in told["errors"].values())
+    assert all(
+        0 <= error <= scale_result.TOLERANCES[told["dtype"]] for error in told["errors"].values()
+    )
     assert told["seconds"] > 0
     assert told["tokens_per_second"] == pytest.approx(5000 / told["seconds"])
     assert told["peak_anonymous_bytes"] > 1e7
     assert told["warm_up_seconds"] > 0
-    assert told["checked_rows"] == scale._SPOTS
+    assert told["checked_rows"] == scale_rows.N_ROWS
 
 
 def test_digests_are_those_of_the_same_run_in_python(capsys):
@@ -56,29 +58,34 @@ def test_digests_are_those_of_the_same_run_in_python(capsys):
 
 
 def test_wrong_rows_are_seen(monkeypatch, capsys):
-    genuine = scale.Rows.__setitem__
+    genuine = scale_rows.SampledRows.__setitem__
 
     def spoiled(self, tokens, rows):
         genuine(self, tokens, rows * (1 if self.dtype == np.float64 else 1.001))
 
-    monkeypatch.setattr(scale.Rows, "__setitem__", spoiled)
+    monkeypatch.setattr(scale_rows.SampledRows, "__setitem__", spoiled)
     assert main([*SMALL, "--causal"]) == 1
     error = capsys.readouterr().err
     assert (
-        "ROWS ARE WRONG, please report this: out at 5,000 tokens is off by 1.0e-03, right is up "
-        "to 0.0001" in error
+        "ROWS ARE WRONG, please report this: out at 5,000 tokens has a relative error of 1.0e-03, "
+        "the tolerance is 0.0001" in error
     )
 
 
 def test_rows_that_were_never_written_are_wrong():
     places, exact = np.array([0, 5]), np.ones((2, 3))
-    never = scale.Rows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
-    assert scale._error(never, exact, places, False) == np.inf
-    assert scale._error(exact, exact, places, True) == 0
+    never = scale_rows.SampledRows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
+    assert scale_rows.largest_error(never, exact, places, False) == np.inf
+    assert scale_rows.largest_error(exact, exact, places, True) == 0
 
 
 def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
-    asked, begins, genuine, take = [], set(), scale._places, scale.Rows.__setitem__
+    asked, begins, genuine, take = (
+        [],
+        set(),
+        scale_rows.sample_tokens,
+        scale_rows.SampledRows.__setitem__,
+    )
 
     def places(*arguments):
         asked.extend(genuine(*arguments).tolist())
@@ -89,8 +96,8 @@ def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
             begins.add(tokens.start)
         take(self, tokens, rows)
 
-    monkeypatch.setattr(scale, "_places", places)
-    monkeypatch.setattr(scale.Rows, "__setitem__", note)
+    monkeypatch.setattr(scale_rows, "sample_tokens", places)
+    monkeypatch.setattr(scale_rows.SampledRows, "__setitem__", note)
     assert main([*SMALL, "--memory-limit", "2MB"]) == 0
     cuts = sorted(begins - {0})
     assert len(cuts) > 2
@@ -101,10 +108,10 @@ def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
     ("tokens", "chunk"), [(1, 1024), (1024, 1024), (1025, 1024), (75_000_000, 16_384)]
 )
 def test_places_are_rows(tokens, chunk):
-    places = scale._places(tokens, chunk, 0)
+    places = scale_rows.sample_tokens(tokens, chunk, 0)
     assert (places[0], places[-1]) == (0, tokens - 1)
     assert (np.diff(places) > 0).all()
-    assert len(places) <= scale._SPOTS
+    assert len(places) <= scale_rows.N_ROWS
     assert (tokens <= chunk) or {chunk - 1, chunk} <= set(places.tolist())
 
 
