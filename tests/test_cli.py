@@ -1,6 +1,4 @@
-"""The command line: the same bits as the API, clear errors, exit codes, and no partial file left
-behind.
-"""
+"""The command line: the bits of the API, clear errors, exit codes, no partial files."""
 
 import contextlib
 import importlib.metadata
@@ -89,8 +87,7 @@ def refused(capsys, *parts, code=2, made=("o.npy",)):
     return code
 
 
-# ---------------------------------------------------------------------------------------------- the
-# same as the API
+# Results
 
 
 def same_bits(path, array):
@@ -187,8 +184,7 @@ def test_queries_and_keys_may_differ_in_number(folder):
     assert np.load("o.npy").shape == (9, 2, 5)
 
 
-# ----------------------------------------------------------------------------------------------
-# what is refused
+# Refused inputs
 
 
 def test_cut_short_and_bytes_to_spare(folder, capsys):
@@ -301,7 +297,7 @@ def test_an_output_that_is_an_input_or_another_output(folder, capsys):
     assert pathlib.Path("q.npy").read_bytes() == before
 
 
-def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
+def test_existing_outputs_are_kept_without_overwrite(folder, capsys):
     pathlib.Path("o.npy").write_text("mine")
     pathlib.Path("elsewhere").mkdir()
     os.symlink("elsewhere/dq.npy", "dq.npy")
@@ -316,8 +312,7 @@ def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
     assert np.load("elsewhere/dq.npy").shape == (70, 2, 8)
 
 
-# ----------------------------------------------------------------------------------------------
-# what goes wrong
+# Failures
 
 
 @pytest.mark.parametrize("failing", [1, 3])
@@ -360,9 +355,7 @@ def test_a_file_size_limit_is_an_error_and_no_signal(folder):
         (racecore.errors.BackendUnavailableError("cpu", {"cpu": "no reason"}), 1, "cpu: no reason"),
     ],
 )
-def test_after_an_error_in_the_work_the_same_command_goes_on(
-    error, code, message, folder, capsys, monkeypatch
-):
+def test_the_same_command_resumes_after_an_error(error, code, message, folder, capsys, monkeypatch):
     for name in "qkvg":
         np.save(
             f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1))
@@ -398,10 +391,8 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
-    """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
-    room.
-    """
+def test_a_long_run_ended_by_a_signal_can_be_resumed(number, code, folder):
+    """Four million tokens and 8,192 buckets, at least a minute of work, on sparse input files."""
     assert attend() == 0  # compiles the kernels
     os.unlink("o.npy")
     for name, dim in {"q": 16, "k": 16, "v": 1}.items():
@@ -435,7 +426,7 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", *left, "q.npy", "v.npy"]
 
 
-def test_restart_discards_what_there_is(folder, capsys, monkeypatch):
+def test_restart_discards_an_interrupted_run(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(PassRunner, "compute", lambda *_, **__: 1 / 0)
         attend()
@@ -478,8 +469,7 @@ def test_the_plan_writes_nothing(folder, capsys):
     assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
 
 
-# ----------------------------------------------------------------------------------------------
-# progress
+# Progress
 
 
 class Terminal(io.StringIO):
@@ -500,7 +490,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "120" not in screen.getvalue()
 
 
-def test_nothing_is_shown_for_what_takes_no_second(monkeypatch):
+def test_no_bar_for_less_than_a_second(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     with progress_bar.token_bar("working", 100):
@@ -538,8 +528,7 @@ def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, cap
     assert len(re.findall("racecore attend: ", capsys.readouterr().err)) >= 5
 
 
-# ---------------------------------------------------------------------------------------------- the
-# program
+# The program
 
 
 def test_version_and_module():
@@ -581,8 +570,7 @@ def test_a_reader_that_stops_reading_is_no_error():
     process.stderr.close()
 
 
-# ----------------------------------------------------------------------------------------------
-# doctor
+# racecore doctor
 
 
 def test_doctor_in_json_without_importing_what_is_optional():
@@ -650,8 +638,7 @@ def test_doctor_reports_an_error_and_a_missing_backend(capsys, monkeypatch):
     ]
 
 
-# ----------------------------------------------------------------------------------------------
-# demo
+# racecore demo
 
 
 def test_exact_rows_agree_with_the_oracle():
@@ -681,7 +668,7 @@ def test_exact_rows_over_several_blocks(monkeypatch):
         np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
 
 
-def test_the_rival_is_softmax_attention():
+def test_softmax_attention_of_the_comparison():
     from concurrent.futures import ThreadPoolExecutor
 
     rng = np.random.default_rng(0)
@@ -759,7 +746,7 @@ def test_demo_destroys_no_files_of_others(folder, capsys):
     assert "q.npy exists and is not a folder" in capsys.readouterr().err
 
 
-def test_the_race_says_where_softmax_wins():
+def test_the_comparison_names_lengths_where_softmax_is_faster():
     timings = [
         softmax_comparison.Timing(64, 0.002, 0.006, 0.001),
         softmax_comparison.Timing(128, 0.003, 0.009, 0.006),

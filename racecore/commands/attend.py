@@ -31,6 +31,7 @@ the outputs.
 forward:    racecore attend --query q.npy --key k.npy --value v.npy --out o.npy --causal
 gradients:  add --d-out g.npy --d-query dq.npy --d-key dk.npy --d-value dv.npy
 estimate:   add --plan to print bytes, memory and time"""
+# Not the defaults of the parser: None shows that an option was not given, see `_saved_hash`.
 _HASH_DEFAULTS = {"tables": 4, "planes": 4, "beta": 1.0, "seed": 0}
 _INPUTS = ("query", "key", "value", "d_out", "key_mask", "cu_seqlens")
 _OUTPUTS = ("out", "d_query", "d_key", "d_value", "d_lsh")
@@ -38,6 +39,7 @@ _OUTPUTS = ("out", "d_query", "d_key", "d_value", "d_lsh")
 
 def add_parser(commands: Any) -> None:
     """Add this command to the program's."""
+    # No abbreviations of options: a new option could make them ambiguous.
     parser = commands.add_parser(
         "attend",
         help="attention and its gradients on .npy files",
@@ -187,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plan:
             print(outofcore.plan(**request))
             return 0
+        # After the plan, which leaves nothing to resume.
         stack.enter_context(_resume_hint(outputs))
         report = outofcore.run(
             **request,
@@ -201,6 +204,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_report(report: Any, args: argparse.Namespace) -> None:
     """Print the report of a run."""
+    # The files, as they were given.
     written = [getattr(args, name) for name in _OUTPUTS if getattr(args, name) is not None]
     if args.json:
         beta = None if report.d_beta is None else np.asarray(report.d_beta).tolist()
@@ -242,6 +246,7 @@ def _input_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _resume_hint(outputs: dict[str, str]) -> Iterator[None]:
     """Print how to resume a run that ends early."""
+    # For Ctrl-C and SIGTERM too, which are no `Exception`.
     try:
         yield
     except BaseException:
@@ -252,6 +257,7 @@ def _resume_hint(outputs: dict[str, str]) -> Iterator[None]:
 
 def _hash(args: argparse.Namespace) -> racecore.SoftLSH:
     """Return the hash; a random one takes the head dim from the query, so headers are read."""
+    # Headers are checked against the size of each file here, before anything is computed.
     shapes = {}
     for name in _INPUTS:
         if (path := getattr(args, name)) is not None:
@@ -308,6 +314,7 @@ def _checked_outputs(args: argparse.Namespace) -> dict[str, str]:
     seen = {identity_of(path): _flag(name) for name, path in sources.items() if path is not None}
     # An interrupted run may have renamed some outputs already.
     resumes = os.path.exists(f"{outputs['out']}.journal")
+    # In the order of the options, so that the message names the second of two equal files.
     for name, path in outputs.items():
         _check_path(path, named[name])
         if (other := seen.setdefault(identity_of(path), _flag(name))) != _flag(name):
@@ -323,6 +330,7 @@ def _checked_outputs(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _flag(name: str) -> str:
+    """Return the option of a parameter of `racecore.outofcore.run`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -331,5 +339,6 @@ def _check_path(path: str, shown: str) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise BadInputError(f"cannot write {shown}: there is no folder {folder}")
+    # The final rename would replace a device or a pipe by a file.
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInputError(f"cannot write {shown}: it exists and is not a regular file")

@@ -11,7 +11,7 @@ queries: those come from sums over the keys, since all pairs of tokens would tak
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,12 +77,33 @@ def exact_rows(
         d_weights = (g @ values.T - (g * out).sum(axis=1, keepdims=True)) / denominator
         d_phi_q += d_weights @ phi
 
+    d_phi_k, d_value = _key_gradients(
+        query, d_out, phi_k, v, lambda x: _hash(x, planes, beta)[0], mass, value_sum
+    )
+    return ExactRows(
+        out,
+        _hash_backward(q, d_phi_q, planes, beta),
+        _hash_backward(k, d_phi_k, planes, beta),
+        d_value,
+    )
+
+
+def _key_gradients(
+    query: np.ndarray,
+    d_out: np.ndarray,
+    phi_k: np.ndarray,
+    v: np.ndarray,
+    hash_: Callable[[np.ndarray], np.ndarray],
+    mass: np.ndarray,
+    value_sum: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of phi [n, S] and value [n, V] of some keys.
+
+    `mass` [S] and `value_sum` [S, V] are the sums over all keys.
+    """
     d_phi_k, d_value = np.zeros_like(phi_k), np.zeros_like(v)
     for begin, end in _blocks(len(query)):
-        phi, gradients = (
-            _hash(_double(query[begin:end]), planes, beta)[0],
-            _double(d_out[begin:end]),
-        )
+        phi, gradients = hash_(_double(query[begin:end])), _double(d_out[begin:end])
         # Denominators and outputs of the queries of the block.
         norms = (phi @ mass)[:, None]
         outs = phi @ value_sum / norms
@@ -91,12 +112,7 @@ def exact_rows(
         d_value += weights.T @ gradients
         d_weights = (gradients @ v.T - (gradients * outs).sum(axis=1, keepdims=True)) / norms
         d_phi_k += d_weights.T @ phi
-    return ExactRows(
-        out,
-        _hash_backward(q, d_phi_q, planes, beta),
-        _hash_backward(k, d_phi_k, planes, beta),
-        d_value,
-    )
+    return d_phi_k, d_value
 
 
 def _hash(x: np.ndarray, planes: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:

@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(reports if args.sweep else reports[0], indent=1))
     if args.sweep:
         draw(args.picture, results)
+    # On stderr, so that it is seen beside JSON as well.
     for result in results:
         for name, distance in result.wrong.items():
             print(
@@ -171,6 +172,7 @@ class _Measurement:
         args = self._args
         shape = (tokens, args.heads, args.head_dim)
         try:
+            # For the length of chunks: errors are likeliest beside the cuts.
             estimate = plan(
                 **self._sources(tokens), out=None, lsh=self._lsh, calibrate=False, **self._options
             )
@@ -179,6 +181,7 @@ class _Measurement:
                 name: scale_rows.SampledRows(shape, self._dtype, sample) for name in self._outputs
             }
             started = time.perf_counter()
+            # Compiles the kernels; the digests are dropped.
             self._run(
                 self._sources(min(tokens, _WARM_UP_TOKENS)), dict.fromkeys(self._outputs), None
             )
@@ -224,6 +227,7 @@ class _Measurement:
         from racecore.outofcore import Synthetic
 
         shape = (n, self._args.heads, self._args.head_dim)
+        # Four seeds for each seed of the command line: all inputs are independent.
         first = 4 * self._args.seed
         return {
             name: Synthetic(shape, self._dtype, first + i) for i, name in enumerate(self._inputs)
@@ -244,6 +248,7 @@ class _Measurement:
             name: scale_rows.SampledRows(shape, np.dtype(np.float64), sample)
             for name in self._outputs
         }
+        # Float64 arrays with the same values: multiples of 1/64 are exact in every dtype.
         heads = {name: source.head(0) for name, source in self._sources(tokens).items()}
         self._run(heads, exact, "checking one head in float64")
         return {

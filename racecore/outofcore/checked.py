@@ -49,6 +49,7 @@ def checked_run(request: Request) -> Iterator[CheckedRun]:
             sources[name] = open_source(source, name, untyped)
             stack.callback(sources[name].close)
         check_paths(list(request.inputs.items()), {**request.outputs, "d_lsh": request.d_lsh})
+        # Of d_lsh too, which is written at the end of the run.
         for path in (*request.outputs.values(), request.d_lsh):
             if is_path(path):
                 folder_of(path)
@@ -180,6 +181,7 @@ class CheckedRun:
             A journal is given though the run writes to arrays.
         """
         outputs = self.request.outputs.values()
+        # Arrays in memory do not outlive the process, so there would be nothing to resume.
         if any(output is not None and not is_path(output) for output in outputs):
             if journal is not None:
                 raise ValueError(
@@ -200,7 +202,7 @@ class CheckedRun:
         """Return everything that must be equal for an interrupted run to be resumed, by the names
         used in messages.
         """
-        # Names and texts are stored in journals.
+        # Stored in journals: after a change here, runs interrupted before cannot be resumed.
         problem, lsh = self.problem, self._lsh
         beta = np.asarray(lsh.beta).tolist()
         bounds_digest = hashlib.sha256(problem.sequences.tobytes()).hexdigest()[:16]
@@ -221,7 +223,9 @@ class CheckedRun:
             "readout": problem.readout,
             "sequences": f"{len(problem.sequences)}, digest {bounds_digest}",
             **outputs,
+            # Determines the size of a state record.
             "d_planes": "planes" in self._wrt,
+            # Tasks are numbered, so the same number must mean the same tokens.
             "tokens per chunk, which follow from memory_limit": self.budget.chunk_tokens,
             "sequences per chunk, which follow from memory_limit": self.budget.unit_sequences,
         }

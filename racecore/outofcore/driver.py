@@ -117,6 +117,7 @@ def run(
     inputs or parameters that have changed meanwhile. A run that fails because an input is not
     finite or changes during the run cannot be resumed: its files are removed.
     """
+    # One object from here on, which is unchecked yet.
     request = Request(
         query,
         key,
@@ -136,11 +137,22 @@ def run(
         memory_limit,
         backend,
     )
+    return _run(request, resume, journal, check_finite, progress)
+
+
+def _run(
+    request: Request,
+    resume: bool,
+    journal: Any,
+    check_finite: bool,
+    listener: Callable[[int, int], object] | bool | str | None,
+) -> Report:
+    """Check and carry out a request; time and memory of both are in the report."""
     started = time.perf_counter()
     with (
         PeakMemory() as memory,
         checked_run(request) as checked,
-        _reporting_to(progress, checked),
+        _reporting_to(listener, checked),
     ):
         execution = Execution(checked, check_finite)
         digests = execution.execute(resume, journal)
@@ -164,6 +176,7 @@ def _reporting_to(
 ) -> Iterator[None]:
     """Report the progress of a block to a callable, or show a progress bar."""
     if listener is True or isinstance(listener, str):
+        # Imported here, since it is needed for this alone.
         from racecore.runtime.progress_bar import token_bar
 
         label = "racecore" if listener is True else listener
@@ -178,6 +191,7 @@ def _reporting_to(
     def advance(n_tokens: int) -> None:
         """Add tokens and call the listener."""
         nonlocal done
+        # Never beyond the total, whatever the kernels report.
         done = min(done + n_tokens, checked.n_steps)
         listener(done, checked.n_steps)
 

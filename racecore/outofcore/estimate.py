@@ -106,6 +106,7 @@ class Plan:
         return max(self.arithmetic_seconds, self.disk_seconds)
 
     def __str__(self) -> str:
+        """Return a table of the passes, and memory, disk and time below it."""
         lines = [f"{self.tokens:,} tokens in chunks of {self.chunk_tokens:,}", ""]
         lines.append(
             f"{'pass':<10} {'chunks':>9} {'tokens':>15} {'MB read':>12} {'MB written':>12}"
@@ -205,6 +206,7 @@ def _counted(checked: CheckedRun, speeds: Speeds | None) -> Plan:
         checked.problem.is_causal and checked.wants_gradients
     )
     record_bytes = 8 * checked.pass_runner().record_size if has_states else 0
+    # Files only: arrays of the caller have their memory already.
     outputs = [checked.shape(name) for name, x in request.outputs.items() if is_path(x)]
     return Plan(
         tokens=checked.n_tokens,
@@ -286,6 +288,7 @@ def _seconds_per_token(checked: CheckedRun) -> float:
 def _reading_speed(paths: list[str]) -> float:
     """Measure reading at random offsets of some files, in bytes per second."""
     buffer = np.empty(_IO_BYTES, np.uint8)
+    # At random offsets: what was read last may be in the page cache.
     rng = np.random.default_rng(0)
     files = [os.open(path, os.O_RDONLY) for path in paths]
     sizes = [os.fstat(file).st_size for file in files]
@@ -296,6 +299,7 @@ def _reading_speed(paths: list[str]) -> float:
         offset = int(rng.integers(max(1, sizes[index] - _IO_BYTES)))
         return os.preadv(files[index], [buffer.data], offset)
 
+    # Empty files take no time at any speed.
     try:
         return _speed_of(work) if sum(sizes) else 1.0
     finally:

@@ -41,6 +41,7 @@ def refuse_non_finite(
             return
         token, head, dim = index
         token += start
+        # Masked keys and values take no part, whatever they hold.
         if mask is not None and not mask[token]:
             start = token + 1
             continue

@@ -82,6 +82,7 @@ class Journal:
         self._length = 0
         self._file = open_locked(path)
         try:
+            # After the lock is taken: another run may be writing the file.
             if afresh:
                 os.ftruncate(self._file, 0)
             self._read()
@@ -132,6 +133,7 @@ class Journal:
     def add_completion(self, completion: dict[str, Any]) -> None:
         """Write the line that everything is on the disk, and wait until that line is."""
         self._append({"complete": completion})
+        # On the disk before any output is renamed.
         os.fsync(self._file)
         crash_points.reached("completion noted")
 
@@ -170,6 +172,7 @@ class Journal:
                     break
                 self._length += len(line)
                 content = _parse(line)
+                # A damaged line costs its task, not the run.
                 if content is None:
                     self.n_damaged += 1
                 elif index == 0:

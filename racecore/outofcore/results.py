@@ -88,12 +88,14 @@ class Results:
             checksums[name] = self.sinks[name].write(*task.tokens(name), array)
             crash_points.reached("one array written")
         crash_points.reached("rows written")
+        # Not synchronised with the rows: the checksums show whether both reached the disk.
         if self._journal is not None:
             self._journal.add_task(task.number, Entry(checksums, state))
 
     def finish(self, completion: dict[str, Any]) -> None:
         """Bring all outputs to the disk and give them their names."""
         crash_points.reached("all tasks done")
+        # A complete run is not verified again, so its rows must be on the disk before that line.
         for sink in self.sinks.values():
             sink.sync()
         crash_points.reached("outputs on the disk")
@@ -127,6 +129,7 @@ class Results:
         if self.states is not None:
             self.states.remove()
         crash_points.reached("states removed")
+        # The journal last: as long as it is there, a later run removes the states.
         if self._journal is not None:
             self._journal.remove()
 
@@ -140,6 +143,7 @@ class Results:
         if self._journal is None or task.number not in self._journal.entries:
             return False
         entry = self._entry(task)
+        # A line of other arrays is not one of this run.
         passes = PASSES[self._is_causal, "d_query" in self.sinks]
         if set(entry.rows) != set(passes[task.pass_name].writes):
             return False

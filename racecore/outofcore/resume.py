@@ -73,6 +73,7 @@ def _with_status(
     unit: Iterator[ChunkTask], is_done: Callable[[ChunkTask], bool]
 ) -> Iterator[tuple[ChunkTask, bool]]:
     """Yield the tasks of a unit, each with whether it is done."""
+    # Between chunks of one sequence states are saved: each task can be computed again by itself.
     first = next(unit)
     if first.is_of_one_sequence:
         yield first, is_done(first)

@@ -96,6 +96,7 @@ def open_sink(
         return _NpySink(os.fspath(sink), name, shape, dtype, resumes)
     if isinstance(sink, np.ndarray):
         return _ArraySink(inputs.check_out(sink, name, shape, dtype, sources, False), name)
+    # zarr, h5py and the like.
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
         if tuple(sink.shape) != shape or np.dtype(sink.dtype) != dtype:
             raise ValueError(
@@ -199,6 +200,7 @@ class _NpySink(_DigestSink):
         """Read rows back, and compare their checksum."""
         step = max(1, _READ_BYTES // max(1, self._row_bytes))
         found = 0
+        # In parts, so that the check takes little memory beside the buffers.
         for first in range(begin, end, step):
             rows = np.empty((min(step, end - first), *self.shape[-2:]), self.dtype)
             read_at(self._file, self._offset + first * self._row_bytes, rows, self._partial)

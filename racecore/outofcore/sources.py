@@ -68,6 +68,7 @@ def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> TokenS
         return _SyntheticSource(source, name)
     if isinstance(source, np.ndarray):
         return _ArraySource(source, name)
+    # zarr, h5py and the like; tensors of frameworks are converted as a whole.
     if not hasattr(source, "__dlpack__") and all(
         hasattr(source, x) for x in ("shape", "dtype", "__getitem__")
     ):

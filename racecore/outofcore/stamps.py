@@ -23,6 +23,7 @@ from racecore.runtime import arrays
 
 __all__ = ["stamp", "stamp_file"]
 
+# Rows that identify an array which is neither a file nor in memory, evenly spaced.
 _N_SAMPLES = 16
 # Bytes read at once.
 _READ_BYTES = 1 << 22

@@ -35,6 +35,7 @@ class StateFile:
         # The object that closes an unnamed file, None for a named one.
         self._unnamed: Any = None
         if path is None:
+            # Unbuffered: all reads and writes use the descriptor.
             self._unnamed = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
             self._file: int = self._unnamed.fileno()
         else:

@@ -23,6 +23,7 @@ def check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None
     ValueError
         Names both.
     """
+    # By device and inode, so that hard links and other spellings of a path are found too.
     seen = {identity_of(x): name for name, x in sources if file_of(x) is not None}
     for name, target in targets.items():
         if (
