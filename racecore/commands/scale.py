@@ -23,7 +23,14 @@ from racecore import inputs
 from racecore.commands import scale_rows
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.commands.doctor import processor
-from racecore.commands.scale_result import TOLERANCES, Result, draw, report, table_row, versions
+from racecore.commands.scale_result import (
+    TOLERANCES,
+    Result,
+    options,
+    report,
+    table_row,
+    versions,
+)
 from racecore.runtime import arrays
 from racecore.runtime.threads import count
 
@@ -131,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         reports = [asdict(result) for result in results]
         print(json.dumps(reports if args.sweep else reports[0], indent=1))
     if args.sweep:
-        draw(args.picture, results)
+        _draw(args.picture, results)
     # On stderr, so that it is seen beside JSON as well.
     for result in results:
         for name, distance in result.wrong.items():
@@ -142,6 +149,17 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return 1 if any(result.wrong for result in results) else 0
+
+
+def _draw(path: str, results: list[Result]) -> None:
+    """Draw a sweep to a file, or print that Matplotlib is missing."""
+    try:
+        from racecore.commands.picture import draw_scale
+
+        draw_scale(path, results, options(results[0]))
+        print(f"picture: {path}", file=sys.stderr)
+    except ImportError:
+        print("no picture: Matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
 
 
 class _Measurement:

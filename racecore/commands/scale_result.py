@@ -1,16 +1,15 @@
-"""The result of `racecore scale`, as a report, as a row of a table and as a picture."""
+"""The result of `racecore scale`, as a report and as a row of a table."""
 
 from __future__ import annotations
 
 import platform
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 import racecore
 
-__all__ = ["TOLERANCES", "Result", "draw", "report", "table_row", "versions"]
+__all__ = ["TOLERANCES", "Result", "options", "report", "table_row", "versions"]
 
 # Relative error of a correct row, by dtype.
 TOLERANCES = {
@@ -78,7 +77,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _options(result: Result) -> str:
+def options(result: Result) -> str:
     """Return the options of a run on one line."""
     order = "causal" if result.causal else "bidirectional"
     passes = "forward + backward" if result.backward else "forward"
@@ -92,7 +91,7 @@ def report(result: Result) -> str:
     """Return the report of one run."""
     installed = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     lines = [
-        f"{result.tokens:,} tokens, {_options(result)}",
+        f"{result.tokens:,} tokens, {options(result)}",
         f"{result.processor}; {installed}",
         "",
         f"time      {result.seconds:,.1f} s, {result.tokens_per_second:,.0f} tokens/s, "
@@ -131,15 +130,4 @@ def table_row(result: Result, is_first: bool) -> str:
     if not is_first:
         return row
     columns = f"{'tokens':>15} {'seconds':>10} {'tokens/s':>13} {'ns':>7} {'MB':>7}   error"
-    return f"{_options(result)}\n\n{columns}\n{row}"
-
-
-def draw(path: str, results: list[Result]) -> None:
-    """Draw a sweep to a file, or print that Matplotlib is missing."""
-    try:
-        from racecore.commands.picture import draw_scale
-
-        draw_scale(path, results, _options(results[0]))
-        print(f"picture: {path}", file=sys.stderr)
-    except ImportError:
-        print("no picture: Matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    return f"{options(result)}\n\n{columns}\n{row}"
