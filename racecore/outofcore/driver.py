@@ -96,7 +96,8 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        An argument is wrong; raised before anything is computed.
+        An argument is wrong; raised before anything is computed. The message gives what was
+        expected, what was given, and the remedy.
     racecore.errors.NonFiniteError
         An input has a number that is not finite; a ValueError.
     racecore.errors.CorruptFileError
