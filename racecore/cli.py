@@ -1,8 +1,7 @@
-"""The program `racecore`: reads the command line, runs one command, turns what happened into an
-exit code.
+"""The program `racecore`: parse the command line, run one command, return its exit code.
 
-0 done, 1 failed, 2 bad usage or input, 130 interrupted. A person who made a mistake sees one
-message, no traceback; a traceback means a bug in racecore.
+0 done, 1 failed, 2 bad usage or input, 130 interrupted. Wrong arguments and files give one message
+without a traceback; a traceback means a bug in racecore.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ _EPILOG = """\
 New here?       racecore demo
 Does it work?   racecore doctor
 Your files:     racecore attend --query q.npy --key k.npy --value v.npy --out o.npy
-How far?        racecore scale --tokens 75_000_000
+How fast?       racecore scale --tokens 75_000_000
 
-`racecore COMMAND --help` explains a command. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
+`racecore COMMAND --help` explains a command.
+Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        The words after the program's name; None means those of this process.
+        The arguments after the program's name; None means those of this process.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises
     ------
     SystemExit
-        Raised by argparse, with code 2 for words it does not understand and 0 after ``--help`` or
+        Raised by argparse, with code 2 for arguments it does not know and 0 after ``--help`` or
         ``--version``.
     """
     parser = _parser()
@@ -69,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(args.command, f"error: {error}", 2)
     except MemoryError as error:
         return _end(
-            args.command, f"error: not enough memory: {error or 'the system gave no more'}", 1
+            args.command, f"error: not enough memory: {error or 'the system refused more'}", 1
         )
-    except BrokenPipeError:  # `racecore doctor | head`: whoever read the output wants no more of it
+    except BrokenPipeError:
+        # `racecore doctor | head`: the reader has closed the pipe. Python would fail again when it
+        # flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, BackendUnavailableError) as error:
@@ -100,14 +102,15 @@ def _end(command: str, message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def _termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM (batch systems, `timeout`) unwind the program as Ctrl-C does, so that partial
-    files are removed.
+    """Let SIGTERM (batch systems, `timeout`) raise an exception as Ctrl-C does, so that files are
+    closed and temporary ones removed.
     """
 
     def leave(number: int, frame: object) -> NoReturn:
-        """Raise what unwinds the program."""
+        """Raise an exception in the main thread."""
         raise SystemExit(128 + number)
 
+    # Python delivers signals to the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

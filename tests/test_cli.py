@@ -1,6 +1,4 @@
-"""The command line: the same bits as the API, clear errors, exit codes, and no partial file left
-behind.
-"""
+"""The command line: the bits of the API, clear errors, exit codes, no partial files."""
 
 import contextlib
 import importlib.metadata
@@ -22,10 +20,10 @@ import pytest
 import racecore
 from racecore import backends
 from racecore.cli import main
-from racecore.commands import demo, doctor, race
+from racecore.commands import demo, doctor, softmax_comparison
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
-from racecore.outofcore.stages import Stages
+from racecore.outofcore.passes import PassRunner
 from racecore.runtime import progress, progress_bar
 
 GRADIENTS = ("query", "key", "value")
@@ -89,8 +87,7 @@ def refused(capsys, *parts, code=2, made=("o.npy",)):
     return code
 
 
-# ---------------------------------------------------------------------------------------------- the
-# same as the API
+# Results
 
 
 def same_bits(path, array):
@@ -187,8 +184,7 @@ def test_queries_and_keys_may_differ_in_number(folder):
     assert np.load("o.npy").shape == (9, 2, 5)
 
 
-# ----------------------------------------------------------------------------------------------
-# what is refused
+# Refused inputs
 
 
 def test_cut_short_and_bytes_to_spare(folder, capsys):
@@ -301,7 +297,7 @@ def test_an_output_that_is_an_input_or_another_output(folder, capsys):
     assert pathlib.Path("q.npy").read_bytes() == before
 
 
-def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
+def test_existing_outputs_are_kept_without_overwrite(folder, capsys):
     pathlib.Path("o.npy").write_text("mine")
     pathlib.Path("elsewhere").mkdir()
     os.symlink("elsewhere/dq.npy", "dq.npy")
@@ -316,8 +312,7 @@ def test_existing_outputs_are_kept_unless_told_otherwise(folder, capsys):
     assert np.load("elsewhere/dq.npy").shape == (70, 2, 8)
 
 
-# ----------------------------------------------------------------------------------------------
-# what goes wrong
+# Failures
 
 
 @pytest.mark.parametrize("failing", [1, 3])
@@ -360,30 +355,28 @@ def test_a_file_size_limit_is_an_error_and_no_signal(folder):
         (racecore.errors.BackendUnavailableError("cpu", {"cpu": "no reason"}), 1, "cpu: no reason"),
     ],
 )
-def test_after_an_error_in_the_work_the_same_command_goes_on(
-    error, code, message, folder, capsys, monkeypatch
-):
+def test_the_same_command_resumes_after_an_error(error, code, message, folder, capsys, monkeypatch):
     for name in "qkvg":
         np.save(
             f"{name}.npy", np.tile(np.load(f"{name}.npy"), (400, 1, 1))
         )  # 28,000 tokens: two chunks at least
-    genuine = Stages.compute
+    genuine = PassRunner.compute
 
     def fail(self, task, *rest):
-        if task.stage == "sum back":
+        if task.pass_name == "sum back":
             raise error
         genuine(self, task, *rest)
 
-    monkeypatch.setattr(Stages, "compute", fail)
+    monkeypatch.setattr(PassRunner, "compute", fail)
     assert attend(*BACKWARD) == code
     printed = capsys.readouterr().err
     assert message in printed
-    assert "the same command goes on where this one ended" in printed
+    assert "run the same command again to resume" in printed
     assert "Traceback" not in printed
     left = sorted(set(os.listdir()) - {"g.npy", "k.npy", "q.npy", "v.npy"})
     partial = [f"{name}.npy.partial" for name in ("dk", "dq", "dv", "o")]
     assert left == sorted([*partial, "o.npy.journal", "o.npy.states"])
-    monkeypatch.setattr(Stages, "compute", genuine)
+    monkeypatch.setattr(PassRunner, "compute", genuine)
     assert attend(*BACKWARD, "--json") == 0
     assert json.loads(capsys.readouterr().out)["resumed_tokens"] == 84_000
     assert not {*left} & {*os.listdir()}
@@ -391,17 +384,15 @@ def test_after_an_error_in_the_work_the_same_command_goes_on(
 
 
 def test_a_bug_shows_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(PassRunner, "compute", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attend()
     assert not os.path.exists("o.npy")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
-    """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
-    room.
-    """
+def test_a_long_run_ended_by_a_signal_can_be_resumed(number, code, folder):
+    """Four million tokens and 8,192 buckets, at least a minute of work, on sparse input files."""
     assert attend() == 0  # compiles the kernels
     os.unlink("o.npy")
     for name, dim in {"q": 16, "k": 16, "v": 1}.items():
@@ -430,14 +421,14 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     assert seconds < 10  # usually a fraction of one; the machine may be busy
     assert "Traceback" not in message
     assert "interrupted" in message or number == signal.SIGTERM
-    assert "the same command goes on where this one ended" in message
+    assert "run the same command again to resume" in message
     left = ["o.npy.journal", "o.npy.partial", "o.npy.states"]
     assert sorted(os.listdir(folder)) == ["g.npy", "k.npy", *left, "q.npy", "v.npy"]
 
 
-def test_restart_discards_what_there_is(folder, capsys, monkeypatch):
+def test_restart_discards_an_interrupted_run(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Stages, "compute", lambda *_, **__: 1 / 0)
+        patch.setattr(PassRunner, "compute", lambda *_, **__: 1 / 0)
         attend()
     assert attend("--causal") == 2
     error = capsys.readouterr().err
@@ -478,8 +469,7 @@ def test_the_plan_writes_nothing(folder, capsys):
     assert sorted(os.listdir()) == ["g.npy", "k.npy", "q.npy", "v.npy"]
 
 
-# ----------------------------------------------------------------------------------------------
-# progress
+# Progress
 
 
 class Terminal(io.StringIO):
@@ -500,7 +490,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "120" not in screen.getvalue()
 
 
-def test_nothing_is_shown_for_what_takes_no_second(monkeypatch):
+def test_no_bar_for_less_than_a_second(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     with progress_bar.token_bar("working", 100):
@@ -538,8 +528,7 @@ def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, cap
     assert len(re.findall("racecore attend: ", capsys.readouterr().err)) >= 5
 
 
-# ---------------------------------------------------------------------------------------------- the
-# program
+# The program
 
 
 def test_version_and_module():
@@ -565,7 +554,8 @@ def test_help(capsys):
 
 
 def test_the_command_line_imports_nothing_heavy():
-    program = "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
+    program = "import racecore.cli, sys; heavy = ('numba', 'scipy', 'tqdm', 'matplotlib'); "
+    program += "print([name for name in heavy if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
@@ -580,13 +570,13 @@ def test_a_reader_that_stops_reading_is_no_error():
     process.stderr.close()
 
 
-# ----------------------------------------------------------------------------------------------
-# doctor
+# racecore doctor
 
 
 def test_doctor_in_json_without_importing_what_is_optional():
     program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
-    program += "print([m for m in ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes') if m in sys.modules], code)"
+    program += "optional = ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes'); "
+    program += "print([name for name in optional if name in sys.modules], code)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
@@ -648,8 +638,7 @@ def test_doctor_reports_an_error_and_a_missing_backend(capsys, monkeypatch):
     ]
 
 
-# ----------------------------------------------------------------------------------------------
-# demo
+# racecore demo
 
 
 def test_exact_rows_agree_with_the_oracle():
@@ -679,7 +668,7 @@ def test_exact_rows_over_several_blocks(monkeypatch):
         np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
 
 
-def test_the_rival_is_softmax_attention():
+def test_softmax_attention_of_the_comparison():
     from concurrent.futures import ThreadPoolExecutor
 
     rng = np.random.default_rng(0)
@@ -688,7 +677,7 @@ def test_the_rival_is_softmax_attention():
     wanted = np.einsum("hij,jhd->ihd", weights / weights.sum(axis=2, keepdims=True), v)
     with ThreadPoolExecutor(2) as pool:
         np.testing.assert_allclose(
-            race.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6
+            softmax_comparison.softmax_attention(q, k, v, pool), wanted, rtol=1e-4, atol=1e-6
         )
 
 
@@ -710,7 +699,7 @@ def test_demo_quick(tmp_path):
     assert re.search(r"plain mean of all values: \d+%", printed)
     assert re.search(r"64 tables +\d+% +\d+%", printed)
     assert re.search(r"softmax (is|was not) faster here", printed, re.IGNORECASE)
-    assert re.search(r"All rows are right; the demo took \d+ s", printed)
+    assert re.search(r"All rows are correct; the demo took \d+ s", printed)
     assert (tmp_path / "racecore-demo" / "race_vs_softmax.png").read_bytes().startswith(b"\x89PNG")
     made = {"q", "k", "v", "d_out", "out", "d_query", "d_key", "d_value"}
     assert {path.stem for path in tmp_path.glob("racecore-demo/*.npy")} == made
@@ -718,7 +707,7 @@ def test_demo_quick(tmp_path):
 
 def test_demo_without_matplotlib_and_with_wrong_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    monkeypatch.setattr(race, "_ENOUGH", 0.0)
+    monkeypatch.setattr(softmax_comparison, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(demo, "_TOLERANCE", 0.0)
     folder = tmp_path / "new" / "folder"
     words = (
@@ -757,14 +746,14 @@ def test_demo_destroys_no_files_of_others(folder, capsys):
     assert "q.npy exists and is not a folder" in capsys.readouterr().err
 
 
-def test_the_race_says_where_softmax_wins():
-    laps = [
-        race.Lap(64, 0.002, 0.006, 0.001),
-        race.Lap(128, 0.003, 0.009, 0.006),
-        race.Lap(256, 0.004, 0.01, None),
+def test_the_comparison_names_lengths_where_softmax_is_faster():
+    timings = [
+        softmax_comparison.Timing(64, 0.002, 0.006, 0.001),
+        softmax_comparison.Timing(128, 0.003, 0.009, 0.006),
+        softmax_comparison.Timing(256, 0.004, 0.01, None),
     ]
-    assert race.softmax_wins(laps) == [64]
-    lines = race.table(laps).splitlines()
+    assert softmax_comparison.lengths_where_softmax_is_faster(timings) == [64]
+    lines = softmax_comparison.table(timings).splitlines()
     assert lines[2].endswith("2.0 x slower")
     assert lines[3].endswith("2.0 x faster")
     assert lines[4].endswith("-")

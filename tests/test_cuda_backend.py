@@ -398,7 +398,7 @@ def test_the_program_takes_a_backend(backend, tmp_path, capsys):
         *(np.load(tmp_path / f"{n}.npy") for n in ("cuda", "cpu")), rtol=1e-4, atol=1e-6
     )
     assert main([*words, "--out", str(tmp_path / "plan.npy"), "--backend", "cuda", "--plan"]) == 2
-    assert "--plan knows the time that the CPU takes" in capsys.readouterr().err
+    assert "--plan estimates the time of the CPU only" in capsys.readouterr().err
 
 
 def test_the_doctor_tries_the_gpu(backend, capsys):

@@ -1,4 +1,4 @@
-"""Memory that a call takes beyond its inputs and outputs: bounded, whatever the length."""
+"""Memory that a call takes beyond inputs and outputs is bounded for any length."""
 
 import json
 import subprocess
@@ -15,13 +15,16 @@ import numpy as np, racecore
 
 def anonymous():
     with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
+        lines = [line for line in file if line.startswith("Anonymous:")]
+    return int(lines[0].split()[1]) * 1024
 
 causal, log2_tokens, options = json.loads(sys.argv[1])
 rng = np.random.default_rng(0)
 x = rng.standard_normal((4, 1 << log2_tokens, 1, 64), dtype=np.float32)
-short = x[:, :2100]  # several segments, so that all kernels are there before the measurement
-racecore.attention_backward(short[3], racecore.attention_forward(*short[:3], is_causal=causal, **options)[1])
+# Several segments, so that all kernels are compiled before the measurement.
+short = x[:, :2100]
+_, saved = racecore.attention_forward(*short[:3], is_causal=causal, **options)
+racecore.attention_backward(short[3], saved)
 results = np.zeros((4, 1 << log2_tokens, 1, 64), np.float32) + 1
 peak = base = anonymous()
 done = False
@@ -110,8 +113,10 @@ from racecore.outofcore import Synthetic, run
 folder, limit = json.loads(sys.argv[1])
 made = [Synthetic((2100, 2, 32), "float16", seed=seed) for seed in range(4)]
 base = run(*made[:3], None, d_out=made[3], is_causal=True).peak_anonymous_bytes
-q, k, v, g, o, dq, dk, dv = (f"{folder}/{name}.npy" for name in ("q", "k", "v", "g", "o", "dq", "dk", "dv"))
-report = run(q, k, v, o, d_out=g, d_query=dq, d_key=dk, d_value=dv, is_causal=True, memory_limit=limit)
+names = ("q", "k", "v", "g", "o", "dq", "dk", "dv")
+q, k, v, g, o, dq, dk, dv = (f"{folder}/{name}.npy" for name in names)
+sinks = {"d_query": dq, "d_key": dk, "d_value": dv}
+report = run(q, k, v, o, d_out=g, is_causal=True, memory_limit=limit, **sinks)
 print(json.dumps({"base": base, "peak": report.peak_anonymous_bytes}))
 """
 

@@ -1,6 +1,4 @@
-"""racecore.outofcore: the bits of the same calls in memory, whatever is read, written, or how it is
-cut.
-"""
+"""racecore.outofcore: the same bits as in memory, for any kind of input, output and chunks."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ NAMES = ("query", "key", "value", "d_out")
 
 
 def make(shape_q, shape_kv, dtype=np.float32, value_dim=24, seed=0):
-    """Return query, key, value, d_out; heads and dims are fixed: 4 of 16 for queries, 2 for keys."""
+    """Return query, key, value, d_out; 4 query heads, 2 key heads, head dim 16."""
     rng = np.random.default_rng(seed)
     shapes = (
         (*shape_q, 4, 16),
@@ -46,7 +44,7 @@ def in_memory(x, wrt=("query", "key", "value", "planes", "beta"), **options):
 
 
 def smallest(x, **options):
-    """Return the least memory limit, which makes chunks of one segment: the message names it."""
+    """Return the smallest memory limit that works, from the message: chunks of one segment."""
     with pytest.raises(ValueError, match="the smallest that works here is") as caught:
         outofcore.run(
             x["query"], x["key"], x["value"], None, LSH, d_out=x["d_out"], memory_limit=1, **options
@@ -65,7 +63,7 @@ def kind(request):
 
 
 class Sliceable:
-    """What zarr and h5py have in common."""
+    """The interface that zarr and h5py have in common."""
 
     def __init__(self, array):
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
@@ -104,7 +102,7 @@ def result(target):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("readout", ["ratio", "bucket_mean"])
-def test_same_bits_as_in_memory_from_and_to_anything(kind, causal, readout, tmp_path):
+def test_same_bits_as_in_memory_for_every_kind_of_array(kind, causal, readout, tmp_path):
     x = make((5000,), (5000,))
     options = {"is_causal": causal, "readout": readout}
     out, grads = in_memory(x, **options)
@@ -154,7 +152,7 @@ CUTS = {
 }
 
 
-WAYS = [
+CUTS_AND_ORDERS = [
     (cut, causal)
     for cut, (q, kv, _) in CUTS.items()
     for causal in (False, True)
@@ -162,14 +160,14 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("cut", "causal"), WAYS)
-@pytest.mark.parametrize("room", [1, 2, 50])
-def test_same_bits_for_many_sequences(cut, causal, room, tmp_path):
+@pytest.mark.parametrize(("cut", "causal"), CUTS_AND_ORDERS)
+@pytest.mark.parametrize("multiple", [1, 2, 50])
+def test_same_bits_for_many_sequences(cut, causal, multiple, tmp_path):
     shape_q, shape_kv, options = CUTS[cut]
     x = make(shape_q, shape_kv)
     out, grads = in_memory(x, is_causal=causal, **options)
     written = targets(x, "arrays", tmp_path)
-    limit = room * smallest(x, is_causal=causal, **options)
+    limit = multiple * smallest(x, is_causal=causal, **options)
     report = outofcore.run(
         *(x[name] for name in NAMES[:3]),
         written["out"],
@@ -195,7 +193,7 @@ def test_same_bits_for_many_sequences(cut, causal, room, tmp_path):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("as_file", [False, True])
-def test_masked_tokens_do_not_matter_not_even_nan(causal, as_file, tmp_path):
+def test_masked_tokens_may_hold_anything(causal, as_file, tmp_path):
     x = make((2, 2300), (2, 2300))
     mask = np.random.default_rng(5).random((2, 2300)) < 0.7
     out, grads = in_memory(x, is_causal=causal, key_mask=mask)
@@ -251,7 +249,7 @@ def test_forward_alone_and_digests_do_not_depend_on_the_limit():
     )
 
 
-def test_the_report_says_what_was_busy(tmp_path):
+def test_report_of_busy_times(tmp_path):
     x = make((40_000,), (40_000,))
     paths = stored(x, "files", tmp_path)
     report = outofcore.run(*(paths[name] for name in NAMES[:3]), tmp_path / "o.npy", LSH)
@@ -264,8 +262,8 @@ def test_the_report_says_what_was_busy(tmp_path):
     )
 
 
-def test_progress_tells_about_all_passes():
-    x, told = make((4000,), (4000,)), []
+def test_progress_counts_all_passes():
+    x, reports = make((4000,), (4000,)), []
     for causal, total in ((False, 16000), (True, 12000)):
         outofcore.run(
             *(x[name] for name in NAMES[:3]),
@@ -273,22 +271,22 @@ def test_progress_tells_about_all_passes():
             LSH,
             d_out=x["d_out"],
             is_causal=causal,
-            progress=lambda done, of: told.append((done, of)),
+            progress=lambda done, of: reports.append((done, of)),
         )
-        assert told[-1] == (total, total)
+        assert reports[-1] == (total, total)
 
 
 def test_non_finite_numbers_are_named_and_nothing_is_left(tmp_path):
     x = make((2, 3000), (2, 3000))
-    for name, place, said in (
+    for name, index, message in (
         ("query", (1, 2999, 3, 5), "query is nan at batch row 1, token 2999, head 3, dimension 5"),
         ("value", (0, 7, 1, 23), "value is nan at batch row 0, token 7, head 1, dimension 23"),
         ("d_out", (1, 0, 0, 0), "d_out is nan at batch row 1, token 0, head 0, dimension 0"),
     ):
         broken = x | {name: x[name].copy()}
-        broken[name][place] = np.nan
+        broken[name][index] = np.nan
         target = tmp_path / "out.npy"
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             outofcore.run(
                 *(broken[n] for n in NAMES[:3]),
                 target,
@@ -350,7 +348,7 @@ def test_files_of_another_size_than_their_header_says_are_refused(tmp_path):
         outofcore.run(*(paths[name] for name in NAMES[:3]), None, LSH)
 
 
-def test_a_file_cut_short_on_the_way_is_an_error_and_leaves_nothing(tmp_path):
+def test_a_file_cut_short_during_the_run_is_an_error_and_leaves_nothing(tmp_path):
     x = make((5000,), (5000,))
     paths = stored(x, "files", tmp_path)
 
@@ -386,9 +384,7 @@ class LastRows:
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_beyond_32_bits_of_a_sparse_file(causal, tmp_path):
-    """The last 100 tokens of a file of 4 GB that is nearly all hole, more than 2^31 elements from
-    its beginning.
-    """
+    """The last 100 tokens of a sparse file of 4 GB, more than 2^31 elements from its beginning."""
     shape, n, path = ((1 << 21) + 100, 4, 256), 100, tmp_path / "x.npy"
     near = np.random.default_rng(0).standard_normal((n, *shape[1:])).astype(np.float16)
     with path.open("wb") as file:
@@ -446,18 +442,18 @@ def test_every_pass_sees_every_token_once_and_cuts_at_segments(
     problem, _ = inputs.check_attention(
         passed, LSH, is_causal=causal, readout="ratio", cu_seqlens=bounds
     )
-    limit = schedule.Limits(n_segments * 1024, 1 << 20, sequences, 0)
+    limit = schedule.MemoryBudget(n_segments * 1024, 1 << 20, sequences, 0)
     seen = {stage: np.zeros(n, int) for stage in schedule.PASSES[causal, back]}
     order = []
     for number, task in enumerate(schedule.tasks(problem, back, limit)):
         assert task.number == number
         assert task.first <= number
-        p = schedule.PASSES[causal, back][task.stage]
+        p = schedule.PASSES[causal, back][task.pass_name]
         begin, end = task.tokens(p.reads[0])
         assert end - begin <= limit.chunk_tokens
         assert len(task.sequences) <= sequences
-        seen[task.stage][begin:end] += 1
-        order.append((task.first, list(seen).index(task.stage)))
+        seen[task.pass_name][begin:end] += 1
+        order.append((task.first, list(seen).index(task.pass_name)))
         for _, q_begin, _, k_begin, _ in task.sequences:
             first = begin + (k_begin if "key" in p.reads else q_begin)
             assert first == n or (first - bounds[bounds <= first].max()) % 1024 == 0
@@ -471,7 +467,7 @@ def test_limits_follow_the_formula_and_grow_with_the_memory():
     problem, _ = inputs.check_attention(passed, None, is_causal=True, readout="ratio")
     chunks = []
     for limit in (40e6, 100e6, 200e6, 1e9, 64e9):
-        found = schedule.limits(problem, True, int(limit))
+        found = schedule.budget_memory(problem, True, int(limit))
         state = 4 * 64 * 129 * 8
         buffers = 2 * found.chunk_tokens * 7 * 4 * 128 * 4
         assert (
@@ -488,13 +484,13 @@ def test_limits_follow_the_formula_and_grow_with_the_memory():
 # Synthetic
 
 
-def test_synthetic_numbers_are_those_of_the_plain_twin():
+def test_synthetic_numbers_equal_those_in_plain_python():
     first = (1 << 32) - 600
     values = np.empty(1000, np.float32)
     Synthetic((1 << 33, 1, 1), seed=7).fill(values, first)
-    for place, value in zip(range(first, first + 1000), values, strict=True):
-        era, x = divmod(place, 1 << 32)
-        a, b = np.frombuffer(hashlib.sha256(f"7 {era}".encode()).digest()[:8], "<u4").tolist()
+    for position, value in zip(range(first, first + 1000), values, strict=True):
+        period, x = divmod(position, 1 << 32)
+        a, b = np.frombuffer(hashlib.sha256(f"7 {period}".encode()).digest()[:8], "<u4").tolist()
         x ^= a
         x = (x ^ x >> 16) * 0x7FEB352D % 2**32
         x = ((x ^ x >> 15) + b) * 0x846CA68B % 2**32
@@ -502,7 +498,7 @@ def test_synthetic_numbers_are_those_of_the_plain_twin():
         assert value == (sum((x >> shift) & 0x7F for shift in (0, 8, 16, 24)) - 254) / 64
 
 
-def test_synthetic_is_the_same_however_it_is_read():
+def test_synthetic_is_the_same_in_any_slices():
     x = Synthetic((3000, 3, 5), seed=4)
     whole = x[:]
     np.testing.assert_array_equal(
@@ -526,7 +522,7 @@ def test_synthetic_numbers_look_normal_and_independent():
         assert abs(np.corrcoef(a, other)[0, 1]) < 5 / n**0.5
 
 
-def test_synthetic_goes_on_beyond_32_bits():
+def test_synthetic_beyond_32_bits():
     x = Synthetic((1 << 33, 1, 1), seed=2)
     across = x[(1 << 32) - 50 : (1 << 32) + 50].reshape(-1)
     np.testing.assert_array_equal(across[:50], x[(1 << 32) - 50 : 1 << 32].reshape(-1))
@@ -538,7 +534,7 @@ def test_synthetic_goes_on_beyond_32_bits():
 @pytest.mark.parametrize(
     "bad", [((10, 4), 0), ((10, -4, 4), 0), ((10, 4, 4), -1), ((10, 4, 4), 1.5)]
 )
-def test_synthetic_refuses_what_is_no_array(bad):
+def test_synthetic_refuses_bad_shapes_dtypes_and_seeds(bad):
     with pytest.raises(ValueError, match="must be"):
         Synthetic(bad[0], np.float32, bad[1])
     with pytest.raises(TypeError, match="dtype must be"):
@@ -561,13 +557,13 @@ def test_runs_over_synthetic_arrays_equal_runs_over_what_they_contain():
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_checksums_are_those_of_the_plain_twin(size):
+def test_checksums_equal_those_in_plain_python(size):
     words = np.random.default_rng(1).integers(
         0, 2 ** (8 * size), 100, dtype=f"u{size}", endpoint=False
     )
     total, first = 0, 1 << 40
-    for place, word in enumerate(words.tolist(), first):
-        weight = place * 0x9E3779B97F4A7C15 % 2**64
+    for position, word in enumerate(words.tolist(), first):
+        weight = position * 0x9E3779B97F4A7C15 % 2**64
         weight = (weight ^ weight >> 29) * 0xBF58476D1CE4E5B9 % 2**64
         total += word * ((weight ^ weight >> 32) | 1)
     assert int(loops.checksum(words, first)) == total % 2**64
@@ -575,22 +571,22 @@ def test_checksums_are_those_of_the_plain_twin(size):
 
 def test_the_first_word_with_all_bits_of_a_mask():
     words = np.zeros(10_000, np.uint32)
-    assert loops.first_with(words, np.uint32(6)) == -1
+    assert loops.first_with_bits(words, np.uint32(6)) == -1
     words[5000:] = 2
-    assert loops.first_with(words, np.uint32(6)) == -1
+    assert loops.first_with_bits(words, np.uint32(6)) == -1
     words[[9999, 9000]] = 7
-    assert loops.first_with(words, np.uint32(6)) == 9000
+    assert loops.first_with_bits(words, np.uint32(6)) == 9000
 
 
-def test_a_checksum_notices_any_bit_any_place_and_no_order():
+def test_checksum_depends_on_every_bit_and_position_but_not_on_order():
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, 5000, dtype=np.uint32)
     whole = loops.checksum(words, 10)
     halves = (loops.checksum(words[2000:], 2010), loops.checksum(words[:2000], 10))
     assert sum(map(int, halves)) % 2**64 == int(whole)
-    for place, bit in rng.integers(0, (5000, 32), (50, 2)):
+    for position, bit in rng.integers(0, (5000, 32), (50, 2)):
         other = words.copy()
-        other[place] ^= np.uint32(1 << int(bit))
+        other[position] ^= np.uint32(1 << int(bit))
         assert loops.checksum(other, 10) != whole
     other = words.copy()
     other[[7, 8]] = other[[8, 7]]

@@ -1,6 +1,4 @@
-"""Runs that are killed, stopped or damaged and then called again: the same bytes as if nothing had
-happened.
-"""
+"""Runs that are killed, stopped or damaged and then resumed: the same bytes as undisturbed."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ CASES = {
     "packed": {"is_causal": True, "cu_seqlens": BOUNDS},
     "packed, both ways": {"cu_seqlens": BOUNDS},
 }
-# Python 3.12 and later warn of what racecore is made for: forking a process that has computed with
-# threads.
+# Python 3.12 and later warn of forking a process that has used threads, which racecore supports.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 FORK = multiprocessing.get_context("fork")
 
@@ -119,8 +116,10 @@ def case(undisturbed):
     return undisturbed
 
 
-def die_at(point, which):
-    """Return what makes a process kill itself when it is at a point for the n-th time."""
+def kill_at(point, nth):
+    """Return a function that makes a process kill itself when it reaches a crash point the n-th
+    time.
+    """
 
     def before():
         seen = 0
@@ -128,7 +127,7 @@ def die_at(point, which):
         def reached(name):
             nonlocal seen
             seen += name == point
-            if name == point and seen == which:
+            if name == point and seen == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         crash_points.reached = reached
@@ -148,20 +147,18 @@ def finish(run, wanted, report):
 
 
 @pytest.mark.parametrize("which", [1, 2, 4, 9])
-@pytest.mark.parametrize("point", crash_points.POINTS)
-def test_killed_at_every_point(case, point, which):
+@pytest.mark.parametrize("point", crash_points.NAMES)
+def test_killed_at_every_crash_point(case, point, which):
     run, wanted, report = case
-    child = run.in_child(die_at(point, which))
+    child = run.in_child(kill_at(point, which))
     child.join()
     assert child.exitcode in ((0,) if which > 1 else ()) + (-signal.SIGKILL,)
     if child.exitcode == 0:
         assert run.take_results() == wanted
         return
     names = {path.name for path in run.left()}
-    before_the_names = crash_points.POINTS.index(point) < crash_points.POINTS.index(
-        "one output named"
-    )
-    assert not before_the_names or not {f"{name}.result.npy" for name in WRITTEN} & names
+    before_renames = crash_points.NAMES.index(point) < crash_points.NAMES.index("one output named")
+    assert not before_renames or not {f"{name}.result.npy" for name in WRITTEN} & names
     again = finish(run, wanted, report)
     assert (
         again.resumed_tokens > 0 or which < 9
@@ -188,19 +185,19 @@ def test_killed_two_hundred_times(case):
     finish(run, wanted, report)
 
 
-def begun(run, which=12, point="line written"):
-    """Leave a run that was killed on the way."""
-    child = run.in_child(die_at(point, which))
+def interrupt(run, nth=12, point="line written"):
+    """Kill a run at a crash point."""
+    child = run.in_child(kill_at(point, nth))
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert (run.folder / "out.result.npy.journal").exists()
 
 
-def flip(path, place):
+def flip(path, offset):
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 4]))
 
 
@@ -209,28 +206,28 @@ def flip(path, place):
 )
 def test_flipped_bits_are_found_and_their_chunks_computed_again(case, name):
     run, wanted, report = case
-    begun(run, 12)
+    interrupt(run, 12)
     path = run.folder / name
-    for place in np.linspace(200, path.stat().st_size - 1, 23).astype(int).tolist():
-        flip(path, place)
+    for offset in np.linspace(200, path.stat().st_size - 1, 23).astype(int).tolist():
+        flip(path, offset)
     finish(run, wanted, report)
 
 
-def test_damaged_lines_and_lost_files_cost_time_only(case):
+def test_damaged_lines_and_lost_files_cost_only_time(case):
     run, wanted, report = case
     journal = run.folder / "out.result.npy.journal"
-    begun(run, 8)
+    interrupt(run, 8)
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[3] = lines[3].replace(b"rows", b"ROWS")
     del lines[5]
     journal.write_bytes(b"".join(lines) + b"0000 torn")
     finish(run, wanted, report)
-    begun(run, 8)
+    interrupt(run, 8)
     for path in run.left():
         if path != journal:
             path.unlink()
     finish(run, wanted, report)
-    begun(run, 8)
+    interrupt(run, 8)
     flip(journal, 20)
     with pytest.raises(CorruptFileError, match="its first line is damaged; to discard what it did"):
         run()
@@ -240,11 +237,11 @@ def test_damaged_lines_and_lost_files_cost_time_only(case):
 
 def test_only_what_is_missing_is_computed(case):
     run, wanted, report = case
-    begun(run, 1, "all tasks done")
-    told = []
-    again = run(progress=lambda done, total: told.append((done, total)))
+    interrupt(run, 1, "all tasks done")
+    reports = []
+    again = run(progress=lambda done, total: reports.append((done, total)))
     assert run.take_results() == wanted
-    assert again.resumed_tokens == told[-1][0]
+    assert again.resumed_tokens == reports[-1][0]
     assert again.digests == report.digests
 
 
@@ -252,11 +249,11 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
     run = Run(tmp_path, {})
     run()
     wanted = run.take_results()
-    begun(run)
+    interrupt(run)
     left = {path: path.read_bytes() for path in run.left()}
     other = racecore.SoftLSH.random(16, 3, 2, beta=2.5, rng=3)
     mask = np.ones(8000, bool)
-    for changes, said in (
+    for changes, message in (
         ({"is_causal": True}, "is_causal: False then, True now"),
         ({"readout": "bucket_mean"}, "readout: ratio then, bucket_mean now"),
         (
@@ -282,7 +279,7 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
     ):
         with pytest.raises(
             (ValueError, CorruptFileError),
-            match=said if "query" not in changes else "head dim|query:",
+            match=message if "query" not in changes else "head dim|query:",
         ):
             run(**changes)
         assert {path: path.read_bytes() for path in run.left()} == left
@@ -297,8 +294,8 @@ def test_changed_inputs_and_parameters_are_refused_with_the_difference(tmp_path)
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     run = Run(tmp_path, {})
-    begun(run)
-    monkeypatch.setattr("racecore.outofcore.execution.__version__", "9.9")
+    interrupt(run)
+    monkeypatch.setattr("racecore.outofcore.checked.__version__", "9.9")
     with pytest.raises(ValueError, match=r"racecore: .* then, 9\.9 now"):
         run()
 
@@ -318,13 +315,13 @@ def test_a_second_run_on_the_same_output_is_refused_and_a_dead_one_does_not_bloc
     wanted = run.take_results()
     assert all("another run is writing it" in message for message in messages)
     assert run.left() == []
-    begun(run)  # its lock died with it
+    interrupt(run)  # its lock died with it
     run()
     assert run.take_results() == wanted
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit, OSError, ValueError])
-def test_whatever_ends_a_run_early_it_goes_on(case, error):
+def test_a_run_can_be_resumed_after_any_exception(case, error):
     run, wanted, report = case
 
     def stop(done, total):
@@ -361,7 +358,7 @@ def test_a_full_disk_stops_a_run_before_it_begins_or_between_chunks(tmp_path):
     assert finish(run, wanted, report).resumed_tokens > 0
 
 
-def test_inputs_that_change_on_the_way_leave_nothing(tmp_path):
+def test_inputs_that_change_during_the_run_leave_nothing(tmp_path):
     run = Run(tmp_path, {})
 
     def change(done, total):
@@ -416,7 +413,7 @@ def test_runs_to_arrays_have_no_journal(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_maps_and_arrays_are_known_again_by_what_they_hold(tmp_path):
+def test_maps_and_arrays_are_identified_by_their_contents(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "x.npy"
     np.save(path, rng.standard_normal((6000, 2, 16), dtype=np.float32))
@@ -452,9 +449,9 @@ class Sliceable:
         return self.array[index]
 
 
-def test_the_journal_is_a_line_a_task(tmp_path):
+def test_the_journal_has_one_line_per_task(tmp_path):
     run = Run(tmp_path, {})
-    begun(run, 1, "all tasks done")
+    interrupt(run, 1, "all tasks done")
     lines = Path(tmp_path / "out.result.npy.journal").read_bytes().splitlines()
     assert len(lines) == 1 + 3 * 8
     assert max(map(len, lines[1:])) < 200

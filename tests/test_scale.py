@@ -1,4 +1,4 @@
-"""racecore scale: small runs of it, and rows that are wrong."""
+"""racecore scale: small runs, and wrong rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import racecore
 from racecore import outofcore
 from racecore.cli import main
-from racecore.commands import scale
+from racecore.commands import scale_result, scale_rows
 from racecore.outofcore import Synthetic
 
 SHAPE = ("scale", "--heads", "2", "--head-dim", "16", "--memory-limit", "20MB")
@@ -30,81 +30,86 @@ SMALL = (*SHAPE, "--tokens", "5000")
         ("--forward-only", "--readout", "bucket_mean"),
     ],
 )
-def test_rows_are_right_and_the_report_says_what_was_done(words, capsys):
+def test_rows_are_correct_and_the_report_is_complete(words, capsys):
     assert main([*SMALL, *words, "--json", "--threads", "1"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["tokens"], told["heads"], told["head_dim"], told["threads"]) == (5000, 2, 16, 1)
-    assert told["causal"] == ("--causal" in words)
-    assert sorted(told["errors"]) == sorted(told["digests"])
-    assert len(told["errors"]) == (1 if "--forward-only" in words else 4)
-    assert all(0 <= error <= scale._DTYPES[told["dtype"]] for error in told["errors"].values())
-    assert told["seconds"] > 0
-    assert told["tokens_per_second"] == pytest.approx(5000 / told["seconds"])
-    assert told["peak_anonymous_bytes"] > 1e7
-    assert told["warm_up_seconds"] > 0
-    assert told["checked_rows"] == scale._SPOTS
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tokens"], report["threads"]) == (5000, 1)
+    assert (report["heads"], report["head_dim"]) == (2, 16)
+    assert report["causal"] == ("--causal" in words)
+    assert sorted(report["errors"]) == sorted(report["digests"])
+    assert len(report["errors"]) == (1 if "--forward-only" in words else 4)
+    assert all(
+        0 <= error <= scale_result.TOLERANCES[report["dtype"]]
+        for error in report["errors"].values()
+    )
+    assert report["seconds"] > 0
+    assert report["tokens_per_second"] == pytest.approx(5000 / report["seconds"])
+    assert report["peak_anonymous_bytes"] > 1e7
+    assert report["warm_up_seconds"] > 0
+    assert report["checked_rows"] == scale_rows.N_ROWS
 
 
 def test_digests_are_those_of_the_same_run_in_python(capsys):
     assert main([*SMALL, "--json", "--no-check", "--seed", "3", "--tables", "3"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     lsh = racecore.SoftLSH.random(16, 3, 2, rng=3)
     x = [Synthetic((5000, 2, 16), seed=seed) for seed in (12, 13, 14, 15)]
-    assert told["digests"] == outofcore.run(*x[:3], None, lsh, d_out=x[3]).digests
-    assert told["check_seconds"] is None
-    assert told["errors"] == {}
+    assert report["digests"] == outofcore.run(*x[:3], None, lsh, d_out=x[3]).digests
+    assert report["check_seconds"] is None
+    assert report["errors"] == {}
 
 
 def test_wrong_rows_are_seen(monkeypatch, capsys):
-    genuine = scale.Rows.__setitem__
+    genuine = scale_rows.SampledRows.__setitem__
 
     def spoiled(self, tokens, rows):
         genuine(self, tokens, rows * (1 if self.dtype == np.float64 else 1.001))
 
-    monkeypatch.setattr(scale.Rows, "__setitem__", spoiled)
+    monkeypatch.setattr(scale_rows.SampledRows, "__setitem__", spoiled)
     assert main([*SMALL, "--causal"]) == 1
     error = capsys.readouterr().err
     assert (
-        "ROWS ARE WRONG, please report this: out at 5,000 tokens is off by 1.0e-03, right is up "
-        "to 0.0001" in error
+        "ROWS ARE WRONG, please report this: out at 5,000 tokens has a relative error of 1.0e-03, "
+        "the tolerance is 0.0001" in error
     )
 
 
 def test_rows_that_were_never_written_are_wrong():
     places, exact = np.array([0, 5]), np.ones((2, 3))
-    never = scale.Rows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
-    assert scale._error(never, exact, places, False) == np.inf
-    assert scale._error(exact, exact, places, True) == 0
+    never = scale_rows.SampledRows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
+    assert scale_rows.largest_error(never, exact, places, False) == np.inf
+    assert scale_rows.largest_error(exact, exact, places, True) == 0
 
 
 def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
-    asked, begins, genuine, take = [], set(), scale._places, scale.Rows.__setitem__
+    checked, begins = [], set()
+    genuine, take = scale_rows.sample_tokens, scale_rows.SampledRows.__setitem__
 
     def places(*arguments):
-        asked.extend(genuine(*arguments).tolist())
-        return np.array(asked)
+        checked.extend(genuine(*arguments).tolist())
+        return np.array(checked)
 
     def note(self, tokens, rows):
         if self.dtype == np.float32:  # not the check
             begins.add(tokens.start)
         take(self, tokens, rows)
 
-    monkeypatch.setattr(scale, "_places", places)
-    monkeypatch.setattr(scale.Rows, "__setitem__", note)
+    monkeypatch.setattr(scale_rows, "sample_tokens", places)
+    monkeypatch.setattr(scale_rows.SampledRows, "__setitem__", note)
     assert main([*SMALL, "--memory-limit", "2MB"]) == 0
     cuts = sorted(begins - {0})
     assert len(cuts) > 2
-    assert {0, 4999, cuts[0] - 1, cuts[0], cuts[-1] - 1, cuts[-1]} <= set(asked)
+    assert {0, 4999, cuts[0] - 1, cuts[0], cuts[-1] - 1, cuts[-1]} <= set(checked)
 
 
 @pytest.mark.parametrize(
     ("tokens", "chunk"), [(1, 1024), (1024, 1024), (1025, 1024), (75_000_000, 16_384)]
 )
 def test_places_are_rows(tokens, chunk):
-    places = scale._places(tokens, chunk, 0)
+    places = scale_rows.sample_tokens(tokens, chunk, 0)
     assert (places[0], places[-1]) == (0, tokens - 1)
     assert (np.diff(places) > 0).all()
-    assert len(places) <= scale._SPOTS
+    assert len(places) <= scale_rows.N_ROWS
     assert (tokens <= chunk) or {chunk - 1, chunk} <= set(places.tolist())
 
 

@@ -1,3 +1,1 @@
-"""What the shell sees: one module per command, each with `add_parser` and `run`; `racecore.cli`
-puts them together.
-"""
+"""The commands of the program `racecore`, one module each with `add_parser` and `run`."""

@@ -1,4 +1,4 @@
-"""racecore attend: attention and its gradients from .npy file to .npy file, in bounded memory."""
+"""racecore attend: attention and its gradients on .npy files, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ from racecore.outofcore.targets import identity_of
 __all__ = ["add_parser", "parse", "run"]
 
 _DESCRIPTION = """\
-RACE attention from .npy files to .npy files, which may be far larger than memory.
-Outputs are called FILE.partial until they are complete. If the run ends early, however it does, the same command goes on
-where it was."""
+RACE attention on .npy files, which may be far larger than memory.
+Outputs are called FILE.partial until they are complete. If the run ends early for any reason, the
+same command resumes it."""
 _EPILOG = """\
-Arrays are [tokens, heads, dim] or [batch, tokens, heads, dim], of one dtype. Outputs have the dtype of the query.
+Arrays are [tokens, heads, dim] or [batch, tokens, heads, dim], of one dtype, which is also that of
+the outputs.
 
 forward:    racecore attend --query q.npy --key k.npy --value v.npy --out o.npy --causal
 gradients:  add --d-out g.npy --d-query dq.npy --d-key dk.npy --d-value dv.npy
-how long?   add --plan"""
+estimate:   add --plan to print bytes, memory and time"""
+# Not the defaults of the parser: None shows that an option was not given, see `_saved_hash`.
 _HASH_DEFAULTS = {"tables": 4, "planes": 4, "beta": 1.0, "seed": 0}
-_SOURCES = ("query", "key", "value", "d_out", "key_mask", "cu_seqlens")
-_TARGETS = ("out", "d_query", "d_key", "d_value", "d_lsh")
+_INPUTS = ("query", "key", "value", "d_out", "key_mask", "cu_seqlens")
+_OUTPUTS = ("out", "d_query", "d_key", "d_value", "d_lsh")
 
 
 def add_parser(commands: Any) -> None:
     """Add this command to the program's."""
+    # No abbreviations of options: a new option could make them ambiguous.
     parser = commands.add_parser(
         "attend",
         help="attention and its gradients on .npy files",
@@ -50,13 +53,20 @@ def add_parser(commands: Any) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the words after `racecore attend`."""
+    """Parse the arguments of `racecore attend`."""
     parser = argparse.ArgumentParser(prog="racecore attend", allow_abbrev=False)
     _add_arguments(parser)
     return parser.parse_args(argv)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_file_arguments(parser)
+    _add_hash_arguments(parser)
+    _add_options(parser)
+
+
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the files of arrays, those of gradients in a group of their own."""
     group = parser.add_argument_group("files")
     group.add_argument(
         "--query", required=True, metavar="FILE", help="queries to read, [.., T, H, D]"
@@ -74,12 +84,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FILE", help="attention to write, [.., T, H, V]"
     )
     group.add_argument(
-        "--key-mask", metavar="FILE", help="bools to read, [.., T]: True means the key takes part"
+        "--key-mask", metavar="FILE", help="bools to read, [.., T]: True where the key takes part"
     )
     group.add_argument(
         "--cu-seqlens",
         metavar="FILE",
-        help="integers to read, where packed sequences begin and end",
+        help="integers to read, the bounds of packed sequences",
     )
     group.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     group.add_argument(
@@ -94,16 +104,30 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--d-lsh", metavar="FILE", help="gradients of planes and beta, to write (.npz)"
     )
+
+
+def _add_hash_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the parameters of the hash."""
     group = parser.add_argument_group("hash: a saved one, or a random one")
-    group.add_argument("--lsh", metavar="FILE", help="what racecore.SoftLSH.save wrote (.npz)")
+    group.add_argument("--lsh", metavar="FILE", help="file of racecore.SoftLSH.save (.npz)")
     group.add_argument(
-        "--tables", type=positive_int, metavar="L", help="hash tables; more mean less noise (4)"
+        "--tables",
+        type=positive_int,
+        metavar="L",
+        help="hash tables; more tables mean less noise (4)",
     )
     group.add_argument(
-        "--planes", type=positive_int, metavar="P", help="planes of a table; more mean sharper (4)"
+        "--planes",
+        type=positive_int,
+        metavar="P",
+        help="planes of a table; more planes mean sharper attention (4)",
     )
     group.add_argument("--beta", type=float, metavar="X", help="sharpness of the hash (1.0)")
     group.add_argument("--seed", type=natural_int, metavar="N", help="seed of the planes (0)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the computation and of the report."""
     group = parser.add_argument_group("options")
     group.add_argument("--causal", action="store_true", help="token i sees tokens 0 ... i only")
     group.add_argument(
@@ -112,37 +136,42 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         choices=backends.NAMES,
-        help="what computes; cuda takes chunks through a GPU (cpu)",
+        help="implementation; cuda computes chunks on a GPU (cpu)",
     )
     group.add_argument(
-        "--memory-limit", default="1GB", metavar="SIZE", help="memory that the run may take (1GB)"
+        "--memory-limit",
+        default="1GB",
+        metavar="SIZE",
+        help="memory that the run may allocate (1GB)",
     )
-    group.add_argument("--threads", type=positive_int, metavar="N", help="processors to use (all)")
+    group.add_argument(
+        "--threads", type=positive_int, metavar="N", help="threads to use (all processors)"
+    )
     group.add_argument(
         "--restart",
         action="store_true",
-        help="discard what an interrupted run left, and start afresh",
+        help="discard the results of an interrupted run, and start afresh",
     )
     group.add_argument(
         "--plan",
         action="store_true",
-        help="print bytes, memory and time to expect; compute nothing",
+        help="print expected bytes, memory and time; compute nothing",
     )
     group.add_argument(
         "--no-check-finite",
         action="store_true",
-        help="compute on with NaN and infinity in the inputs",
+        help="do not check the inputs for NaN and infinity",
     )
     group.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say; return the exit code."""
+    """Compute attention or print the plan; return the exit code."""
     from racecore import outofcore
 
-    targets = _checked_targets(args)
+    outputs = _checked_outputs(args)
     lsh = _hash(args)
-    request = {name: getattr(args, name) for name in (*_SOURCES, *_TARGETS)} | {
+    request = {name: getattr(args, name) for name in (*_INPUTS, *_OUTPUTS)} | {
         "lsh": lsh,
         "is_causal": args.causal,
         "readout": args.readout,
@@ -152,15 +181,16 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if args.threads is not None:
             stack.enter_context(racecore.threads(args.threads))
-        stack.enter_context(_mistakes_named())
+        stack.enter_context(_input_errors())
         if args.plan and args.backend not in (None, "cpu"):
             raise BadInputError(
-                f"--plan knows the time that the CPU takes; leave out --backend {args.backend}"
+                f"--plan estimates the time of the CPU only; leave out --backend {args.backend}"
             )
         if args.plan:
             print(outofcore.plan(**request))
             return 0
-        stack.enter_context(_resumption_named(targets))
+        # After the plan, which leaves nothing to resume.
+        stack.enter_context(_resume_hint(outputs))
         report = outofcore.run(
             **request,
             backend=args.backend,
@@ -168,13 +198,14 @@ def run(args: argparse.Namespace) -> int:
             check_finite=not args.no_check_finite,
             progress="racecore attend",
         )
-    _tell(report, args)
+    _print_report(report, args)
     return 0
 
 
-def _tell(report: Any, args: argparse.Namespace) -> None:
-    """Print what a run did."""
-    written = [getattr(args, name) for name in _TARGETS if getattr(args, name) is not None]
+def _print_report(report: Any, args: argparse.Namespace) -> None:
+    """Print the report of a run."""
+    # The files, as they were given.
+    written = [getattr(args, name) for name in _OUTPUTS if getattr(args, name) is not None]
     if args.json:
         beta = None if report.d_beta is None else np.asarray(report.d_beta).tolist()
         content = {
@@ -198,14 +229,14 @@ def _tell(report: Any, args: argparse.Namespace) -> None:
     busy = ", ".join(
         f"{part} {seconds / report.seconds:.0%}" for part, seconds in report.busy.items()
     )
-    print(f"busy: {busy}; at most {report.peak_anonymous_bytes / 1e6:,.0f} MB of memory")
+    print(f"busy: {busy}; peak memory {report.peak_anonymous_bytes / 1e6:,.0f} MB")
     speed = f"{report.tokens_per_second:,.0f} tokens/s"
     print(f"{report.tokens:,} tokens in {report.seconds:.2f} s ({speed}): {', '.join(written)}")
 
 
 @contextlib.contextmanager
-def _mistakes_named() -> Iterator[None]:
-    """Turn what the library says of bad inputs into what the program says of them."""
+def _input_errors() -> Iterator[None]:
+    """Turn errors of the library about inputs into errors of the command."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -213,25 +244,25 @@ def _mistakes_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _resumption_named(targets: dict[str, str]) -> Iterator[None]:
-    """If a run ends early, tell how to go on."""
+def _resume_hint(outputs: dict[str, str]) -> Iterator[None]:
+    """Print how to resume a run that ends early."""
+    # For Ctrl-C and SIGTERM too, which are no `Exception`.
     try:
         yield
     except BaseException:
-        if os.path.exists(f"{targets['out']}.journal"):
-            print("racecore attend: the same command goes on where this one ended", file=sys.stderr)
+        if os.path.exists(f"{outputs['out']}.journal"):
+            print("racecore attend: run the same command again to resume", file=sys.stderr)
         raise
 
 
 def _hash(args: argparse.Namespace) -> racecore.SoftLSH:
-    """Return the hash, and check that all inputs can be read: their head dim is that of a random
-    one.
-    """
+    """Return the hash; a random one takes the head dim from the query, so headers are read."""
+    # Headers are checked against the size of each file here, before anything is computed.
     shapes = {}
-    for name in _SOURCES:
+    for name in _INPUTS:
         if (path := getattr(args, name)) is not None:
             try:
-                with _mistakes_named():
+                with _input_errors():
                     shapes[name] = npy.read_header(path).shape
             except OSError as error:
                 raise BadInputError(f"cannot read {path}: {error.strerror}") from error
@@ -246,7 +277,7 @@ def _hash(args: argparse.Namespace) -> racecore.SoftLSH:
             "tokens, heads, dim]"
         )
     chosen = {**_HASH_DEFAULTS, **given}
-    with _mistakes_named():
+    with _input_errors():
         return racecore.SoftLSH.random(
             shapes["query"][-1],
             chosen["tables"],
@@ -261,17 +292,17 @@ def _saved_hash(path: str, given: dict[str, Any]) -> racecore.SoftLSH:
         flags = ", ".join(f"--{name}" for name in given)
         raise BadInputError(f"--lsh already says which hash to use; leave out {flags}")
     try:
-        with _mistakes_named():
+        with _input_errors():
             return racecore.SoftLSH.load(path)
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _checked_targets(args: argparse.Namespace) -> dict[str, str]:
-    """Return the file for each result, after checking that writing it destroys nothing."""
-    named = {name: getattr(args, name) for name in _TARGETS}
-    targets = {name: os.path.realpath(path) for name, path in named.items() if path is not None}
-    wants_gradients = len(targets) > 1
+def _checked_outputs(args: argparse.Namespace) -> dict[str, str]:
+    """Return the path of each output, after checking that writing it overwrites nothing."""
+    named = {name: getattr(args, name) for name in _OUTPUTS}
+    outputs = {name: os.path.realpath(path) for name, path in named.items() if path is not None}
+    wants_gradients = len(outputs) > 1
     if wants_gradients and args.d_out is None:
         raise BadInputError("gradients need --d-out, the gradient of the output")
     if args.d_out is not None and not wants_gradients:
@@ -279,30 +310,35 @@ def _checked_targets(args: argparse.Namespace) -> dict[str, str]:
             "--d-out was given: say which gradients to write, --d-query, --d-key, --d-value or "
             "--d-lsh"
         )
-    sources = {name: getattr(args, name) for name in (*_SOURCES, "lsh")}
+    sources = {name: getattr(args, name) for name in (*_INPUTS, "lsh")}
     seen = {identity_of(path): _flag(name) for name, path in sources.items() if path is not None}
-    goes_on = os.path.exists(f"{targets['out']}.journal")
-    for name, path in targets.items():
-        _check_place(path, named[name])
+    # An interrupted run may have renamed some outputs already.
+    resumes = os.path.exists(f"{outputs['out']}.journal")
+    # In the order of the options, so that the message names the second of two equal files.
+    for name, path in outputs.items():
+        _check_path(path, named[name])
         if (other := seen.setdefault(identity_of(path), _flag(name))) != _flag(name):
             raise BadInputError(
                 f"{_flag(name)} is the same file as {other} ({named[name]}); give it a name of "
                 "its own"
             )
-        if os.path.exists(path) and not (args.overwrite or goes_on):
+        if os.path.exists(path) and not (args.overwrite or resumes):
             raise BadInputError(
                 f"{named[name]} exists; choose another name for {_flag(name)}, or add --overwrite"
             )
-    return targets
+    return outputs
 
 
 def _flag(name: str) -> str:
+    """Return the option of a parameter of `racecore.outofcore.run`."""
     return f"--{name.replace('_', '-')}"
 
 
-def _check_place(path: str, shown: str) -> None:
+def _check_path(path: str, shown: str) -> None:
+    """Raise an error if a path cannot be written; `shown` is the path as it was given."""
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise BadInputError(f"cannot write {shown}: there is no folder {folder}")
+    # The final rename would replace a device or a pipe by a file.
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInputError(f"cannot write {shown}: it exists and is not a regular file")

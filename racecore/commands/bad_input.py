@@ -1,4 +1,4 @@
-"""The one exception that commands raise for what the user should change."""
+"""The exception that commands raise for wrong arguments and files, and checks of integers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ __all__ = ["BadInputError", "natural_int", "positive_int"]
 
 
 class BadInputError(Exception):
-    """The arguments or the files do not fit; the message says what was expected, what came, and
-    what to do.
-    """
+    """Wrong arguments or files; the message has what was expected, what was given, the remedy."""
 
 
 def positive_int(text: str) -> int:

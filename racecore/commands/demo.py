@@ -1,6 +1,4 @@
-"""racecore demo: attention forward and backward from file to file, checked, timed and drawn, in a
-minute or less.
-"""
+"""racecore demo: attention on files, forward and backward, checked and timed, in a minute."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import racecore
-from racecore.commands import attend, race
+from racecore.commands import attend, softmax_comparison
 from racecore.commands.bad_input import BadInputError, natural_int, positive_int
 from racecore.commands.exact_rows import exact_rows
 from racecore.outofcore import npy
@@ -27,24 +25,24 @@ _INPUTS = ("q", "k", "v", "d_out")
 _RESULTS = ("out", "d_query", "d_key", "d_value")
 _MARKER = "made-by-racecore-demo.txt"
 _TOPICS = 64
-_BLOCK = 1 << 16  # tokens that are made up at once
-_TOLERANCE = 1e-4  # relative error of a float32 row; usual is 1e-6
+# Tokens generated at once.
+_BLOCK = 1 << 16
+# Relative error of a float32 row; usual is 1e-6.
+_TOLERANCE = 1e-4
 
 
 def add_parser(commands: Any) -> None:
     """Add this command to the program's."""
     parser = commands.add_parser(
         "demo",
-        help="a minute's tour: run, check, time and draw attention on this machine",
+        help="run, check and time attention on this machine in a minute",
         description="Write arrays to files, run `racecore attend` on them forward and backward, "
-        "check rows of every "
-        "result against an exact computation, and race against softmax attention. Takes a minute "
-        "or less; the "
-        "folder can be deleted afterwards.",
+        "check rows of every result against an exact computation, and compare the speed with "
+        "softmax attention. Takes a minute or less; the folder can be deleted afterwards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--folder", default="racecore-demo", metavar="DIR", help="where to write")
+    parser.add_argument("--folder", default="racecore-demo", metavar="DIR", help="folder to write")
     parser.add_argument(
         "--tokens", type=positive_int, default=65_536, metavar="T", help="length of the sequence"
     )
@@ -52,44 +50,41 @@ def add_parser(commands: Any) -> None:
         "--heads", type=positive_int, default=4, metavar="H", help="attention heads"
     )
     parser.add_argument(
-        "--head-dim", type=positive_int, default=64, metavar="D", help="values per head and token"
+        "--head-dim", type=positive_int, default=64, metavar="D", help="dimension of a head"
     )
     parser.add_argument(
         "--seed", type=natural_int, default=0, help="seed of the data and of the hash"
     )
     parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="processors to use; all if not given"
+        "--threads", type=positive_int, metavar="N", help="threads to use; all processors if absent"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="at most 4,096 tokens and a short race: a few seconds"
+        "--quick", action="store_true", help="at most 4,096 tokens and short timings: a few seconds"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do all of it; return 1 if a row is not what it should be."""
+    """Run all steps; return 1 if a row is wrong."""
     started = time.perf_counter()
     folder = _prepare_folder(args.folder)
     tokens = min(args.tokens, 4096) if args.quick else args.tokens
     lsh = racecore.SoftLSH.random(args.head_dim, rng=args.seed)
-    _say(
-        f"racecore {racecore.__version__}: RACE attention, forward and backward, in time that "
-        "grows linearly."
-    )
+    _say(f"racecore {racecore.__version__}: RACE attention, forward and backward, in linear time.")
     _load_kernels(args)
     _write_inputs(folder, (tokens, args.heads, args.head_dim), args.seed)
     _attend(folder, args)
-    right = _check(folder, lsh, args.seed)
-    _judge(folder, lsh)
-    _race(folder, args, lsh)
+    is_correct = _check(folder, lsh, args.seed)
+    _show_quality(folder, lsh)
+    _compare_with_softmax(folder, args, lsh)
     _say(f"""
-{"All rows are right" if right else "ROWS ARE WRONG: please report this"}; the demo took \
-{time.perf_counter() - started:.0f} s. What next?
+{"All rows are correct" if is_correct else "ROWS ARE WRONG: please report this"}; the demo took \
+{time.perf_counter() - started:.0f} s. Next steps:
   in Python    out = racecore.attention(query, key, value)      # NumPy arrays [tokens, heads, dim]
   on files     {_command()} attend --help
   trouble      {_command()} doctor
-  tidy up      rm -r {folder}""")
-    return 0 if right else 1
+  clean up     rm -r {folder}""")
+    return 0 if is_correct else 1
 
 
 def _say(text: str) -> None:
@@ -97,9 +92,7 @@ def _say(text: str) -> None:
 
 
 def _prepare_folder(name: str) -> pathlib.Path:
-    """Make the folder; refuse one with files that are not the demo's own, since they might be
-    overwritten.
-    """
+    """Create the folder; refuse one with files of others, which might be overwritten."""
     folder = pathlib.Path(name)
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"{folder} exists and is not a folder; choose another --folder")
@@ -115,31 +108,29 @@ def _prepare_folder(name: str) -> pathlib.Path:
 
 
 def _command() -> str:
-    """Return how to call the program from here: its name, or its path where the name alone is not
-    found.
-    """
+    """Return the command that starts this program: its name, or its path if it is not in PATH."""
     return "racecore" if shutil.which("racecore") else os.path.relpath(sys.argv[0])
 
 
 def _load_kernels(args: argparse.Namespace) -> None:
-    """Compile now what the demo times later."""
+    """Compile the kernels, so that it is not part of the timings."""
     started = time.perf_counter()
     x = np.ones((4, 1, args.head_dim), np.float32)
     racecore.attention_backward(*racecore.attention_forward(x, x, x))
     _say(
         f"Kernels ready in {time.perf_counter() - started:.1f} s (compiled on first use, then "
-        "kept)."
+        "cached)."
     )
 
 
 def _write_inputs(folder: pathlib.Path, shape: tuple[int, int, int], seed: int) -> None:
-    """Write tokens that belong to topics: keys of one topic are alike, and so are their values.
+    """Write tokens of random topics: keys of one topic are similar, and so are their values.
 
-    Queries and keys are scaled to rows of length about 1, as they are after a layer's
-    normalisation.
+    Queries and keys are scaled to rows of norm about 1, as after a normalisation layer.
     """
     started = time.perf_counter()
-    rng = np.random.default_rng([seed, 1])  # the hash has drawn its planes from `seed`
+    # Another stream than `seed`, from which the hash draws its planes.
+    rng = np.random.default_rng([seed, 1])
     tokens, heads, dim = shape
     scales = dict(zip(_INPUTS, (0.7 / dim**0.5, 0.7 / dim**0.5, 0.7, 1.0), strict=True))
     topics = rng.standard_normal((2, _TOPICS, heads, dim), dtype=np.float32)
@@ -149,16 +140,17 @@ def _write_inputs(folder: pathlib.Path, shape: tuple[int, int, int], seed: int) 
     }
     for begin in range(0, tokens, _BLOCK):
         n = min(_BLOCK, tokens - begin)
-        asked, topic = rng.integers(_TOPICS, size=(2, n))
-        about = {
-            "q": topics[0, asked],
+        # Each query looks for a topic of its own.
+        wanted, topic = rng.integers(_TOPICS, size=(2, n))
+        means = {
+            "q": topics[0, wanted],
             "k": topics[0, topic],
             "v": topics[1, topic],
             "d_out": np.float32(0),
         }
         for name, array in maps.items():
             noise = rng.standard_normal((n, heads, dim), dtype=np.float32)
-            array[begin : begin + n] = np.float32(scales[name]) * (about[name] + noise)
+            array[begin : begin + n] = np.float32(scales[name]) * (means[name] + noise)
     megabytes = sum(array.nbytes for array in maps.values()) / 1e6
     _say(f"""
 1. Inputs: {tokens:,} tokens, {heads} heads of {dim} values, float32, {megabytes:,.0f} MB \
@@ -167,7 +159,7 @@ in {time.perf_counter() - started:.1f} s
 
 
 def _attend(folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """Run the command `racecore attend`, and show it."""
+    """Print and run the command `racecore attend`."""
     files = {"--query": "q", "--key": "k", "--value": "v", "--out": "out", "--d-out": "d_out"}
     files |= {"--d-query": "d_query", "--d-key": "d_key", "--d-value": "d_value"}
     words = [
@@ -176,21 +168,23 @@ def _attend(folder: pathlib.Path, args: argparse.Namespace) -> None:
     options = ["--seed", str(args.seed), "--overwrite"]
     options += [] if args.threads is None else ["--threads", str(args.threads)]
     pairs = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
-    _say("\n2. Attention and its gradients, from file to file. You could have typed:")
+    _say("\n2. Attention and its gradients, from file to file, by the command:")
     _say("   racecore attend " + " \\\n       ".join([*pairs, " ".join(options)]))
     attend.run(attend.parse([*words, *options]))
 
 
 def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
-    """Compare some rows of every head with the exact ones; return whether all are right."""
+    """Compare some rows of every head with exact ones; return whether all are correct."""
     arrays = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*_INPUTS, *_RESULTS)
     }
     tokens, heads, _ = arrays["q"].shape
-    drawn = np.random.default_rng(seed).integers(tokens, size=14)
-    rows = np.unique([0, tokens - 1, *drawn])
+    sample = np.random.default_rng(seed).integers(tokens, size=14)
+    # The first and the last row too, where errors at boundaries show.
+    rows = np.unique([0, tokens - 1, *sample])
     worst = dict.fromkeys(_RESULTS, 0.0)
     for h in range(heads):
+        # [T, D] of one head, still in the files.
         q, k, v, d_out = (arrays[name][:, h] for name in _INPUTS)
         exact = exact_rows(q, k, v, d_out, lsh.planes, lsh.beta, rows)
         for name in _RESULTS:
@@ -202,7 +196,7 @@ def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
                 worst[name], float(np.where(np.isnan(relative), np.inf, relative).max())
             )
     _say(f"""
-3. {len(rows)} rows of each head against exact ones (float64, plain NumPy, no kernel of racecore):
+3. {len(rows)} rows of each head compared with exact ones (float64, NumPy, no code of racecore):
 
    array      largest relative error""")
     for name, error in worst.items():
@@ -214,9 +208,9 @@ def _check(folder: pathlib.Path, lsh: racecore.SoftLSH, seed: int) -> bool:
     return max(worst.values()) <= _TOLERANCE
 
 
-def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
-    """Tell how far RACE, computed right, is from the kernel that it estimates, and what the mean of
-    all values is.
+def _show_quality(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
+    """Print the distance of RACE from attention under the kernel that it estimates, for several
+    hashes, and that of the mean of all values.
     """
     q, k, v = (np.load(folder / f"{name}.npy", mmap_mode="r")[:_BLOCK] for name in ("q", "k", "v"))
     q = q[:32]
@@ -227,11 +221,13 @@ def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
         """Return the relative distance from the exact result, in per cent."""
         return f"{np.linalg.norm(out - exact) / np.linalg.norm(exact):.0%}"
 
+    mean = distance(v.mean(axis=0))
+    header = "".join(f"   beta {beta:g}" for beta in betas)
     _say(f"""
-   RACE estimates attention under the angular kernel. On {len(q)} queries and {len(k):,} keys of these data its
-   distance from the exact one is (the plain mean of all values: {distance(v.mean(axis=0))}):
+   RACE estimates attention under the angular kernel. Its relative distance from the exact result,
+   {len(q)} queries on {len(k):,} keys of these data (plain mean of all values: {mean}):
 
-                {"".join(f"   beta {beta:g}" for beta in betas)}""")
+                {header}""")
     for n_tables in (4, 16, 64):
         hashes = [
             racecore.SoftLSH.random(lsh.head_dim, n_tables, lsh.n_planes, beta=beta, rng=0)
@@ -240,40 +236,41 @@ def _judge(folder: pathlib.Path, lsh: racecore.SoftLSH) -> None:
         cells = "".join(f"{distance(racecore.attention(q, k, v, h)):>9}" for h in hashes)
         _say(f"   {n_tables:3} tables    {cells}")
     _say("""
-   Few tables are noisy, a small beta blurs: more of one asks for more of the other. Training adapts to either.""")
+   Few tables give noise, a small beta blurs; a larger beta needs more tables. Models adapt to
+   either in training.""")
 
 
-def _race(folder: pathlib.Path, args: argparse.Namespace, lsh: racecore.SoftLSH) -> None:
-    """Time both attentions; print and draw."""
+def _compare_with_softmax(
+    folder: pathlib.Path, args: argparse.Namespace, lsh: racecore.SoftLSH
+) -> None:
+    """Time RACE and softmax attention; print a table and draw a picture."""
+    # 64 tokens to 4,096 or 131,072.
     lengths = [1 << n for n in range(6, 13 if args.quick else 18)]
-    patience = 0.5 if args.quick else 4.0
+    max_seconds = 0.5 if args.quick else 4.0
     n_threads = args.threads or default_count()
     threads = f"{n_threads} thread{'s' if n_threads > 1 else ''}"
     _say(
-        f"\n4. The race, in memory, {threads}: RACE against softmax attention (NumPy, blocks of "
-        "queries), float32\n"
+        f"\n4. Speed in memory, {threads}: RACE and softmax attention (NumPy, blocks of queries), "
+        "float32\n"
     )
-    laps = list(race.measure(lengths, args.heads, args.head_dim, lsh, n_threads, patience))
-    _say(race.table(laps) + "\n")
-    slower = race.softmax_wins(laps)
-    if slower:
+    timings = list(
+        softmax_comparison.measure(lengths, args.heads, args.head_dim, lsh, n_threads, max_seconds)
+    )
+    _say(softmax_comparison.table(timings) + "\n")
+    short = softmax_comparison.lengths_where_softmax_is_faster(timings)
+    if short:
         _say(
-            f"   Up to {slower[-1]:,} tokens softmax is faster here: use it for short sequences, "
+            f"   Up to {short[-1]:,} tokens softmax is faster here: use it for short sequences, "
             "it is exact."
         )
     else:
-        _say(
-            "   Softmax was not faster here, but it is exact: for short sequences time is not the "
-            "question."
-        )
+        _say("   Softmax was not faster here, but it is exact: prefer it for short sequences.")
     picture = folder / "race_vs_softmax.png"
-    title = (
-        f"RACE against softmax attention, {args.heads} heads of {args.head_dim}, float32, {threads}"
-    )
+    title = f"RACE and softmax attention, {args.heads} heads of {args.head_dim}, float32, {threads}"
     try:
         from racecore.commands.picture import draw
 
-        draw(str(picture), laps, title)
+        draw(str(picture), timings, title)
         _say(f"   Picture: {picture}")
     except ImportError:
         _say("   No picture: Matplotlib is not installed (pip install matplotlib).")

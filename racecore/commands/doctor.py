@@ -1,4 +1,4 @@
-"""racecore doctor: what works on this machine, and the reason for each thing that does not."""
+"""racecore doctor: what works on this machine, and the reasons for what does not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from racecore.runtime.threads import default_count
 __all__ = ["add_parser", "processor", "run"]
 
 _REQUIRED = ("numpy", "numba", "llvmlite", "scipy", "threadpoolctl", "tqdm")
-_OPTIONAL = {  # what it is good for, and the packages that provide it
+# By import name: its purpose, and the packages that provide it.
+_OPTIONAL = {
     "ml_dtypes": ("bfloat16", ("ml_dtypes",)),
-    "matplotlib": ("the picture of racecore demo", ("matplotlib",)),
+    "matplotlib": ("pictures of racecore demo and scale", ("matplotlib",)),
     "torch": ("tensors in and out", ("torch",)),
     "jax": ("arrays in and out", ("jax",)),
     "cupy": ("GPU arrays", ("cupy", "cupy-cuda12x", "cupy-cuda13x")),
@@ -41,18 +42,18 @@ _FEATURES = (
     "neon",
     "sve",
 )
-_TOLERANCE = 1e-4  # relative; two float32 implementations usually agree to a few 1e-6
+# Relative error of the self-test; two float32 implementations usually agree to a few 1e-6.
+_TOLERANCE = 1e-4
 
 
 def add_parser(commands: Any) -> None:
     """Add this command to the program's."""
     parser = commands.add_parser(
         "doctor",
-        help="what works here: versions, backends, kernel cache, self-test",
-        description="Show versions, backends with the reason for each missing one, threads, "
-        "processor and kernel cache, "
-        "and test attention and its gradients on a small problem. Exit code 0: all is well. 1: "
-        "something is not.",
+        help="show versions, backends and kernel cache, and run a self-test",
+        description="Show versions, backends with the reason for each unavailable one, threads, "
+        "processor and kernel cache, and test attention and its gradients on a small problem. "
+        "Exit code 0: everything works; 1: something does not.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Return everything the command shows; ``report["ok"]`` tells whether all is well."""
+    """Return everything that the command shows; ``report["ok"]`` is True if everything works."""
     versions: dict[str, str | None] = {
         "racecore": racecore.__version__,
         "python": platform.python_version(),
@@ -77,7 +78,8 @@ def examine() -> dict[str, Any]:
     versions |= {name: _version(name) for name in _REQUIRED}
     optional = {name: _version(*packages) for name, (_, packages) in _OPTIONAL.items()}
     reasons = backends.available()
-    self_test = _self_test(reasons)  # before the cache is described, since it uses it
+    # Before the cache is described: the self-test fills it.
+    self_test = _self_test(reasons)
     cache = kernel_cache.describe()
     problems = [f"{name} is not installed" for name, version in versions.items() if version is None]
     problems += [
@@ -110,7 +112,7 @@ def _version(*packages: str) -> str | None:
 
 
 def processor() -> dict[str, Any]:
-    """Return its name, its number, and those of its instructions that matter to the kernels."""
+    """Return name and number of processors, and the instruction sets that the kernels can use."""
     name = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -119,12 +121,13 @@ def processor() -> dict[str, Any]:
             name,
         )
     except OSError:
-        pass  # not Linux
+        # Not Linux.
+        pass
     try:
         from llvmlite import binding
 
-        found = binding.get_host_cpu_features()
-        features = [feature for feature in _FEATURES if found.get(feature)]
+        available = binding.get_host_cpu_features()
+        features = [feature for feature in _FEATURES if available.get(feature)]
     except (ImportError, RuntimeError):
         features = []
     return {
@@ -136,9 +139,7 @@ def processor() -> dict[str, Any]:
 
 
 def _self_test(reasons: dict[str, str | None]) -> dict[str, Any]:
-    """Compare the compiled kernels with the plain ones, forward and backward, on a problem of a few
-    thousand numbers.
-    """
+    """Compare the compiled backends with the reference on a small problem, with gradients."""
     if any(reasons[name] is not None for name in ("cpu", "reference")):
         return {"ok": False, "message": "needs the backends cpu and reference"}
     started = time.perf_counter()
@@ -150,16 +151,22 @@ def _self_test(reasons: dict[str, str | None]) -> dict[str, Any]:
             for is_causal in (False, True)
             for readout in ("ratio", "bucket_mean")
         )
-    except Exception as error:  # whatever it is, the doctor has to report it
+    except Exception as error:
+        # Any error is a finding to report.
         return {"ok": False, "message": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - started
     ok = worst <= _TOLERANCE
     names = " or ".join(compiled)
-    message = f"largest relative difference {worst:.1e} between {names} and reference (allowed {_TOLERANCE:.0e})"
+    message = (
+        f"largest relative difference {worst:.1e} between {names} and reference "
+        f"(tolerance {_TOLERANCE:.0e})"
+    )
     return {"ok": ok, "message": message, "seconds": round(seconds, 3)}
 
 
 def _difference(name: str, is_causal: bool, readout: str) -> float:
+    """Return the largest relative difference between a backend and the reference."""
+    # 257 tokens: not a multiple of any block.
     rng = np.random.default_rng(0)
     q, k, v, d_out = (rng.standard_normal((257, 2, 16), dtype=np.float32) for _ in range(4))
     lsh = racecore.SoftLSH.random(16, rng=0)
@@ -173,10 +180,12 @@ def _difference(name: str, is_causal: bool, readout: str) -> float:
             [out, grads.query, grads.key, grads.value, grads.planes, np.asarray(grads.beta)]
         )
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*results, strict=True)]
+    # A NaN must not hide in a maximum.
     return float(max(np.inf if np.isnan(error) else error for error in errors))
 
 
 def _text(report: dict[str, Any]) -> str:
+    """Return the report as a table."""
     rows: list[tuple[str, str]] = [
         (name, version or "MISSING") for name, version in report["versions"].items()
     ]
@@ -193,7 +202,7 @@ def _text(report: dict[str, Any]) -> str:
     )
     rows.append(("processor", f"{cpu['name']}, {cpu['count']} cores, {cpu['machine']}"))
     rows.append(("instructions", " ".join(cpu["features"]) or "unknown"))
-    state = "" if cache["writable"] else ", cannot be written: every process compiles anew"
+    state = "" if cache["writable"] else ", not writable: every process compiles again"
     rows.append(
         (
             "kernel cache",

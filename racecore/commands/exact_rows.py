@@ -1,28 +1,29 @@
-"""Single rows of RACE attention and of its gradients, from the definition: float64, plain NumPy,
-nothing of racecore.
+"""Single rows of RACE attention and of its gradients, from the definition, in float64 and plain
+NumPy: no code of racecore is used.
 
 Bidirectional, readout "ratio" (RACE Attention, arXiv 2510.04008, Algorithm 1), for one head. A
 token is hashed by a softmax over all corners; row i attends to key j with the weight <phi_q[i],
-phi_k[j]>, written out for every pair that the rows are part of; gradients follow from the weights
+phi_k[j]>, computed for every pair that the rows are part of; gradients follow from the weights
 and from the Jacobian of the softmax. The gradient of a key also needs the outputs of all other
-queries: those come from sums over keys, since all pairs of tokens would take minutes.
+queries: those come from sums over the keys, since all pairs of tokens would take minutes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Rows", "exact_rows"]
+__all__ = ["ExactRows", "exact_rows"]
 
-_BLOCK = 1 << 14  # tokens
+# Tokens of one block.
+_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
-class Rows:
+class ExactRows:
     """Rows of the output and of the gradients, all [n, dim] float64."""
 
     out: np.ndarray
@@ -39,8 +40,8 @@ def exact_rows(
     planes: np.ndarray,
     beta: float,
     rows: np.ndarray,
-) -> Rows:
-    """Compute the rows numbered `rows`.
+) -> ExactRows:
+    """Return the rows of output and gradients with the given numbers.
 
     Parameters
     ----------
@@ -49,16 +50,20 @@ def exact_rows(
     planes : array, shape [L, P, D]
     beta : float
     rows : integers, shape [n]
-        Which tokens: as queries for out and d_query, as keys for d_key and d_value.
+        Numbers of queries for out and d_query, of keys for d_key and d_value.
     """
     q, k, v, g = (_double(x[rows]) for x in (query, key, value, d_out))
-    phi_q, _ = _hash(q, planes, beta)  # [n, S]
+    # [n, S], S = L*R
+    phi_q, _ = _hash(q, planes, beta)
     phi_k, _ = _hash(k, planes, beta)
+    # Numerators [n, V] and denominators [n, 1] of these rows.
     denominator, total = np.zeros((len(rows), 1)), np.zeros_like(v)
+    # The sums over all keys, [S] and [S, V], for the outputs of all queries below.
     mass, value_sum = np.zeros(phi_q.shape[1]), np.zeros((phi_q.shape[1], v.shape[1]))
     for begin, end in _blocks(len(key)):
         phi, values = _hash(_double(key[begin:end]), planes, beta)[0], _double(value[begin:end])
-        weights = phi_q @ phi.T  # [n, block]: of these rows on every key
+        # [n, block]: weights of the keys for these queries
+        weights = phi_q @ phi.T
         denominator += weights.sum(axis=1, keepdims=True)
         total += weights @ values
         mass += phi.sum(axis=0)
@@ -72,19 +77,10 @@ def exact_rows(
         d_weights = (g @ values.T - (g * out).sum(axis=1, keepdims=True)) / denominator
         d_phi_q += d_weights @ phi
 
-    d_phi_k, d_value = np.zeros_like(phi_k), np.zeros_like(v)
-    for begin, end in _blocks(len(query)):
-        phi, gradients = (
-            _hash(_double(query[begin:end]), planes, beta)[0],
-            _double(d_out[begin:end]),
-        )
-        norms = (phi @ mass)[:, None]  # the denominators and outputs of all queries
-        outs = phi @ value_sum / norms
-        weights = phi @ phi_k.T / norms  # [block, n]: of every query on these rows
-        d_value += weights.T @ gradients
-        d_weights = (gradients @ v.T - (gradients * outs).sum(axis=1, keepdims=True)) / norms
-        d_phi_k += d_weights.T @ phi
-    return Rows(
+    d_phi_k, d_value = _key_gradients(
+        query, d_out, phi_k, v, lambda x: _hash(x, planes, beta)[0], mass, value_sum
+    )
+    return ExactRows(
         out,
         _hash_backward(q, d_phi_q, planes, beta),
         _hash_backward(k, d_phi_k, planes, beta),
@@ -92,23 +88,52 @@ def exact_rows(
     )
 
 
+def _key_gradients(
+    query: np.ndarray,
+    d_out: np.ndarray,
+    phi_k: np.ndarray,
+    v: np.ndarray,
+    hash_: Callable[[np.ndarray], np.ndarray],
+    mass: np.ndarray,
+    value_sum: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of phi [n, S] and value [n, V] of some keys.
+
+    `mass` [S] and `value_sum` [S, V] are the sums over all keys.
+    """
+    d_phi_k, d_value = np.zeros_like(phi_k), np.zeros_like(v)
+    for begin, end in _blocks(len(query)):
+        phi, gradients = hash_(_double(query[begin:end])), _double(d_out[begin:end])
+        # Denominators and outputs of the queries of the block.
+        norms = (phi @ mass)[:, None]
+        outs = phi @ value_sum / norms
+        # [block, n]: weights of these keys for the queries
+        weights = phi @ phi_k.T / norms
+        d_value += weights.T @ gradients
+        d_weights = (gradients @ v.T - (gradients * outs).sum(axis=1, keepdims=True)) / norms
+        d_phi_k += d_weights.T @ phi
+    return d_phi_k, d_value
+
+
 def _hash(x: np.ndarray, planes: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return phi [n, L*R], the probabilities of all corners, and tanh of the projections [n, L, P]."""
+    """Return phi [n, L*R], the probabilities of all corners, and tanh of projections [n, L, P]."""
     n_tables, n_planes, _ = planes.shape
     t = np.tanh((x @ planes.reshape(-1, planes.shape[2]).T).reshape(len(x), n_tables, n_planes))
-    logits = beta * t @ _corners(n_planes).T  # [n, L, R]
+    # [n, L, R]
+    logits = beta * t @ _corners(n_planes).T
     phi = np.exp(logits - logits.max(axis=2, keepdims=True))
     phi /= phi.sum(axis=2, keepdims=True)
     return phi.reshape(len(x), -1), t
 
 
 def _hash_backward(x: np.ndarray, d_phi: np.ndarray, planes: np.ndarray, beta: float) -> np.ndarray:
-    """Carry d_phi [n, L*R] back to x: softmax, tanh, projection."""
+    """Return the gradient of x for d_phi [n, L*R]: softmax, tanh and projection in reverse."""
     phi, t = _hash(x, planes, beta)
     phi, d_phi = (a.reshape(len(x), planes.shape[0], -1) for a in (phi, d_phi))
     d_logits = phi * (d_phi - (phi * d_phi).sum(axis=2, keepdims=True))
     d_t = beta * d_logits @ _corners(planes.shape[1])
-    d_u = d_t * (1 - t**2)  # [n, L, P]
+    # [n, L, P]
+    d_u = d_t * (1 - t**2)
     return d_u.reshape(len(x), -1) @ planes.reshape(-1, planes.shape[2])
 
 

@@ -1,6 +1,4 @@
-"""Pictures of `racecore demo` and `racecore scale`: time against length. They need Matplotlib,
-which is optional.
-"""
+"""Pictures of `racecore demo` and `racecore scale`, with Matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -8,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from racecore.commands.race import Lap
+from racecore.commands.scale_result import Result
+from racecore.commands.softmax_comparison import Timing
 
 __all__ = ["draw", "draw_scale"]
 
 _BLUE, _LIGHT, _RED, _GREY = "#1f5fbf", "#7fb2f0", "#c8442c", "#555555"
 
 
-def draw(path: str, laps: list[Lap], title: str) -> None:
-    """Draw to a file.
+def draw(path: str, timings: list[Timing], title: str) -> None:
+    """Draw time against length to a file, for RACE and softmax attention.
 
     Raises
     ------
@@ -28,20 +27,28 @@ def draw(path: str, laps: list[Lap], title: str) -> None:
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state
+    # A canvas of its own: no window and no global state of pyplot.
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
-    tokens = np.array([lap.tokens for lap in laps])
-    _line(axes, tokens, np.array([lap.forward for lap in laps]), _BLUE, "RACE forward")
-    _line(axes, tokens, np.array([lap.backward for lap in laps]), _LIGHT, "RACE forward + backward")
-    run = [lap for lap in laps if lap.softmax is not None]
-    seconds = np.array([lap.softmax for lap in run], dtype=float)
-    at = np.array([lap.tokens for lap in run])
+    tokens = np.array([timing.tokens for timing in timings])
+    _line(axes, tokens, np.array([timing.forward for timing in timings]), _BLUE, "RACE forward")
+    _line(
+        axes,
+        tokens,
+        np.array([timing.backward for timing in timings]),
+        _LIGHT,
+        "RACE forward + backward",
+    )
+    measured = [timing for timing in timings if timing.softmax is not None]
+    seconds = np.array([timing.softmax for timing in measured], dtype=float)
+    lengths = np.array([timing.tokens for timing in measured])
     label = "softmax forward"
-    if len(run) < len(laps):
-        beyond = tokens[tokens >= at[-1]]
-        axes.plot(beyond, seconds[-1] * (beyond / at[-1]) ** 2, ":", color=_RED, linewidth=2)
+    if len(measured) < len(timings):
+        # Time grows with the square of the length.
+        beyond = tokens[tokens >= lengths[-1]]
+        axes.plot(beyond, seconds[-1] * (beyond / lengths[-1]) ** 2, ":", color=_RED, linewidth=2)
         label += "\n(dotted: extrapolated)"
-    _line(axes, at, seconds, _RED, label)
+    _line(axes, lengths, seconds, _RED, label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(
@@ -67,12 +74,8 @@ def _line(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> No
     axes.plot(x, y, "o-", color=color, linewidth=2, markersize=5, label=label)
 
 
-def draw_scale(path: str, results: list[Any], title: str) -> None:
+def draw_scale(path: str, results: list[Result], title: str) -> None:
     """Draw time and memory of a sweep to a file.
-
-    Parameters
-    ----------
-    results : list of racecore.commands.scale.Result
 
     Raises
     ------
@@ -87,7 +90,7 @@ def draw_scale(path: str, results: list[Any], title: str) -> None:
     tokens = np.array([result.tokens for result in results])
     for axes, label, values in zip(
         figure.subplots(1, 2),
-        ("seconds", "memory of the process, MB"),
+        ("seconds", "peak memory of the process, MB"),
         (
             [result.seconds for result in results],
             [result.peak_anonymous_bytes / 1e6 for result in results],

@@ -1,6 +1,4 @@
-"""Attention over arrays that may be larger than memory: files, memory maps, or numbers made up on
-the way.
-"""
+"""Attention over arrays that may be larger than memory: files, memory maps, generated arrays."""
 
 from racecore.outofcore.driver import run
 from racecore.outofcore.estimate import Plan, plan

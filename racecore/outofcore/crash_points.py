@@ -1,12 +1,10 @@
-"""Named moments of a run at which it may be killed: tests put something in the place of `reached`
-and kill it at each.
-"""
+"""Named steps of a run, at each of which tests kill the process by replacing `reached`."""
 
 from __future__ import annotations
 
-__all__ = ["POINTS", "reached"]
+__all__ = ["NAMES", "reached"]
 
-POINTS = (
+NAMES = (
     "journal begun",
     "outputs reserved",
     "state written",
@@ -23,5 +21,5 @@ POINTS = (
 )
 
 
-def reached(point: str) -> None:
-    """Do nothing: the run is at this point."""
+def reached(name: str) -> None:
+    """Do nothing; called when the run reaches the crash point `name`."""

@@ -1,9 +1,8 @@
-"""plan: what a run will read, write, hold and take, by the formulas of the documentation and a
-second of measuring.
-"""
+"""plan: bytes, memory and time of a run, from formulas and a short measurement."""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -14,23 +13,26 @@ from typing import Any
 import numpy as np
 
 from racecore.chunking import SEGMENT
+from racecore.outofcore.checked import CheckedRun, checked_run
 from racecore.outofcore.driver import run
-from racecore.outofcore.execution import Run, prepared
 from racecore.outofcore.positioned import write_at
 from racecore.outofcore.request import Request
+from racecore.outofcore.schedule import ChunkTask
 from racecore.outofcore.synthetic import Synthetic, SyntheticHead
 from racecore.outofcore.targets import file_of, folder_of, is_path
 from racecore.soft_lsh import SoftLSH
 
 __all__ = ["PassPlan", "Plan", "Speeds", "plan"]
 
-_SECONDS = 0.3  # for each thing that is measured
-_PIECE = 1 << 22
+# Duration of each measurement.
+_SECONDS = 0.3
+# Bytes of one read or write when the disk is measured.
+_IO_BYTES = 1 << 22
 
 
 @dataclass
 class PassPlan:
-    """One pass over the arrays: how many chunks and tokens, and what it moves, in bytes."""
+    """Chunks and tokens of one pass, and the bytes it reads and writes."""
 
     name: str
     chunks: int = 0
@@ -41,10 +43,8 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured: seconds of arithmetic per token of the whole run, bytes per second of the
-    disk.
-
-    A speed is None where no file is read or written.
+    """Measured speeds: seconds of arithmetic per token of the whole run, bytes per second of the
+    disk; None where no file is read or written.
     """
 
     seconds_per_token: float
@@ -54,7 +54,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """Expected bytes, memory and time of a run.
 
     Attributes
     ----------
@@ -62,15 +62,15 @@ class Plan:
         Query tokens.
     passes : list of PassPlan
     chunk_tokens : int
-        Tokens of a chunk, at most: how much is read at once, and how far apart states are kept.
+        Tokens of a chunk, at most: read at once, with one saved state after each.
     memory_bytes, memory_limit : int
-        What the run takes at most, beyond what the process has, and what it may take.
+        Memory that the run allocates at most, beyond that of the process before, and its limit.
     read_bytes, written_bytes : int
-        Of files (and other arrays that are neither in memory nor made up), over all passes.
+        Of files (and other arrays that are neither in memory nor synthetic), over all passes.
     output_bytes : int
-        Room that is reserved for output files before work starts.
+        Disk space reserved for output files before work starts.
     state_bytes : int
-        Size of the file of states, of which not all places are filled.
+        Size of the file of states, at most; not all of its records are written.
     speeds : Speeds or None
     """
 
@@ -100,12 +100,13 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Time to expect: the larger of the two, since they overlap."""
+        """Expected time: the larger of the two, since they overlap."""
         if self.arithmetic_seconds is None or self.disk_seconds is None:
             return None
         return max(self.arithmetic_seconds, self.disk_seconds)
 
     def __str__(self) -> str:
+        """Return a table of the passes, and memory, disk and time below it."""
         lines = [f"{self.tokens:,} tokens in chunks of {self.chunk_tokens:,}", ""]
         lines.append(
             f"{'pass':<10} {'chunks':>9} {'tokens':>15} {'MB read':>12} {'MB written':>12}"
@@ -127,8 +128,8 @@ class Plan:
         )
         if self.speeds is not None:
             lines.append(
-                f"time     about {self.seconds:,.1f} s: arithmetic {self.arithmetic_seconds:,.1f} "
-                "s, "
+                f"time     about {self.seconds:,.1f} s: "
+                f"arithmetic {self.arithmetic_seconds:,.1f} s, "
                 f"disk {self.disk_seconds:,.1f} s at the same time"
                 f"{_speed('reading', self.speeds.reading)}{_speed('writing', self.speeds.writing)}"
             )
@@ -145,23 +146,23 @@ def plan(
     calibrate: bool = True,
     **options: Any,
 ) -> Plan:
-    """Tell what `run` would do with these arguments, without doing it.
+    """Estimate bytes, memory and time of `run` with these arguments, without running.
 
     Parameters
     ----------
     query, key, value, out, lsh
         As for `run`.
     calibrate : bool
-        Measure arithmetic and disk for a second, to tell the time too. It takes the memory of two
-        chunks and, where files are written, for a moment a file beside them.
+        Measure arithmetic and disk for about a second, to estimate the time too. That takes the
+        memory of two chunks and, where files are written, a temporary file beside them.
     **options
-        Those of `run` that say what to compute: is_causal, readout, key_mask, cu_seqlens, d_out,
+        As for `run`: is_causal, readout, key_mask, cu_seqlens, d_out,
         d_query, d_key, d_value, d_lsh, dtype, memory_limit.
 
     Returns
     -------
     Plan
-        Its str is a table.
+        As a str it is a table.
 
     Raises
     ------
@@ -174,60 +175,64 @@ def plan(
     >>> plan(x, x, x, None, memory_limit="20MB", calibrate=False).chunk_tokens
     5120
     """
-    with prepared(Request(query, key, value, out, lsh, **options)) as prepared_run:
-        speeds = _measured(prepared_run) if calibrate else None
-        return _counted(prepared_run, speeds)
+    with checked_run(Request(query, key, value, out, lsh, **options)) as checked:
+        speeds = _measured(checked) if calibrate else None
+        return _counted(checked, speeds)
 
 
-def _counted(run_: Run, speeds: Speeds | None) -> Plan:
-    """Go over all tasks of a run."""
-    stages = run_.stages()
-    passes = {name: PassPlan(name) for name in run_.passes}
-    on_disk = {name for name, x in run_.request.reads.items() if _is_elsewhere(x)}
-    on_disk |= {name for name, x in run_.request.targets.items() if _is_elsewhere(x)}
-    read = written = n_places = 0
-    for task in run_.tasks():
-        p = passes[task.stage]
-        begin, end = task.tokens(run_.passes[task.stage].reads[0])
-        p.chunks, p.tokens = p.chunks + 1, p.tokens + end - begin
-        for name in run_.reads_of(task.stage):
-            n_bytes = _bytes(run_, task, name)
-            p.read, read = p.read + n_bytes, read + n_bytes * (name in on_disk)
-        for name in run_.passes[task.stage].writes:
-            n_bytes = _bytes(run_, task, name)
-            p.written, written = p.written + n_bytes, written + n_bytes * (name in on_disk)
-        n_places = task.number + 1
-    has_states = run_.journal_path() is not None or (
-        run_.problem.is_causal and run_.wants_gradients
+def _counted(checked: CheckedRun, speeds: Speeds | None) -> Plan:
+    """Return the plan of a run: the sum over all its tasks."""
+    request = checked.request
+    passes = {name: PassPlan(name) for name in checked.passes}
+    on_disk = {name for name, x in request.inputs.items() if _needs_io(x)}
+    on_disk |= {name for name, x in request.outputs.items() if _needs_io(x)}
+    read = written = n_records = 0
+    for task in checked.tasks():
+        p, arrays = passes[task.pass_name], checked.passes[task.pass_name]
+        begin, end = task.tokens(arrays.reads[0])
+        p.chunks += 1
+        p.tokens += end - begin
+        for name in checked.inputs_of(task.pass_name):
+            n_bytes = _bytes(checked, task, name)
+            p.read += n_bytes
+            read += n_bytes * (name in on_disk)
+        for name in arrays.writes:
+            n_bytes = _bytes(checked, task, name)
+            p.written += n_bytes
+            written += n_bytes * (name in on_disk)
+        n_records = task.number + 1
+    # A run with a journal saves states to resume from, a causal backward pass to start from.
+    has_states = checked.journal_path() is not None or (
+        checked.problem.is_causal and checked.wants_gradients
     )
-    outputs = [name for name, x in run_.request.targets.items() if is_path(x)]
+    record_bytes = 8 * checked.pass_runner().record_size if has_states else 0
+    # Files only: arrays of the caller have their memory already.
+    outputs = [checked.shape(name) for name, x in request.outputs.items() if is_path(x)]
     return Plan(
-        tokens=run_.n_tokens,
+        tokens=checked.n_tokens,
         passes=list(passes.values()),
-        chunk_tokens=run_.limits.chunk_tokens,
-        memory_bytes=run_.limits.peak_bytes,
-        memory_limit=run_.memory_limit,
+        chunk_tokens=checked.budget.chunk_tokens,
+        memory_bytes=checked.budget.peak_bytes,
+        memory_limit=checked.memory_limit,
         read_bytes=read,
         written_bytes=written,
-        output_bytes=sum(
-            int(np.prod(run_.shape(name), dtype=object)) * run_.dtype.itemsize for name in outputs
-        ),
-        state_bytes=n_places * stages.numbers * 8 if has_states else 0,
+        output_bytes=sum(math.prod(shape) for shape in outputs) * checked.dtype.itemsize,
+        state_bytes=n_records * record_bytes,
         speeds=speeds,
     )
 
 
-def _bytes(run_: Run, task: Any, name: str) -> int:
+def _bytes(checked: CheckedRun, task: ChunkTask, name: str) -> int:
     """Return the bytes of an array that a task reads or writes."""
     begin, end = task.tokens(name)
     if name == "key_mask":
         return int(end - begin)
-    shape = run_.sources[name].shape if name in run_.sources else run_.shape(name)
-    return int((end - begin) * shape[-2] * shape[-1] * run_.dtype.itemsize)
+    shape = checked.sources[name].shape if name in checked.sources else checked.shape(name)
+    return int((end - begin) * shape[-2] * shape[-1] * checked.dtype.itemsize)
 
 
-def _is_elsewhere(x: Any) -> bool:
-    """Tell whether an array is neither in memory nor made up."""
+def _needs_io(x: Any) -> bool:
+    """Return whether an array is neither in memory nor synthetic."""
     in_memory = (
         x is None
         or isinstance(x, (Synthetic, SyntheticHead))
@@ -236,26 +241,28 @@ def _is_elsewhere(x: Any) -> bool:
     return not in_memory
 
 
-def _measured(run_: Run) -> Speeds:
-    inputs_ = [path for x in run_.request.reads.values() if (path := file_of(x)) is not None]
-    folder = next((folder_of(x) for x in run_.request.targets.values() if is_path(x)), None)
-    reading = _reading_speed(inputs_) if inputs_ else None
+def _measured(checked: CheckedRun) -> Speeds:
+    """Measure the speeds of arithmetic and disk."""
+    request = checked.request
+    paths = [path for x in request.inputs.values() if (path := file_of(x)) is not None]
+    folder = next((folder_of(x) for x in request.outputs.values() if is_path(x)), None)
     return Speeds(
-        _seconds_per_token(run_), reading, None if folder is None else _writing_speed(folder)
+        _seconds_per_token(checked),
+        _reading_speed(paths) if paths else None,
+        None if folder is None else _writing_speed(folder),
     )
 
 
-def _seconds_per_token(run_: Run) -> float:
-    """Run all passes over made-up arrays of the same heads in memory, until there is something to
-    measure.
-    """
-    n = min(2 * run_.limits.chunk_tokens, max(SEGMENT, run_.n_tokens))
+def _seconds_per_token(checked: CheckedRun) -> float:
+    """Measure all passes over synthetic arrays of the same heads and dims in memory."""
+    # Two chunks, or less where the run is shorter; at least one segment.
+    n = min(2 * checked.budget.chunk_tokens, max(SEGMENT, checked.n_tokens))
     arrays = {
-        name: Synthetic((n, *run_.sources[name].shape[-2:]), run_.dtype, seed=index)[:]
+        name: Synthetic((n, *checked.sources[name].shape[-2:]), checked.dtype, seed=index)[:]
         for index, name in enumerate(("query", "key", "value", "d_out"))
-        if name in run_.sources
+        if name in checked.sources
     }
-    request = run_.request
+    request = checked.request
     wants_planes = bool(request.d_lsh) or None
 
     def work() -> int:
@@ -273,54 +280,56 @@ def _seconds_per_token(run_: Run) -> float:
         )
         return n
 
-    work()  # compiles
+    # The first call compiles.
+    work()
     return 1 / _speed_of(work)
 
 
 def _reading_speed(paths: list[str]) -> float:
-    """Return bytes per second of reading pieces all over some files."""
-    buffer, total = np.empty(_PIECE, np.uint8), 0
+    """Measure reading at random offsets of some files, in bytes per second."""
+    buffer = np.empty(_IO_BYTES, np.uint8)
+    # At random offsets: what was read last may be in the page cache.
     rng = np.random.default_rng(0)
     files = [os.open(path, os.O_RDONLY) for path in paths]
     sizes = [os.fstat(file).st_size for file in files]
 
     def work() -> int:
-        """Read a piece of some file; return its bytes."""
-        which = int(rng.integers(len(files)))
-        place = int(rng.integers(max(1, sizes[which] - _PIECE)))
-        return os.preadv(files[which], [buffer.data], place)
+        """Read once; return the bytes."""
+        index = int(rng.integers(len(files)))
+        offset = int(rng.integers(max(1, sizes[index] - _IO_BYTES)))
+        return os.preadv(files[index], [buffer.data], offset)
 
+    # Empty files take no time at any speed.
     try:
-        total = sum(sizes)
-        return _speed_of(work) if total else 1.0
+        return _speed_of(work) if sum(sizes) else 1.0
     finally:
         for file in files:
             os.close(file)
 
 
 def _writing_speed(folder: str) -> float:
-    """Return bytes per second of writing to a file that is gone afterwards."""
-    piece, place = np.zeros(_PIECE, np.uint8), 0
+    """Measure writing to a temporary file, in bytes per second."""
+    block, offset = np.zeros(_IO_BYTES, np.uint8), 0
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
         def work() -> int:
-            """Write a piece to the disk; return its bytes."""
-            nonlocal place
-            write_at(file.fileno(), place, piece)
+            """Write once, to the disk and not only to the page cache; return the bytes."""
+            nonlocal offset
+            write_at(file.fileno(), offset, block)
             os.fdatasync(file.fileno())
-            place += _PIECE
-            return _PIECE
+            offset += _IO_BYTES
+            return _IO_BYTES
 
         return _speed_of(work)
 
 
 def _speed_of(work: Callable[[], int]) -> float:
-    """Return how many units of work are done in a second."""
+    """Return how much work is done in a second, in the unit that `work` returns."""
     started, done = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < _SECONDS:
         done += work()
     return done / seconds
 
 
-def _speed(what: str, speed: float | None) -> str:
-    return "" if speed is None else f" ({what} {speed / 1e6:,.0f} MB/s)"
+def _speed(label: str, speed: float | None) -> str:
+    return "" if speed is None else f" ({label} {speed / 1e6:,.0f} MB/s)"

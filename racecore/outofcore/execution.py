@@ -1,398 +1,257 @@
-"""One run: checked before it starts, computed in a pipeline of tasks, kept so that it can be
-resumed.
-"""
+"""Carry out a checked run as a pipeline of tasks, in a way that can be resumed."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from racecore import backends, inputs
-from racecore._version import __version__
 from racecore.errors import InputChangedError
-from racecore.gradients import hash_gradients
-from racecore.outofcore import crash_points, pipeline, schedule
-from racecore.outofcore.devices import Gpu, Host, Place
+from racecore.outofcore import crash_points, pipeline
+from racecore.outofcore.checked import CheckedRun
 from racecore.outofcore.finite import refuse_non_finite
 from racecore.outofcore.journal import Journal
-from racecore.outofcore.request import Request
-from racecore.outofcore.results import Results, completed, opened
+from racecore.outofcore.results import Results, complete_renames, kept_for_resuming
 from racecore.outofcore.resume import Step
+from racecore.outofcore.schedule import ChunkTask
 from racecore.outofcore.sinks import Sink, open_sink
-from racecore.outofcore.sources import Source, open_source
-from racecore.outofcore.stages import Stages
-from racecore.outofcore.stamps import stamp, stamp_file
-from racecore.outofcore.states import States
-from racecore.outofcore.targets import check_paths, file_of, folder_of, is_path
-from racecore.runtime import arrays, kernel_cache, progress
+from racecore.outofcore.stamps import stamp_file
+from racecore.outofcore.states import StateFile
+from racecore.outofcore.targets import file_of, folder_of, is_path
+from racecore.runtime import progress
 
-__all__ = ["Run", "prepared"]
+__all__ = ["Execution"]
 
 Arrays = dict[str, Any]
+# Results on the device, their rows in host memory, and the checksum of the state after the task.
+Computed = tuple[Arrays, Arrays, int | None]
 
 
-@contextlib.contextmanager
-def prepared(request: Request, check_finite: bool = True) -> Iterator[Run]:
-    """Open what is to be read and check everything that can be wrong before anything is computed or
-    written.
-    """
-    if request.d_out is None and any(
-        x is not None for x in (request.d_query, request.d_key, request.d_value, request.d_lsh)
-    ):
-        raise ValueError("gradients need d_out, the gradient of the output")
-    untyped = None if request.dtype is None else _bfloat16(request.dtype)
-    with contextlib.ExitStack() as stack:
-        sources = {}
-        for name, source in request.reads.items():
-            sources[name] = open_source(source, name, untyped)
-            stack.callback(sources[name].close)
-        check_paths(list(request.reads.items()), {**request.targets, "d_lsh": request.d_lsh})
-        for path in (*request.targets.values(), request.d_lsh):
-            if is_path(path):
-                folder_of(path)
-        yield Run(request, sources, check_finite)
+class Execution:
+    """One execution of a checked run.
 
-
-class Run:
-    """One checked run: what is read, how it is cut, and the arithmetic.
+    Parameters
+    ----------
+    run : CheckedRun
+    check_finite : bool
+        Refuse NaN and infinity in the inputs.
 
     Attributes
     ----------
-    request : Request
-    sources : dict of str to Source
-    problem : Problem
-        Of its arrays only shapes and dtypes mean anything.
-    limits : schedule.Limits
     resumed_tokens : int
+        Tokens that an earlier run had processed already, counted once for every pass.
     clock : pipeline.Clock
     """
 
-    def __init__(self, request: Request, sources: dict[str, Source], check_finite: bool) -> None:
-        self.request, self.sources, self._checks = request, sources, check_finite
-        stand_ins = {name: _stand_in(source) for name, source in sources.items()}
-        problem, self._lsh = inputs.check_attention(
-            inputs.Passed.resolve(stand_ins["query"], stand_ins["key"], stand_ins["value"]),
-            request.lsh,
-            is_causal=request.is_causal,
-            readout=request.readout,
-            key_mask=stand_ins.get("key_mask"),
-            cu_seqlens=_bounds(request.cu_seqlens),
-        )
-        shape = self.shape("out")
-        if "d_out" in sources and (sources["d_out"].shape, sources["d_out"].dtype) != (
-            shape,
-            sources["query"].dtype,
-        ):
-            raise ValueError(
-                f"d_out must have the shape and dtype of the output, {shape} and "
-                f"{sources['query'].dtype}, got "
-                f"{sources['d_out'].shape} and {sources['d_out'].dtype}"
-            )
-        self.wants_gradients = "d_out" in sources
-        self.memory_limit = inputs.parse_bytes(request.memory_limit)
-        self._backend = backends.choose(request.backend)
-        self._place: Place = Gpu() if self._backend.name == "cuda" else Host()
-        most = self._place.most_segments
-        self.limits = schedule.limits(problem, self.wants_gradients, self.memory_limit, most)
-        self.problem = replace(problem, workspace_bytes=self.limits.workspace_bytes)
-        self._wrt = frozenset(
-            {"beta"} if request.d_lsh is None or request.d_lsh is False else {"planes", "beta"}
-        )
-        n_numbers = problem.planes[0].size + 1 if "planes" in self._wrt else 1
-        self._hash = (
-            np.zeros((2, problem.n_state_heads, n_numbers)) if self.wants_gradients else None
-        )
-        self.passes = schedule.PASSES[problem.is_causal, self.wants_gradients]
+    def __init__(self, run: CheckedRun, check_finite: bool) -> None:
+        self._run, self._check_finite = run, check_finite
+        self._runner = run.pass_runner()
+        self._buffers = pipeline.Buffers(run.device.empty)
+        # Sums of the gradients of planes and beta, complete when all tasks are.
+        self._hash_sums = self._runner.hash_gradient
+        # Number of the last task that is done.
+        self._last = 0
         self.resumed_tokens = 0
         self.clock = pipeline.Clock()
 
-    @property
-    def n_tokens(self) -> int:
-        """Query tokens."""
-        return int(np.prod(self.sources["query"].shape[:-2], dtype=np.int64))
+    def execute(self, resume: bool, journal: Any) -> dict[str, str]:
+        """Compute everything that remains; return the digests of the outputs.
 
-    @property
-    def n_steps(self) -> int:
-        """Tokens of all passes, as `progress` counts them."""
-        return self.n_tokens * schedule.n_passes(self.problem.is_causal, self.wants_gradients)
-
-    def hash_gradients(self) -> tuple[np.ndarray | None, Any]:
-        """Return the gradients of planes and beta."""
-        return hash_gradients(self._hash, self.problem, self._lsh, self._wrt)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of all arrays but the mask."""
-        return self.sources["query"].dtype
-
-    def reads_of(self, stage: str) -> list[str]:
-        """Return the names of what a pass reads, the mask last."""
-        names = [*self.passes[stage].reads]
-        return [*names, "key_mask"] if "key" in names and "key_mask" in self.sources else names
-
-    def tasks(self) -> Iterator[schedule.Task]:
-        """Yield everything that is to be done."""
-        return schedule.tasks(self.problem, self.wants_gradients, self.limits)
-
-    def stages(self) -> Stages:
-        """Return the arithmetic."""
-        return Stages(self.problem, self._backend, self._hash, self._place.on_device)
-
-    def journal_path(self, journal: Any = None) -> str | None:
-        """Return where the journal goes: where a caller says, beside the first output, or nowhere.
-
-        Raises
-        ------
-        ValueError
-            A caller asks for one though the run writes to arrays.
+        Parameters
+        ----------
+        resume : bool
+            Start from the results of an interrupted run, if there are any.
+        journal : path or None
+            As for `racecore.outofcore.run`.
         """
-        targets = self.request.targets.values()
-        if any(target is not None and not is_path(target) for target in targets):
-            if journal is not None:
-                raise ValueError(
-                    "a run that writes to arrays cannot be resumed: leave out journal, or write "
-                    "to files"
-                )
-            return None
-        if journal is not None:
-            folder_of(journal)
-            check_paths(
-                list(self.request.reads.items()), {**self.request.targets, "journal": journal}
-            )
-            return os.path.realpath(os.fspath(journal))
-        first = next((os.path.realpath(os.fspath(x)) for x in targets if x is not None), None)
-        return None if first is None else f"{first}.journal"
-
-    def go(self, resume: bool, journal: Any) -> dict[str, str]:
-        """Compute everything, or what is left to do; return the digests."""
-        files_read = {
-            name: path for name, x in self.request.reads.items() if (path := file_of(x)) is not None
-        }
-        before = {name: stamp_file(path) for name, path in files_read.items()}
-        stages = self.stages()
+        stamps = self._input_stamps()
         with contextlib.ExitStack() as stack:
-            found = None
-            if (path := self.journal_path(journal)) is not None:
-                found = Journal(path, afresh=not resume)
-                stack.callback(found.close)
-                digests = self._taken_up(found)
+            opened = None
+            if (path := self._run.journal_path(journal)) is not None:
+                opened = Journal(path, afresh=not resume)
+                stack.callback(opened.close)
+                digests = self._adopt(opened)
                 if digests is not None:
                     return digests
-            results = stack.enter_context(opened(self._results(stages, found)))
-            self._compute(stages, results)
-            if self._hash is not None:
-                self._hash[...] = stages.hash_gradient
-            for name, path in files_read.items():
-                if (now := stamp_file(path)) != before[name]:
-                    raise InputChangedError(
-                        f"{path} ({name}) changed during the run: {before[name]}, then {now}"
-                    )
+            results = stack.enter_context(kept_for_resuming(self._open_results(opened)))
+            self._compute(results)
+            self._hash_sums = self._runner.hash_gradient
+            self._refuse_changed_inputs(stamps)
             self._write_hash_gradients()
             digests = {name: f"{sink.checksum:016x}" for name, sink in results.sinks.items()}
-            completion = {
-                "digests": digests,
-                "hash": None if self._hash is None else self._hash.tobytes().hex(),
-            }
-            with self.clock.running("writing"):
-                results.finish(completion)
+            sums = None if self._hash_sums is None else self._hash_sums.tobytes().hex()
+            with self.clock.timing("writing"):
+                results.finish({"digests": digests, "hash": sums})
         return digests
 
-    def _taken_up(self, journal: Journal) -> dict[str, str] | None:
-        """Compare a journal with this run, or begin it; return the digests if it says that all is
-        done.
+    def hash_gradients(self) -> tuple[np.ndarray | None, Any]:
+        """Return the gradients of planes and beta, None where they were not requested."""
+        return self._run.hash_gradients(self._hash_sums)
+
+    def _input_stamps(self) -> dict[str, tuple[str, str]]:
+        """Return (path, stamp) of every input file, by the name of the input."""
+        paths = {name: file_of(x) for name, x in self._run.request.inputs.items()}
+        return {name: (path, stamp_file(path)) for name, path in paths.items() if path is not None}
+
+    def _refuse_changed_inputs(self, stamps: dict[str, tuple[str, str]]) -> None:
+        """Raise an error if an input file is not what it was when the run began."""
+        for name, (path, before) in stamps.items():
+            if (now := stamp_file(path)) != before:
+                raise InputChangedError(
+                    f"{path} ({name}) changed during the run: {before}, then {now}"
+                )
+
+    def _adopt(self, journal: Journal) -> dict[str, str] | None:
+        """Compare a journal with this run, and begin it anew where there is nothing to resume;
+        return the digests if it says that the run is complete.
         """
-        identity = self._identity()
-        paths = [
-            os.path.realpath(target) for target in self.request.targets.values() if is_path(target)
-        ]
+        identity = self._run.identity()
+        outputs = self._run.request.outputs.values()
+        paths = [os.path.realpath(output) for output in outputs if is_path(output)]
         if journal.identity is not None:
             difference = journal.difference(identity)
+            # All outputs have their names: only the removal of the journal was missing.
             is_over = journal.completion is not None and not any(
                 os.path.exists(f"{path}.partial") for path in paths
             )
             if difference is not None and not is_over:
                 raise ValueError(difference)
-            if difference is None and (completion := completed(journal, paths)) is not None:
-                if self._hash is not None:
-                    self._hash[...] = np.frombuffer(bytes.fromhex(completion["hash"])).reshape(
-                        self._hash.shape
-                    )
-                self.resumed_tokens = self.n_steps
-                _remove(_states_path(journal.path))
-                journal.remove()
-                return dict(completion["digests"])
+            if difference is None and (completion := complete_renames(journal, paths)) is not None:
+                return self._adopt_completion(journal, completion)
             if difference is None and journal.completion is None:
                 return None
         journal.begin(identity)
         return None
 
-    def _results(self, stages: Stages, journal: Journal | None) -> Results:
-        """Open sinks and the file of states."""
+    def _adopt_completion(self, journal: Journal, completion: dict[str, Any]) -> dict[str, str]:
+        """Take over the results of a complete run, and remove its journal and states."""
+        if self._hash_sums is not None:
+            sums = np.frombuffer(bytes.fromhex(completion["hash"]))
+            self._hash_sums = sums.reshape(self._hash_sums.shape)
+        self.resumed_tokens = self._run.n_steps
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_states_path(journal.path))
+        journal.remove()
+        return dict(completion["digests"])
+
+    def _open_results(self, journal: Journal | None) -> Results:
+        """Open the sinks and the file of states."""
+        run = self._run
         resumes = journal is not None and bool(journal.entries)
-        taken, targets = list(self.request.reads.items()), self.request.targets
+        taken, outputs = list(run.request.inputs.items()), run.request.outputs
         sinks: dict[str, Sink] = {}
-        results = Results(sinks, stages, self.problem, None, journal)
+        results = Results(sinks, self._runner, run.problem, None, journal)
         try:
-            for name, target in targets.items():
-                sinks[name] = open_sink(target, name, self.shape(name), self.dtype, taken, resumes)
-                taken.append((name, target))
+            for name, output in outputs.items():
+                sinks[name] = open_sink(output, name, run.shape(name), run.dtype, taken, resumes)
+                taken.append((name, output))
             crash_points.reached("outputs reserved")
             if journal is not None:
-                results.states = States(stages.numbers, _states_path(journal.path))
-            elif self.problem.is_causal and self.wants_gradients:
-                folder = next(
-                    (folder_of(target) for target in targets.values() if is_path(target)), None
-                )
-                results.states = States(stages.numbers, folder=folder)
+                path = _states_path(journal.path)
+                results.states = StateFile(self._runner.record_size, path)
+            elif run.problem.is_causal and run.wants_gradients:
+                # Beside the outputs, since the folder for temporary files may be in memory.
+                folders = [folder_of(output) for output in outputs.values() if is_path(output)]
+                folder = folders[0] if folders else None
+                results.states = StateFile(self._runner.record_size, folder=folder)
         except BaseException:
             if resumes:
                 results.close()
             else:
-                results.abandon()
+                results.discard()
             raise
         return results
 
-    def _compute(self, stages: Stages, results: Results) -> None:
-        """Do every task that is still to be done."""
-        buffers, place = pipeline.Buffers(self._place.empty), self._place
-        last = 0
-
-        def skipped(task: schedule.Task) -> None:
-            """Count a task that an earlier run did."""
-            nonlocal last
-            last = task.number
-            begin, end = task.tokens(self.passes[task.stage].reads[0])
-            n_tokens = (end - begin) * self.passes[task.stage].times
-            self.resumed_tokens += n_tokens
-            progress.advance(n_tokens)
+    def _compute(self, results: Results) -> None:
+        """Compute every task that remains."""
+        device, runner = self._run.device, self._runner
 
         def read(step: Step, slot: int) -> Arrays:
-            """Return the inputs of a task, where it is computed."""
-            return place.bring(self._read(step.task, slot, buffers))
+            """Return the inputs of a task, on the device."""
+            return device.to_device(self._read(step.task, slot))
 
-        def compute(step: Step, slot: int, read: Arrays) -> tuple[Arrays, Arrays, int | None]:
-            """Do a task: into the sinks themselves where they lend their memory, else into buffers."""
-            nonlocal last
-            task, rows = step.task, {}
-            last = max(last, task.number)
-            for index, name in enumerate(self.passes[task.stage].writes):
-                begin, end = task.tokens(name)
-                sink = results.sinks[name]
-                own, shape = sink.place(begin, end), (end - begin, *sink.shape[-2:])
-                own = own if own is None or place.takes(own) else None
-                rows[name] = (
-                    buffers.get("write", index, slot, shape, sink.dtype) if own is None else own
-                )
-            with place.results_for(rows) as written:
-                if step.origin is not None and results.states is not None:
-                    stages.restore(task, step.origin, results.states)
-                stages.compute(task, read, written, results.states)
-                state = results.keep_state(task)
-            return written, rows, state
+        def compute(step: Step, slot: int, inputs: Arrays) -> Computed:
+            """Compute a task, and save the state after it."""
+            task = step.task
+            self._last = max(self._last, task.number)
+            rows = self._result_rows(task, slot, results)
+            with device.result_arrays(rows) as computed:
+                if step.checkpoint is not None and results.states is not None:
+                    runner.restore(task, step.checkpoint, results.states)
+                runner.compute(task, inputs, computed, results.states)
+                state = results.save_state(task)
+            return computed, rows, state
 
-        def write(step: Step, computed: tuple[Arrays, Arrays, int | None]) -> None:
-            """Bring what a task left back, and write it."""
-            written, rows, state = computed
-            place.send(written, rows)
+        def write(step: Step, computed: Computed) -> None:
+            """Copy the results of a task to host memory, and write them."""
+            on_device, rows, state = computed
+            device.to_host(on_device, rows)
             results.write(step.task, rows, state)
 
-        pipeline.run(results.steps(self.tasks(), skipped), read, compute, write, self.clock)
-        if (
-            self.resumed_tokens and results.states is not None
-        ):  # the last task to be done need not be the last of all
-            stages.restore_hash({"hash": last}, results.states)
+        steps = results.steps(self._run.tasks(), self._skip)
+        pipeline.run_overlapped(steps, read, compute, write, self.clock)
+        # The last task computed need not be the last of the run: an earlier run may have done it.
+        if self.resumed_tokens and results.states is not None:
+            runner.restore_hash({"hash": self._last}, results.states)
+
+    def _skip(self, task: ChunkTask) -> None:
+        """Count a task that an earlier run has done."""
+        self._last = task.number
+        p = self._run.passes[task.pass_name]
+        begin, end = task.tokens(p.reads[0])
+        n_tokens = (end - begin) * p.times
+        self.resumed_tokens += n_tokens
+        progress.advance(n_tokens)
+
+    def _read(self, task: ChunkTask, slot: int) -> dict[str, np.ndarray]:
+        """Return the inputs of a task in host memory, checked."""
+        p = self._run.passes[task.pass_name]
+        inputs = {}
+        for index, name in enumerate(self._run.inputs_of(task.pass_name)):
+            source, (begin, end) = self._run.sources[name], task.tokens(name)
+            row = () if name == "key_mask" else source.shape[-2:]
+            buffer = self._buffers.get("read", index, slot, (end - begin, *row), source.dtype)
+            inputs[name] = source.read(begin, end, buffer)
+        if self._check_finite:
+            for name in p.reads:
+                # A backward pass reads again what the forward pass has checked, but for d_out.
+                is_new = not p.is_backward or name == "d_out"
+                if is_new and not self._run.sources[name].is_synthetic:
+                    mask = inputs.get("key_mask") if name in ("key", "value") else None
+                    begin, _ = task.tokens(name)
+                    refuse_non_finite(self._run.sources[name], begin, inputs[name], mask)
+        return inputs
+
+    def _result_rows(self, task: ChunkTask, slot: int, results: Results) -> Arrays:
+        """Return the arrays in host memory for the results of a task: in the memory of the sink
+        where it has any that the device can write to, else in buffers.
+        """
+        rows = {}
+        for index, name in enumerate(self._run.passes[task.pass_name].writes):
+            begin, end = task.tokens(name)
+            sink = results.sinks[name]
+            memory = sink.memory_of(begin, end)
+            if memory is None or not self._run.device.can_write_to(memory):
+                shape = (end - begin, *sink.shape[-2:])
+                memory = self._buffers.get("write", index, slot, shape, sink.dtype)
+            rows[name] = memory
+        return rows
 
     def _write_hash_gradients(self) -> None:
-        if not is_path(self.request.d_lsh):
+        """Write the gradients of planes and beta to their file, if one was given."""
+        d_lsh = self._run.request.d_lsh
+        if not is_path(d_lsh):
             return
         d_planes, d_beta = self.hash_gradients()
-        path = os.path.realpath(os.fspath(self.request.d_lsh))
+        path = os.path.realpath(os.fspath(d_lsh))
         with open(f"{path}.partial", "wb") as file:
             np.savez(file, planes=np.asarray(d_planes), beta=np.asarray(d_beta))
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.partial", path)
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be the same for a run to be resumed, by the names that a message can
-        give.
-        """
-        problem, planes = self.problem, self._lsh.planes
-        hash_ = f"{self._lsh.n_tables} tables of {self._lsh.n_planes} planes, beta {np.asarray(self._lsh.beta).tolist()}"
-        return {
-            "racecore": __version__,
-            "kernels and processor": self._place.identity(kernel_cache.identity()),
-            **{
-                name: stamp(self.request.reads[name], source)
-                for name, source in self.sources.items()
-            },
-            "hash": f"{hash_}, fingerprint {self._lsh.fingerprint[:16]} of {planes.shape}",
-            "is_causal": problem.is_causal,
-            "readout": problem.readout,
-            "sequences": f"{len(problem.sequences)}, digest "
-            f"{hashlib.sha256(problem.sequences.tobytes()).hexdigest()[:16]}",
-            **{
-                name: os.path.basename(x) if is_path(x) else "digest only"
-                for name, x in self.request.targets.items()
-            },
-            "d_planes": "planes" in self._wrt,
-            "tokens per chunk, which follow from memory_limit": self.limits.chunk_tokens,
-            "sequences per chunk, which follow from memory_limit": self.limits.unit_sequences,
-        }
-
-    def _read(
-        self, task: schedule.Task, slot: int, buffers: pipeline.Buffers
-    ) -> dict[str, np.ndarray]:
-        p = self.passes[task.stage]
-        read = {}
-        for index, name in enumerate(self.reads_of(task.stage)):
-            source, (begin, end) = self.sources[name], task.tokens(name)
-            row = () if name == "key_mask" else source.shape[-2:]
-            read[name] = source.read(
-                begin, end, buffers.get("read", index, slot, (end - begin, *row), source.dtype)
-            )
-        if self._checks:
-            for name in p.reads:
-                if not self.sources[name].is_made_up and (not p.backward or name == "d_out"):
-                    mask = read.get("key_mask") if name in ("key", "value") else None
-                    refuse_non_finite(self.sources[name], task.tokens(name)[0], read[name], mask)
-        return read
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a result."""
-        if name == "out":
-            return (*self.sources["query"].shape[:-1], self.sources["value"].shape[-1])
-        return self.sources[name.removeprefix("d_")].shape
-
-
-def _stand_in(source: Source) -> np.ndarray:
-    """Return an array of the shape and dtype of a source that takes no memory: checks look at
-    nothing else.
-    """
-    return np.broadcast_to(np.zeros((), source.dtype), source.shape)
-
 
 def _states_path(journal: str) -> str:
     return f"{journal.removesuffix('.journal')}.states"
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _bounds(cu_seqlens: Any) -> Any:
-    """Return the bounds of sequences, from a file where that is given."""
-    return np.load(cu_seqlens, allow_pickle=False) if is_path(cu_seqlens) else cu_seqlens
-
-
-def _bfloat16(name: str) -> np.dtype:
-    if name != "bfloat16":
-        raise ValueError(f"dtype must be None or 'bfloat16', got {name!r}")
-    return arrays.dtype_of(name)

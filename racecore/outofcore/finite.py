@@ -1,28 +1,33 @@
-"""Looking for NaN and infinity in what was read, and naming the first place."""
+"""Refuse NaN and infinity in the inputs, and name the first such number."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from racecore.errors import NonFiniteError
-from racecore.outofcore.sources import Source
+from racecore.outofcore.sources import TokenSource
 from racecore.runtime import arrays
 
 __all__ = ["refuse_non_finite"]
 
-_EXPONENTS = {2: 0x7C00, 4: 0x7F80_0000, 8: 0x7FF0_0000_0000_0000}  # all ones: not a finite number
+# Exponent bits by item size: a number with all of them set is NaN or infinite.
+_EXPONENTS = {2: 0x7C00, 4: 0x7F80_0000, 8: 0x7FF0_0000_0000_0000}
 _BFLOAT16_EXPONENT = 0x7F80
 
 
 def refuse_non_finite(
-    source: Source, begin: int, rows: np.ndarray, mask: np.ndarray | None
+    source: TokenSource, begin: int, rows: np.ndarray, mask: np.ndarray | None
 ) -> None:
-    """Refuse rows [tokens, heads, dim], from token `begin` of a source on, that are not finite.
+    """Raise an error if rows of a source are not finite.
 
     Parameters
     ----------
+    source : TokenSource
+    begin : int
+        Number of the first token.
+    rows : array, shape [tokens, heads, dim]
     mask : bool array, shape [tokens], or None
-        What stands under False does not matter.
+        Tokens that are False are not checked.
 
     Raises
     ------
@@ -31,30 +36,33 @@ def refuse_non_finite(
     """
     start = 0
     while start < len(rows):
-        place = _first(rows[start:])
-        if place is None:
+        index = _first_non_finite(rows[start:])
+        if index is None:
             return
-        token, head, dim = place
+        token, head, dim = index
         token += start
+        # Masked keys and values take no part, whatever they hold.
         if mask is not None and not mask[token]:
             start = token + 1
             continue
-        row, where = divmod(begin + token, source.shape[-3])
+        row, position = divmod(begin + token, source.shape[-3])
         batch = f"batch row {row}, " if len(source.shape) == 4 else ""
         raise NonFiniteError(
-            f"{source.name} is {float(rows[token, head, dim])} at {batch}token {where}, head "
+            f"{source.name} is {float(rows[token, head, dim])} at {batch}token {position}, head "
             f"{head}, dimension {dim}; "
-            "all inputs must be finite (check_finite=False computes on, as NumPy would)"
+            "all inputs must be finite (check_finite=False leaves out this check)"
         )
 
 
-def _first(rows: np.ndarray) -> tuple[int, int, int] | None:
+def _first_non_finite(rows: np.ndarray) -> tuple[int, int, int] | None:
     """Return the indices of the first number that is not finite."""
     from racecore.outofcore import loops
 
-    contiguous = np.ascontiguousarray(rows)
     size = rows.dtype.itemsize
     exponent = _BFLOAT16_EXPONENT if arrays.is_bfloat16(rows.dtype) else _EXPONENTS[size]
-    words = contiguous.reshape(-1).view(f"u{size}")
-    place = loops.first_with(words, words.dtype.type(exponent))
-    return None if place < 0 else tuple(int(i) for i in np.unravel_index(place, rows.shape))  # type: ignore[return-value]
+    words = np.ascontiguousarray(rows).reshape(-1).view(f"u{size}")
+    first = loops.first_with_bits(words, words.dtype.type(exponent))
+    if first < 0:
+        return None
+    token, head, dim = (int(i) for i in np.unravel_index(first, rows.shape))
+    return token, head, dim

@@ -1,11 +1,11 @@
-"""The journal of a run: what it is, and a line for every task whose results are written, so that it
-can be resumed.
+"""The journal of a run: its identity and a line for every task whose results are written, so that
+it can be resumed.
 
-Every line is a JSON object behind its CRC-32. The first one identifies the run: version,
-parameters, inputs. Each further one gives a task's number, the checksums of the rows that it wrote,
-and that of the state it left. The last one says that everything is on the disk. A line that is torn
-or damaged counts as not written, and so does one whose rows are not in the files: the journal never
-has to reach the disk in step with them.
+Every line is a JSON object after its CRC-32. The first line identifies the run: version,
+parameters, inputs. Each further line gives the number of a task, the checksums of the rows it
+wrote, and that of the state after it. The last line says that everything is on the disk. A torn or
+damaged line counts as not written, and so does one whose rows are not in the files: journal and
+outputs may reach the disk in any order.
 """
 
 from __future__ import annotations
@@ -29,10 +29,18 @@ _START_AFRESH = (
 
 
 class Entry(NamedTuple):
-    """What is known of a task that is done."""
+    """The checksums of a task that is done.
 
-    rows: dict[str, int]  # checksums of what it wrote
-    state: int | None  # checksum of the state that it left, if it left one
+    Attributes
+    ----------
+    rows : dict of str to int
+        By the name of the array it wrote.
+    state : int or None
+        Of the state after it; None where it updates none.
+    """
+
+    rows: dict[str, int]
+    state: int | None
 
 
 class Journal:
@@ -41,27 +49,27 @@ class Journal:
     Parameters
     ----------
     path : str
-        A new file, or what an earlier run left.
+        A new file, or the journal of an interrupted run.
     afresh : bool
-        Forget what an earlier run left, whatever it is.
+        Discard the contents of the file.
 
     Attributes
     ----------
     identity : dict or None
-        What the first line says; None where the file is new.
+        From the first line; None where the file is new.
     entries : dict of int to Entry
-        By number of the task.
+        By the number of the task.
     completion : dict or None
-        What the last line says, where it is there.
+        From the last line, None where there is none.
     n_damaged : int
-        Lines that did not match their checksums.
+        Lines that do not match their checksums.
 
     Raises
     ------
     racecore.errors.OutputInUseError
         Another run has it open.
     racecore.errors.CorruptFileError
-        It is no journal, or its first line is damaged though others are there.
+        The file is no journal, or its first line is damaged.
     """
 
     def __init__(self, path: str, afresh: bool = False) -> None:
@@ -69,9 +77,12 @@ class Journal:
         self.identity: dict[str, Any] | None = None
         self.entries: dict[int, Entry] = {}
         self.completion: dict[str, Any] | None = None
-        self.n_damaged = self._length = 0
+        self.n_damaged = 0
+        # Bytes up to the end of the last whole line.
+        self._length = 0
         self._file = open_locked(path)
         try:
+            # After the lock is taken: another run may be writing the file.
             if afresh:
                 os.ftruncate(self._file, 0)
             self._read()
@@ -80,17 +91,19 @@ class Journal:
             raise
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Forget what is there, if anything is, and write the first line."""
+        """Discard the contents and write the first line."""
         os.ftruncate(self._file, 0)
         self._length = 0
-        self.entries, self.completion, self.identity = {}, None, identity
+        self.entries = {}
+        self.completion = None
+        self.identity = identity
         self._append({"racecore journal": _VERSION, "run": identity})
         os.fsync(self._file)
         crash_points.reached("journal begun")
 
     def difference(self, identity: dict[str, Any]) -> str | None:
-        """Tell in what the run that this is the journal of differs from another one; None means in
-        nothing.
+        """Return a message that lists how the run of this journal differs from another one, None if
+        it does not.
         """
         before = self.identity or {}
         changed = [
@@ -101,10 +114,13 @@ class Journal:
         changes = "; ".join(
             f"{name}: {before.get(name)} then, {identity.get(name)} now" for name in changed
         )
-        return f"{self.path} is what an interrupted run left, and not of this one ({changes}); {_START_AFRESH}"
+        return (
+            f"{self.path} belongs to an interrupted run that differs from this one ({changes}); "
+            f"{_START_AFRESH}"
+        )
 
-    def note(self, number: int, entry: Entry) -> None:
-        """Write that a task is done."""
+    def add_task(self, number: int, entry: Entry) -> None:
+        """Write the line of a task that is done."""
         line: dict[str, Any] = {
             "task": number,
             "rows": {name: f"{x:016x}" for name, x in entry.rows.items()},
@@ -114,20 +130,21 @@ class Journal:
         self._append(line)
         crash_points.reached("line written")
 
-    def note_completion(self, completion: dict[str, Any]) -> None:
-        """Write that everything is on the disk, and wait until that line is."""
+    def add_completion(self, completion: dict[str, Any]) -> None:
+        """Write the line that everything is on the disk, and wait until that line is."""
         self._append({"complete": completion})
+        # On the disk before any output is renamed.
         os.fsync(self._file)
         crash_points.reached("completion noted")
 
     def remove(self) -> None:
-        """Remove the file, and let go of it."""
+        """Remove the file, then close it: its lock ends with the descriptor."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; an empty one goes too."""
+        """Close the file; remove it if it is empty."""
         if self._file >= 0:
             if self._length == 0:
                 with contextlib.suppress(FileNotFoundError):
@@ -138,6 +155,7 @@ class Journal:
     def _append(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
+        # In two halves, so that tests can kill the process within a line.
         half = len(line) // 2
         for begin, end in ((0, half), (half, len(line))):
             while begin < end:
@@ -149,10 +167,12 @@ class Journal:
     def _read(self) -> None:
         with open(self._file, "rb", closefd=False) as file:
             for index, line in enumerate(file):
+                # A torn last line is overwritten by the next one.
                 if not line.endswith(b"\n"):
-                    break  # torn: the next line takes its place
+                    break
                 self._length += len(line)
                 content = _parse(line)
+                # A damaged line costs its task, not the run.
                 if content is None:
                     self.n_damaged += 1
                 elif index == 0:
@@ -177,7 +197,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return what a line holds, None if it is not what its checksum says."""
+    """Return the object of a line, None if it does not match its checksum."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None

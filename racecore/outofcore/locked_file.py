@@ -1,5 +1,5 @@
-"""Files that one run at a time may have open. The lock is the system's: it goes when the process
-does, however that ends.
+"""Files that one run at a time may have open. The system holds the lock and releases it when the
+process ends for any reason.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ __all__ = ["open_locked"]
 
 
 def open_locked(path: str) -> int:
-    """Open a file for reading and writing, making it if need be, and lock it; return its
-    descriptor.
+    """Open and lock a file for reading and writing, creating it if need be; return its descriptor.
 
     Raises
     ------
     racecore.errors.OutputInUseError
-        Another run has it.
+        Another run has locked it.
     OSError
         It cannot be opened.
     """
@@ -38,15 +37,13 @@ def open_locked(path: str) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(
-            file
-            # the run that had it has just finished and renamed or removed it: now there is room for a
-            # new one
-        )
+        # The run that held the lock has finished meanwhile and renamed or removed the file: this
+        # descriptor belongs to its result. Open the name again.
+        os.close(file)
 
 
 def _is_at(file: int, path: str) -> bool:
-    """Tell whether an open file is the one that a name stands for."""
+    """Return whether a path still names an open file."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

@@ -1,6 +1,4 @@
-""".npy files: headers that are believed only if the file is exactly as long as they say, and
-outputs with all bytes reserved.
-"""
+""".npy files: headers checked against the file size, outputs with all bytes reserved."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ __all__ = ["Header", "create", "read_header", "reserve"]
 
 
 class Header(NamedTuple):
-    """What an .npy file holds, and where."""
+    """The header of an .npy file; `offset` is that of the first byte of the array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
-    offset: int  # of the first byte of the array
+    offset: int
 
 
 def read_header(path: str) -> Header:
@@ -32,7 +30,7 @@ def read_header(path: str) -> Header:
     OSError
         The file cannot be read.
     ValueError
-        It is no .npy file, or shorter or longer than its header says.
+        It is no .npy file, or its size does not match its header.
     """
     with open(path, "rb") as file:
         shape, fortran_order, dtype = _parse(file, path)
@@ -41,9 +39,9 @@ def read_header(path: str) -> Header:
         raise ValueError(f"{path} holds {dtype}; expected numbers")
     expected = offset + math.prod(shape) * dtype.itemsize
     if size != expected:
-        what = "was cut short" if size < expected else "has bytes to spare"
+        problem = "was cut short" if size < expected else "has bytes to spare"
         raise ValueError(
-            f"{path} {what}: its header ({dtype}, shape {shape}) means {expected:,} bytes, the "
+            f"{path} {problem}: its header ({dtype}, shape {shape}) means {expected:,} bytes, the "
             f"file has {size:,}; "
             "write it again with numpy.save"
         )
@@ -75,19 +73,29 @@ def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> in
     """Make an open file an .npy file with all its bytes reserved on the disk; return the offset of
     the array's first byte.
 
-    What a file of this very kind holds already stays. A sparse file would do until the disk is
-    full; then a write through a memory map of it would kill the process.
+    The data of a file that has this header and size already are kept. With a sparse file a full
+    disk would show late, and would kill a process that writes through a memory map.
+
+    Parameters
+    ----------
+    file : int
+        File descriptor.
+    path : str
+        For messages.
+    shape, dtype
+        Of the array.
 
     Raises
     ------
     OSError
-        There is no room for it, or the folder cannot be written to.
+        The disk has no space for it, or the folder cannot be written to.
     """
     header = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, fields)
     offset = header.tell()
     size = offset + math.prod(shape) * dtype.itemsize
+    # Resuming: the rows that an earlier run wrote are still wanted.
     if os.fstat(file).st_size != size or os.pread(file, offset, 0) != header.getvalue():
         os.ftruncate(file, 0)
     try:
@@ -101,12 +109,12 @@ def reserve(file: int, path: str, shape: tuple[int, ...], dtype: np.dtype) -> in
 
 
 def create(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """Make an .npy file with all its bytes reserved on the disk, and map it for writing.
+    """Create an .npy file with all its bytes reserved on the disk, and map it for writing.
 
     Raises
     ------
     OSError
-        There is no room for it, or the folder cannot be written to.
+        The disk has no space for it, or the folder cannot be written to.
     """
     with open(path, "w+b") as file:
         offset = reserve(file.fileno(), path, shape, dtype)

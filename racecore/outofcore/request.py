@@ -1,4 +1,4 @@
-"""What a run is asked for, and what it tells when it is done."""
+"""The arguments of a run, and its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Report", "Request"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did.
+    """Results and measurements of a run.
 
     Attributes
     ----------
@@ -23,19 +23,19 @@ class Report:
     seconds : float
     tokens_per_second : float
     peak_anonymous_bytes : int
-        The most anonymous memory that the process had, files in the page cache not counted; 0 where
-        the system does not tell.
+        Peak anonymous memory of the process, without files in the page cache; 0 where the system
+        does not report it.
     digests : dict of str to str
-        For every output a checksum of its values in their places, 16 hexadecimal digits: equal for
-        equal arrays, however they were cut into chunks.
+        For every output a checksum of its values and their positions, 16 hexadecimal digits: equal
+        for equal arrays, however they were cut into chunks.
     d_planes, d_beta : array and float or array, or None
-        Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where not
-        asked for.
+        Gradients of the hash, float64, shaped as ``lsh.planes`` and ``lsh.beta``; None where they
+        were not requested.
     resumed_tokens : int
-        Tokens that an earlier run had done already, counted once for every pass over them.
+        Tokens that an earlier run had processed already, counted once for every pass over them.
     busy : dict of str to float
-        Seconds in which there was "reading", "computing", "writing", and "reading or writing". They
-        overlap; what is busy nearly all the time is what a faster one would speed up.
+        Seconds spent "reading", "computing", "writing", and "reading or writing". They overlap; a
+        part that is busy nearly all the time is the bottleneck.
     """
 
     tokens: int
@@ -55,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a run is asked for; fields as the parameters of `run`."""
+    """The arguments of a run, unchecked; fields as the parameters of `run`."""
 
     query: Any
     key: Any
@@ -76,13 +76,13 @@ class Request:
     backend: str | None = None
 
     @property
-    def reads(self) -> dict[str, Any]:
-        """What is read, by name."""
+    def inputs(self) -> dict[str, Any]:
+        """The input arrays that were given, by name."""
         names = ("query", "key", "value", "d_out", "key_mask")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
-    def targets(self) -> dict[str, Any]:
-        """Where to write, by name."""
+    def outputs(self) -> dict[str, Any]:
+        """The destination of every result, by name; None where only the digest is kept."""
         names = ("out", "d_query", "d_key", "d_value") if self.d_out is not None else ("out",)
         return {name: getattr(self, name) for name in names}

@@ -1,6 +1,4 @@
-"""Sinks: where rows of tokens are written, each with a digest that does not depend on order or
-chunks.
-"""
+"""Sinks: destinations of rows of tokens, with digests independent of order and chunks."""
 
 from __future__ import annotations
 
@@ -15,47 +13,49 @@ from racecore import outputs
 from racecore.outofcore import npy
 from racecore.outofcore.locked_file import open_locked
 from racecore.outofcore.positioned import read_at, write_at
-from racecore.outofcore.sources import pieces
+from racecore.outofcore.sources import token_slices
 
 __all__ = ["Sink", "checksum", "open_sink"]
 
-_PIECE = 1 << 22  # bytes that are read back at once
+# Bytes read at once when written rows are verified.
+_READ_BYTES = 1 << 22
 
 
 class Sink(Protocol):
-    """Where an array of known shape and dtype goes, tokens numbered along the flattened token axes."""
+    """The destination of an array; tokens are numbered along the flattened token axes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    checksum: int  # of all that was written, modulo 2^64
+    # Of all rows written so far, modulo 2^64.
+    checksum: int
 
-    def place(self, begin: int, end: int) -> np.ndarray | None:
-        """Return where tokens begin ... end - 1 may be computed into, if that is in memory."""
+    def memory_of(self, begin: int, end: int) -> np.ndarray | None:
+        """Return the memory of tokens begin ... end - 1 to compute into, None if there is none."""
         ...
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
-        """Take tokens begin ... end - 1; return their checksum."""
+        """Write tokens begin ... end - 1; return their checksum."""
         ...
 
-    def holds(self, begin: int, end: int, expected: int) -> bool:
-        """Tell whether tokens begin ... end - 1 are there as their checksum says."""
+    def matches(self, begin: int, end: int, expected: int) -> bool:
+        """Return whether tokens begin ... end - 1 are stored with the expected checksum."""
         ...
 
     def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
+        """Wait until everything written is on the disk."""
         ...
 
     def finish(self) -> None:
-        """All is written: give the result its name."""
+        """Give the complete result its name."""
         ...
 
     def close(self) -> None:
-        """Let go of it, finished or not."""
+        """Close it, finished or not."""
         ...
 
-    def abandon(self) -> None:
-        """Let go of it and leave nothing behind that looks like a result."""
+    def discard(self) -> None:
+        """Close it and remove what was written."""
         ...
 
 
@@ -67,59 +67,64 @@ def open_sink(
     sources: list[tuple[str, Any]],
     resumes: bool = False,
 ) -> Sink:
-    """Open a sink: a path of an .npy file, an array or something that slices can be assigned to, or
-    None.
+    """Open a sink.
 
     Parameters
     ----------
+    sink : path of an .npy file, array, anything that accepts assignment to slices, or None
+    name : str
+        Name of the parameter, for messages.
+    shape, dtype
+        Of the result.
     sources : list of (name, array)
-        What must not be overwritten.
+        Arrays that must not be overwritten.
     resumes : bool
-        Go on with what an earlier run left of a file.
+        Keep what an earlier run wrote to the file.
 
     Raises
     ------
     racecore.errors.OutputInUseError
         Another run is writing the file.
     OSError
-        There is no room for a file, or no folder.
+        The disk has no space for the file, or there is no such folder.
     ValueError, TypeError
         An array of another shape or dtype, or `sink` is none of these.
     """
     if sink is None:
-        return _DigestOnly(name, shape, dtype)
+        return _DigestSink(name, shape, dtype)
     if isinstance(sink, (str, os.PathLike)):
-        return _NpyFile(os.fspath(sink), name, shape, dtype, resumes)
+        return _NpySink(os.fspath(sink), name, shape, dtype, resumes)
     if isinstance(sink, np.ndarray):
-        return _InArray(outputs.check_out(sink, name, shape, dtype, sources, False), name)
+        return _ArraySink(outputs.check_out(sink, name, shape, dtype, sources, False), name)
+    # zarr, h5py and the like.
     if all(hasattr(sink, x) for x in ("shape", "dtype", "__setitem__")):
         if tuple(sink.shape) != shape or np.dtype(sink.dtype) != dtype:
             raise ValueError(
                 f"{name} must have shape {shape} and dtype {dtype}, got {sink.shape} and "
                 f"{sink.dtype}"
             )
-        return _InArray(sink, name)
+        return _ArraySink(sink, name)
     raise TypeError(f"{name} must be a path, an array, or None; got {type(sink).__qualname__}")
 
 
-class _DigestOnly:
-    """Nothing is kept but the checksum."""
+class _DigestSink:
+    """Keeps the checksum only."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.name, self.shape, self.dtype, self.checksum = name, shape, dtype, 0
 
-    def place(self, begin: int, end: int) -> np.ndarray | None:
-        """Return None: there is no memory to lend."""
+    def memory_of(self, begin: int, end: int) -> np.ndarray | None:
+        """Return None."""
         return None
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
-        """Return the checksum of rows, and add it to that of all."""
+        """Return the checksum of rows, and add it to that of the array."""
         found = checksum(rows, begin)
         self.checksum = (self.checksum + found) % 2**64
         return found
 
-    def holds(self, begin: int, end: int, expected: int) -> bool:
-        """Return True: there is nothing that could have changed."""
+    def matches(self, begin: int, end: int, expected: int) -> bool:
+        """Return True: nothing is stored that could have changed."""
         return True
 
     def sync(self) -> None:
@@ -131,27 +136,27 @@ class _DigestOnly:
     def close(self) -> None:
         """Do nothing."""
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Do nothing."""
 
 
-class _InArray(_DigestOnly):
-    """An array, or something like it."""
+class _ArraySink(_DigestSink):
+    """An array, or an object that accepts assignment to slices."""
 
     def __init__(self, array: Any, name: str) -> None:
         super().__init__(name, tuple(array.shape), np.dtype(array.dtype))
         self._array, self._n_axes = array, len(array.shape) - 2
 
-    def place(self, begin: int, end: int) -> np.ndarray | None:
-        """Return the rows of the array themselves, if they are in one piece."""
-        parts = list(pieces(self.shape, begin, end, self._n_axes))
+    def memory_of(self, begin: int, end: int) -> np.ndarray | None:
+        """Return a view of the rows, None if they cross a row of the batch or are not in memory."""
+        parts = list(token_slices(self.shape, begin, end, self._n_axes))
         if not isinstance(self._array, np.ndarray) or len(parts) != 1:
             return None
         return self._array[parts[0][0]]
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
-        """Copy rows into the array, unless they are its own."""
-        for index, first, last in pieces(self.shape, begin, end, self._n_axes):
+        """Copy rows into the array, unless they were computed in it."""
+        for index, first, last in token_slices(self.shape, begin, end, self._n_axes):
             part = rows[first - begin : last - begin]
             if not isinstance(self._array, np.ndarray) or not np.may_share_memory(
                 self._array[index], part
@@ -160,14 +165,15 @@ class _InArray(_DigestOnly):
         return super().write(begin, end, rows)
 
 
-class _NpyFile(_DigestOnly):
+class _NpySink(_DigestSink):
     """An .npy file that is called `<path>.partial` until it is complete."""
 
     def __init__(
         self, path: str, name: str, shape: tuple[int, ...], dtype: np.dtype, resumes: bool
     ) -> None:
         super().__init__(name, shape, dtype)
-        self._path = os.path.realpath(path)  # a link stays one
+        # Write to the target of a symbolic link, which the rename would replace otherwise.
+        self._path = os.path.realpath(path)
         self._partial = f"{self._path}.partial"
         folder = os.path.dirname(self._path)
         if not os.path.isdir(folder):
@@ -182,17 +188,19 @@ class _NpyFile(_DigestOnly):
             if resumes:
                 self.close()
             else:
-                self.abandon()
+                self.discard()
             raise
 
     def write(self, begin: int, end: int, rows: np.ndarray) -> int:
-        """Write rows to their place in the file."""
+        """Write rows at their offset in the file."""
         write_at(self._file, self._offset + begin * self._row_bytes, rows)
         return super().write(begin, end, rows)
 
-    def holds(self, begin: int, end: int, expected: int) -> bool:
+    def matches(self, begin: int, end: int, expected: int) -> bool:
         """Read rows back, and compare their checksum."""
-        step, found = max(1, _PIECE // max(1, self._row_bytes)), 0
+        step = max(1, _READ_BYTES // max(1, self._row_bytes))
+        found = 0
+        # In parts, so that the check takes little memory beside the buffers.
         for first in range(begin, end, step):
             rows = np.empty((min(step, end - first), *self.shape[-2:]), self.dtype)
             read_at(self._file, self._offset + first * self._row_bytes, rows, self._partial)
@@ -200,11 +208,11 @@ class _NpyFile(_DigestOnly):
         return found % 2**64 == expected
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk."""
+        """Wait until everything written is on the disk."""
         os.fsync(self._file)
 
     def finish(self) -> None:
-        """Give the file its name: now it is complete."""
+        """Rename the complete file."""
         os.replace(self._partial, self._path)
         _sync_folder(os.path.dirname(self._path))
         self.close()
@@ -215,20 +223,17 @@ class _NpyFile(_DigestOnly):
             os.close(self._file)
         self._file = -1
 
-    def abandon(self) -> None:
-        """Remove the file."""
+    def discard(self) -> None:
+        """Close and remove the file."""
+        # Removed while still locked: afterwards the name may belong to another run.
         if self._file >= 0:
-            _remove(self._partial)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._partial)
         self.close()
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def _sync_folder(folder: str) -> None:
-    """Wait until the names in a folder are on the disk, where the system can do that."""
+    """Wait until the names in a folder are on the disk, where the system supports that."""
     with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
@@ -238,8 +243,9 @@ def _sync_folder(folder: str) -> None:
 
 
 def checksum(rows: np.ndarray, begin: int) -> int:
-    """Return the checksum of whole rows that start at token `begin`; in words of 8 bytes where rows
-    are so long.
+    """Return the checksum of whole rows that start at token `begin`.
+
+    It is summed over words of 8 bytes where the rows are a multiple of that, else over items.
     """
     from racecore.outofcore import loops
 

@@ -1,6 +1,6 @@
-"""Sources: whatever rows of tokens can be read from, behind one small interface.
+"""Sources: anything that rows of tokens can be read from, behind one small interface.
 
-Tokens are numbered along the flattened token axes: token t of row b of a batch is b*T + t. A `read`
+Tokens are numbered along the flattened token axes: token t of row b of a batch is b*T + t. `read`
 may be called from another thread than the one that computes, but never from two at once.
 """
 
@@ -18,38 +18,39 @@ from racecore.outofcore.positioned import read_at
 from racecore.outofcore.synthetic import Synthetic, SyntheticHead
 from racecore.runtime import arrays
 
-__all__ = ["Source", "open_source", "pieces"]
+__all__ = ["TokenSource", "open_source", "token_slices"]
 
 
-class Source(Protocol):
-    """Rows of tokens: [T, heads, dim] or [B, T, heads, dim], of a native dtype; or [T] or [B, T] of
-    bool, a mask.
+class TokenSource(Protocol):
+    """Rows of tokens: [T, heads, dim] or [B, T, heads, dim], of a native dtype; or a mask, [T] or
+    [B, T] of bool.
     """
 
-    name: str  # what the caller calls it
+    # The name of the caller's parameter.
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    is_made_up: bool  # of finite numbers, that is: no need to look
+    # Generated numbers are finite and need no check.
+    is_synthetic: bool
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
-        """Return tokens begin ... end - 1: in `buffer`, which has just their shape, or a view where
-        they lie.
-        """
+        """Return tokens begin ... end - 1: in `buffer`, which has their shape, or as a view."""
         ...
 
     def close(self) -> None:
-        """Give back what was opened."""
+        """Close what was opened."""
         ...
 
 
-def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> Source:
+def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> TokenSource:
     """Open a source.
 
     Parameters
     ----------
-    source : path of an .npy file, array, memory map, Synthetic, or anything with shape and dtype that can be sliced
+    source : path, array, memory map, Synthetic, or a sliceable object
+        A path is that of an .npy file; a sliceable object has shape and dtype.
     name : str
-        What the caller calls it, for messages.
+        Name of the parameter, for messages.
     dtype : dtype, optional
         How to read an .npy file whose entries are untyped bytes, as NumPy stores
         ml_dtypes.bfloat16.
@@ -59,26 +60,27 @@ def open_source(source: Any, name: str, dtype: np.dtype | None = None) -> Source
     OSError
         A file cannot be read.
     ValueError, TypeError
-        A file is not what its header says, or `source` is none of these.
+        A file does not match its header, or `source` is none of these.
     """
     if isinstance(source, (str, os.PathLike)):
         return _open_npy(os.fspath(source), name, dtype)
     if isinstance(source, (Synthetic, SyntheticHead)):
-        return _SyntheticRows(source, name)
+        return _SyntheticSource(source, name)
     if isinstance(source, np.ndarray):
-        return _ArrayRows(source, name)
+        return _ArraySource(source, name)
+    # zarr, h5py and the like; tensors of frameworks are converted as a whole.
     if not hasattr(source, "__dlpack__") and all(
         hasattr(source, x) for x in ("shape", "dtype", "__getitem__")
     ):
-        return _ArrayRows(source, name)
-    return _ArrayRows(arrays.as_numpy(source, name), name)
+        return _ArraySource(source, name)
+    return _ArraySource(arrays.as_numpy(source, name), name)
 
 
-def pieces(
+def token_slices(
     shape: tuple[int, ...], begin: int, end: int, n_axes: int
 ) -> Iterator[tuple[Any, int, int]]:
-    """Yield (index into an array of this shape, begin, end) for flattened tokens, row by row of the
-    batch.
+    """Yield (index into an array of this shape, begin, end) for a range of flattened tokens, one
+    for each row of the batch.
     """
     if n_axes == 1:
         yield slice(begin, end), begin, end
@@ -91,59 +93,60 @@ def pieces(
         begin += last - first
 
 
-class _ArrayRows:
-    """An array in memory, a memory map, or something that gives arrays for slices."""
+class _ArraySource:
+    """An array in memory, a memory map, or an object that returns arrays for slices."""
 
-    is_made_up = False
+    is_synthetic = False
 
     def __init__(self, array: Any, name: str) -> None:
         self.name, self._array = name, array
-        self.shape, stored = tuple(array.shape), np.dtype(array.dtype)
+        self.shape = tuple(array.shape)
+        stored = np.dtype(array.dtype)
         self.dtype = stored.newbyteorder("=")
         self._n_axes = _token_axes(self.shape, self.dtype, name)
-        is_plain = isinstance(array, np.ndarray) and array.flags.aligned and stored.isnative
-        self._lends = is_plain and not any(s % stored.itemsize for s in array.strides)
+        # Kernels read aligned items in native byte order at strides of whole items.
+        is_readable = isinstance(array, np.ndarray) and array.flags.aligned and stored.isnative
+        self._returns_views = is_readable and not any(s % stored.itemsize for s in array.strides)
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
-        """Return rows of the array themselves if they are in one piece, else copied to the buffer."""
-        parts = list(pieces(self.shape, begin, end, self._n_axes))
-        if self._lends and len(parts) == 1:
+        """Return a view if the rows are in one row of the batch, else a copy in the buffer."""
+        parts = list(token_slices(self.shape, begin, end, self._n_axes))
+        if self._returns_views and len(parts) == 1:
             return self._array[parts[0][0]]
         for index, first, last in parts:
             buffer[first - begin : last - begin] = self._array[index]
         return buffer
 
     def close(self) -> None:
-        """Do nothing: the array is the caller's."""
+        """Do nothing: the array belongs to the caller."""
 
 
-class _SyntheticRows:
-    """Numbers that are made up."""
+class _SyntheticSource:
+    """Numbers that are generated when they are read."""
 
-    is_made_up = True
+    is_synthetic = True
 
     def __init__(self, array: Synthetic | SyntheticHead, name: str) -> None:
         self.name, self._array = name, array
         self.shape, self.dtype = array.shape, array.dtype
-        self._row = math.prod(self.shape[-2:])
+        self._row_size = math.prod(self.shape[-2:])
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
-        """Make rows up in the buffer."""
-        self._array.fill(buffer, begin * self._row)
+        """Generate rows in the buffer."""
+        self._array.fill(buffer, begin * self._row_size)
         return buffer
 
     def close(self) -> None:
         """Do nothing."""
 
 
-class _NpyRows:
-    """An .npy file, read into buffers: a memory map would keep all that was read of it resident.
+class _NpySource:
+    """An .npy file, read into buffers: all that was read of a memory map would stay resident.
 
-    If the file is cut short meanwhile that is an OSError; for a map it would be the end of the
-    process.
+    A file that is cut short meanwhile raises OSError; with a memory map it would kill the process.
     """
 
-    is_made_up = False
+    is_synthetic = False
 
     def __init__(self, path: str, name: str, header: npy.Header, dtype: np.dtype) -> None:
         self.name, self._path, self._stored = name, path, dtype
@@ -154,7 +157,7 @@ class _NpyRows:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, begin: int, end: int, buffer: np.ndarray) -> np.ndarray:
-        """Read rows of the file into the buffer, and bring their bytes into this machine's order."""
+        """Read rows of the file into the buffer, and convert them to native byte order."""
         read_at(self._file, self._offset + begin * self._row_bytes, buffer, self._path)
         if not self._stored.isnative:
             buffer.byteswap(inplace=True)
@@ -165,9 +168,10 @@ class _NpyRows:
         os.close(self._file)
 
 
-def _open_npy(path: str, name: str, dtype: np.dtype | None) -> Source:
+def _open_npy(path: str, name: str, dtype: np.dtype | None) -> TokenSource:
     header = npy.read_header(path)
     stored = header.dtype
+    # NumPy does not know bfloat16 and stores it as two untyped bytes.
     if stored == np.dtype("V2"):
         if dtype is None or not arrays.is_bfloat16(dtype):
             raise ValueError(
@@ -180,15 +184,15 @@ def _open_npy(path: str, name: str, dtype: np.dtype | None) -> Source:
         raise ValueError(
             f"{path} ({name}) holds {stored}, not {dtype}; leave out dtype, or convert the file"
         )
+    # Tokens of an array in Fortran order are not contiguous in the file: map it.
     if header.fortran_order:
-        return _ArrayRows(
-            np.memmap(path, stored, "r", header.offset, header.shape, order="F"), name
-        )
-    return _NpyRows(path, name, header, stored)
+        mapped = np.memmap(path, stored, "r", header.offset, header.shape, order="F")
+        return _ArraySource(mapped, name)
+    return _NpySource(path, name, header, stored)
 
 
 def _token_axes(shape: tuple[int, ...], dtype: np.dtype, name: str) -> int:
-    """Return how many axes count tokens: the first, or batch and tokens."""
+    """Return the number of axes that count tokens: 1, or 2 with a batch axis."""
     if dtype == np.bool_:
         if len(shape) not in (1, 2):
             raise ValueError(

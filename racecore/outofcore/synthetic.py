@@ -1,6 +1,4 @@
-"""Synthetic: an array that is made up where it is read, at the speed of memory, and is the same
-however it is cut.
-"""
+"""Synthetic: an array whose numbers are generated when they are read, the same in any slices."""
 
 from __future__ import annotations
 
@@ -14,16 +12,18 @@ from racecore.runtime import arrays
 
 __all__ = ["Synthetic", "SyntheticHead"]
 
-_PIECE = 1 << 16  # numbers that are made up before they are converted: they stay in a cache
+# Numbers generated before they are converted to another dtype: they stay in a cache.
+_BLOCK = 1 << 16
+# Period of the counter of the generator; beyond it other keys are used.
 _COUNTER = 1 << 32
-_ROWS = 1024  # of one head that are made up at once
+# Rows of one head that are generated at once.
+_ROWS = 1024
 
 
 class Synthetic:
-    """Random numbers of mean 0 and standard deviation 1.15 in the place of an array, for tests of
-    any length.
+    """An array of random numbers of mean 0 and standard deviation 1.15, for tests of any length.
 
-    The value at each place follows from seed and place alone. Values are multiples of 1/64 between
+    Every value depends only on the seed and its position. Values are multiples of 1/64 between
     -3.97 and 3.97, nearly normally distributed, and exact in every dtype: arrays of different
     dtypes and one seed are equal.
 
@@ -39,8 +39,8 @@ class Synthetic:
     Raises
     ------
     ValueError, TypeError
-        For a shape or dtype that no query, key or value could have, or a seed that is no integer of
-        at least 0.
+        The shape or dtype is not that of a query, key or value, or the seed is not an integer of at
+        least 0.
 
     Examples
     --------
@@ -77,7 +77,7 @@ class Synthetic:
         return self.shape[0]
 
     def __getitem__(self, tokens: slice) -> np.ndarray:
-        """Make up ``array[begin:end]``: tokens, or rows of a batch."""
+        """Return ``array[begin:end]``: tokens, or rows of a batch."""
         if not isinstance(tokens, slice):
             raise TypeError(f"a Synthetic is read in slices such as x[10:20], got {tokens!r}")
         begin, end, step = tokens.indices(self.shape[0])
@@ -88,44 +88,41 @@ class Synthetic:
         return out
 
     def fill(self, out: np.ndarray, first: int) -> None:
-        """Write the numbers from place `first` on, places counted along the flattened array, to a
-        contiguous array.
-        """
+        """Write numbers, from position `first` of the flattened array on, to a contiguous array."""
         from racecore.outofcore import loops
 
         flat = out.reshape(-1)
         if self.dtype == np.float32:
-            for begin, end, keys in self._runs(first, flat.size):
+            for begin, end, keys in self._split(first, flat.size):
                 loops.fill(flat[begin:end], (first + begin) % _COUNTER, *keys)
             return
-        piece = np.empty(min(_PIECE, flat.size), np.float32)
-        for start in range(0, flat.size, _PIECE):
-            part = piece[: min(_PIECE, flat.size - start)]
-            for begin, end, keys in self._runs(first + start, part.size):
+        block = np.empty(min(_BLOCK, flat.size), np.float32)
+        for start in range(0, flat.size, _BLOCK):
+            part = block[: min(_BLOCK, flat.size - start)]
+            for begin, end, keys in self._split(first + start, part.size):
                 loops.fill(part[begin:end], (first + start + begin) % _COUNTER, *keys)
             _convert(part, flat[start : start + part.size])
 
     def head(self, head: int) -> SyntheticHead:
-        """Return one head as an array of its own, [T, 1, dim], float64: to check results that were
-        computed from it.
-        """
+        """Return one head as an array [T, 1, dim], float64, to check results against it."""
         return SyntheticHead(self, head)
 
-    def _runs(self, first: int, n: int) -> list[tuple[int, int, tuple[np.uint32, np.uint32]]]:
-        """Cut n numbers where the counter's 32 bits are full; each run has keys of its own."""
-        runs, begin = [], 0
+    def _split(self, first: int, n: int) -> list[tuple[int, int, tuple[np.uint32, np.uint32]]]:
+        """Split n numbers where the 32-bit counter wraps; return (begin, end, keys) tuples."""
+        parts = []
+        begin = 0
         while begin < n:
-            era, low = divmod(first + begin, _COUNTER)
-            end = min(n, begin + _COUNTER - low)
-            digest = hashlib.sha256(f"{self.seed} {era}".encode()).digest()
+            period, counter = divmod(first + begin, _COUNTER)
+            end = min(n, begin + _COUNTER - counter)
+            digest = hashlib.sha256(f"{self.seed} {period}".encode()).digest()
             a, b = np.frombuffer(digest[:8], "<u4").astype(np.uint32)
-            runs.append((begin, end, (a, b)))
+            parts.append((begin, end, (a, b)))
             begin = end
-        return runs
+        return parts
 
 
 class SyntheticHead:
-    """One head of a `Synthetic` array, in float64, made up without the others.
+    """One head of a `Synthetic` array, in float64, generated without the other heads.
 
     Parameters
     ----------
@@ -147,29 +144,33 @@ class SyntheticHead:
         return f"{self._whole!r}.head({self._head})"
 
     def fill(self, out: np.ndarray, first: int) -> None:
-        """Write the numbers from place `first` of this head on, whole rows, to a contiguous array."""
+        """Write whole rows, from number `first` of this head on, to a contiguous array."""
         from racecore.outofcore import loops
 
         n_heads, dim = self._whole.shape[1:]
         rows = out.reshape(-1, dim)
-        places = ((first // dim + np.arange(0, len(rows), _ROWS)) * n_heads + self._head) * dim
-        for place, begin in zip(places.tolist(), range(0, len(rows), _ROWS), strict=True):
+        # From a row of this head to the next one in the whole array.
+        step = n_heads * dim
+        for begin in range(0, len(rows), _ROWS):
             part = rows[begin : begin + _ROWS]
-            runs = self._whole._runs(place, ((len(part) - 1) * n_heads + 1) * dim)
-            if len(runs) == 1:
-                loops.fill_rows(part, place % _COUNTER, n_heads * dim, *runs[0][2])
+            # Position of the block's first number in the whole array.
+            position = ((first // dim + begin) * n_heads + self._head) * dim
+            splits = self._whole._split(position, (len(part) - 1) * step + dim)
+            if len(splits) == 1:
+                loops.fill_rows(part, position % _COUNTER, step, *splits[0][2])
                 continue
-            for index, row in enumerate(part):  # the counter's 32 bits are full somewhere here
-                whole = np.empty(dim, np.float32)
-                for start, end, keys in self._whole._runs(place + index * n_heads * dim, dim):
-                    loops.fill(
-                        whole[start:end], (place + index * n_heads * dim + start) % _COUNTER, *keys
-                    )
-                row[...] = whole
+            # The counter wraps around within this block: row by row.
+            for row in part:
+                values = np.empty(dim, np.float32)
+                for start, end, keys in self._whole._split(position, dim):
+                    loops.fill(values[start:end], (position + start) % _COUNTER, *keys)
+                row[...] = values
+                position += step
 
 
 def _convert(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy float32 numbers of at most eight significant bits."""
+    """Copy float32 numbers of at most eight significant bits to another dtype, exactly."""
+    # bfloat16 is the upper half of float32.
     if arrays.is_bfloat16(out.dtype):
         np.right_shift(values.view(np.uint32), 16, out=out.view(np.uint16), casting="unsafe")
     else:

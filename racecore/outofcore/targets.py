@@ -1,4 +1,4 @@
-"""Which files a run reads and writes: none of them twice, whatever names they go by."""
+"""Paths of a run: no output may be the same file as an input or another output."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ __all__ = ["check_paths", "file_of", "folder_of", "identity_of", "is_path"]
 
 
 def is_path(x: Any) -> bool:
-    """Tell whether something names a file."""
+    """Return whether an argument names a file."""
     return isinstance(x, (str, os.PathLike))
 
 
 def check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None:
-    """Refuse a file that is to be written and is also something else here, under whatever name.
+    """Raise an error if an output is the same file as an input or another output, under any name.
 
     Raises
     ------
     ValueError
         Names both.
     """
+    # By device and inode, so that hard links and other spellings of a path are found too.
     seen = {identity_of(x): name for name, x in sources if file_of(x) is not None}
     for name, target in targets.items():
         if (
@@ -35,7 +36,7 @@ def check_paths(sources: list[tuple[str, Any]], targets: dict[str, Any]) -> None
 
 
 def file_of(x: Any) -> str | None:
-    """Return the path of a file, or of the file that an array maps."""
+    """Return the path of a file, or of the file that an array maps; None for anything else."""
     if is_path(x):
         return os.fspath(x)
     filename = getattr(x, "filename", None) if isinstance(x, np.memmap) else None
@@ -59,8 +60,8 @@ def folder_of(path: str | os.PathLike[str]) -> str:
 
 
 def identity_of(x: Any) -> tuple[object, ...]:
-    """Return what two names of one file have in common: device and inode, or the resolved name of a
-    file to be.
+    """Return a value that is equal for all names of one file: device and inode, or the resolved
+    path of a file that does not exist yet.
     """
     path = file_of(x) or ""
     try:

@@ -1,4 +1,4 @@
-"""plan: its bytes are those that a run reads and writes, and it does nothing itself."""
+"""plan: the bytes that a run reads and writes, without reading or writing any."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def paths(tmp_path):
 def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, monkeypatch):
     moved = {"read": 0, "written": 0}
 
-    def counting(genuine, what, argument):
+    def counting(genuine, direction, argument):
         def call(*args):
-            moved[what] += args[argument].nbytes
+            moved[direction] += args[argument].nbytes
             return genuine(*args)
 
         return call
@@ -51,15 +51,15 @@ def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, mon
     arrays = (paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH)
     plan = outofcore.plan(*arrays, calibrate=False, **options)
     assert moved == {"read": 0, "written": 0}
-    told = []
-    outofcore.run(*arrays, progress=lambda done, total: told.append(total), **options)
+    totals = []
+    outofcore.run(*arrays, progress=lambda done, total: totals.append(total), **options)
     assert (plan.read_bytes, plan.written_bytes) == (moved["read"], moved["written"])
     assert (
         sum(
-            p.tokens * (2 if p.name == "walk back" or (back and p.name == "read") else 1)
+            p.tokens * (2 if p.name == "scan back" or (back and p.name == "read out") else 1)
             for p in plan.passes
         )
-        == told[0]
+        == totals[0]
     )
     assert plan.chunk_tokens % 1024 == 0
     assert plan.memory_bytes <= plan.memory_limit == 3_700_000
@@ -69,7 +69,7 @@ def test_the_bytes_are_those_of_the_run(causal, back, more, paths, tmp_path, mon
     assert f"{plan.read_bytes / 1e6:,.1f} MB to read" in str(plan)
 
 
-def test_states_take_the_room_that_is_planned(paths, tmp_path):
+def test_states_take_the_planned_bytes(paths, tmp_path):
     arrays = (paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH)
     options = {"d_out": paths["d_out"], "is_causal": True, "memory_limit": 3_700_000}
     sizes = []
@@ -84,7 +84,7 @@ def test_states_take_the_room_that_is_planned(paths, tmp_path):
     assert outofcore.plan(x, x, x, None, LSH, calibrate=False).state_bytes == 0
 
 
-def test_the_time_is_measured_and_nothing_left(paths, tmp_path):
+def test_the_time_is_measured_and_no_file_is_left(paths, tmp_path):
     before = sorted(os.listdir(tmp_path))
     plan = outofcore.plan(
         paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, d_out=paths["d_out"]
@@ -100,7 +100,7 @@ def test_the_time_is_measured_and_nothing_left(paths, tmp_path):
     assert "MB/s" not in str(in_memory)
 
 
-def test_what_a_run_would_refuse_is_refused(paths, tmp_path):
+def test_plan_refuses_the_same_arguments_as_run(paths, tmp_path):
     with pytest.raises(ValueError, match="the smallest that works here is"):
         outofcore.plan(
             paths["query"], paths["key"], paths["value"], tmp_path / "o.npy", LSH, memory_limit=1000
