@@ -1,6 +1,4 @@
-"""What is compared: the methods, their names in the table, and how one is passed to a process of
-its own.
-"""
+"""The methods that are compared, their names in the table, and their encoding for subprocesses."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ class Case:
 
     @property
     def direction(self) -> str:
-        """Which keys a query sees, in a word."""
+        """ "causal" or "bidirectional"."""
         return "causal" if self.causal else "bidirectional"
 
     @property
@@ -51,7 +49,7 @@ class Case:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Case:
-        """Return the case that a JSON record with more fields belongs to."""
+        """Return the case of a JSON record, which may have more fields."""
         return cls(*(record[name] for name in ("method", "causal", "tables", "planes")))
 
 
@@ -65,9 +63,9 @@ class Setting:
     planes: int = 2
     heads: int = HEADS
     dtype: str = "float32"
-    threads: int | None = None  # None: as a user has it who sets nothing
+    threads: int | None = None  # None: the default of a user who sets nothing
     fresh_outputs: bool = (
-        False  # allocate results at every call, where others write into those of the first call
+        False  # allocate results at every call; otherwise write into those of the first call
     )
 
     def as_dict(self) -> dict[str, Any]:

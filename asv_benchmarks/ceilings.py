@@ -1,10 +1,9 @@
-"""What the machine itself can do: memory bandwidth and float32 matrix products, the ceilings that
-any kernel lives under.
+"""Measure the ceilings of the machine: memory bandwidth and float32 matrix products.
 
-One process per physical core, each pinned and with one thread, all of them at work at the same
-moment: a scheduler that puts two threads on one core would spoil the figure. Every round starts at
-a barrier, and its rate is what all processes did between the first one's start and the last one's
-end: a process that is late would else have the memory for itself. The best round counts.
+One process per physical core, each pinned and with one thread, all running at the same time: two
+threads on one core would falsify the figure. Every round starts at a barrier. Its rate is the work
+of all processes divided by the time from the first start to the last end: otherwise a late process
+would have the memory bandwidth to itself. The best round counts.
 
 Bandwidth is STREAM's triad, a = b + s * c, counted as 12 bytes per element, with ordinary stores
 and with stores that bypass the caches (those do not read `a` first and so are faster); the better
@@ -50,7 +49,7 @@ def floor(
 
 
 def cores() -> list[int]:
-    """Return one processor number per physical core that this process may use."""
+    """Return one processor number for each physical core that this process may use."""
     first_of_core: dict[str, int] = {}
     for processor in sorted(os.sched_getaffinity(0)):
         path = pathlib.Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
@@ -70,7 +69,7 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
     Raises
     ------
     RuntimeError
-        A process failed; it has printed why.
+        A process failed; it has printed the reason.
     """
     pinned = cores()[:n_cores]
     n_bytes = min(_LARGEST, free_memory() // (8 * len(pinned)))
@@ -86,7 +85,7 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
         child.join()
     if any(child.exitcode for child in children):
         raise RuntimeError(
-            f"the ceilings of {len(pinned)} cores could not be measured; the reason stands above"
+            f"the ceilings of {len(pinned)} cores could not be measured; see the reason above"
         )
     laps = [json.loads(results.get()) for _ in children]
     together = {
@@ -100,9 +99,7 @@ def measure(n_cores: int | None = None, rounds: int = 12) -> dict[str, float]:
 
 
 def _rate(laps: tuple[tuple[float, float, float], ...]) -> float:
-    """Return what the processes did in one round, per second; a lap is an amount, its start and its
-    end.
-    """
+    """Return the rate of all processes in one round; a lap is (amount, start, end)."""
     amounts, starts, ends = zip(*laps, strict=True)
     return sum(amounts) / (max(ends) - min(starts))
 
@@ -114,14 +111,14 @@ def work(core: int, n_bytes: int, rounds: int, barrier: Any, results: Any) -> No
     try:
         os.sched_setaffinity(
             0, {core}
-        )  # before the libraries are imported: they size their thread pools by it
+        )  # before the libraries are imported, because they size their thread pools by it
         laps: dict[str, list[tuple[float, float, float]]] = {}
         for name, (task, amount) in (_triads(n_bytes) | _products()).items():
             task()
             laps[name] = [(amount, *_in_step(task, barrier)) for _ in range(rounds)]
         results.put(json.dumps(laps))
     except BaseException:
-        barrier.abort()  # or the others would wait for this one
+        barrier.abort()  # otherwise the other processes would wait for this one
         raise
 
 

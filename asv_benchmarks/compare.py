@@ -1,19 +1,20 @@
-"""Measure racecore, its peers in torch and the machine's own ceilings in one run; write the table
-and the picture.
+"""Measure racecore, its peers in torch and the ceilings of the machine in one run.
 
-    python asv_benchmarks/compare.py                       # everything: some twenty minutes on an idle machine
-    python asv_benchmarks/compare.py --quick               # a few lengths, about a minute: does it all work?
+Writes the table and the picture.
+
+    python asv_benchmarks/compare.py            # everything: some twenty minutes on an idle machine
+    python asv_benchmarks/compare.py --quick    # a few lengths, about a minute: a smoke test
     python asv_benchmarks/compare.py --methods racecore softmax --lengths 2^12 2^14
-    python asv_benchmarks/compare.py --from-json docs/performance.json    # draw again, without measuring
+    python asv_benchmarks/compare.py --from-json docs/performance.json    # without measuring
 
 Forward + backward of one attention layer: B = 1, H = 4, D = V = 128, float32, gradients of query,
 key, value (and beta, where there is one), as many threads as there are processors, no environment
-variables. Every method and length runs in a process of its own: one call on 128 tokens, then the
-full length, repeated; the best repetition counts. Peak memory is what a process needed beyond its
-inputs (query, key, value and the gradient of the output), so outputs and gradients are in it.
-racecore writes into the arrays that its first call returned (`out=`); what allocating them at every
-call costs is printed too. Sweeps of peers end where a call would take longer than `--patience`, or
-need more than 85 % of the free memory.
+variables. Every method and length runs in its own process: one call on 128 tokens, then repeated
+calls at the full length; the best repetition counts. Peak memory is that of the process beyond its
+inputs (query, key, value and the gradient of the output); it includes outputs and gradients.
+racecore writes into the arrays that its first call returned (`out=`); the cost of allocating them
+at every call is printed too. Sweeps of peers end where a call would take longer than `--patience`,
+or need more than 85 % of the free memory.
 
 Needs Linux, torch for the peers and Matplotlib for the picture: pip install torch matplotlib.
 """
@@ -41,13 +42,11 @@ LENGTHS = [2**n for n in range(10, 21)]
 PATIENCE = 20.0  # seconds of one call
 SECONDS = 1.5  # of repetitions
 MEMORY_SHARE = 0.85
-_FIRST = 2**10  # the length that foretells time and memory of the first one asked for
+_FIRST = 2**10  # the length from which time and memory of the first requested one are estimated
 
 
 class Sweep:
-    """All cases over all lengths, length by length, so that what is compared is measured within
-    minutes.
-    """
+    """All cases, length by length: figures to compare are measured within minutes."""
 
     def __init__(self, cases: list[Case], patience: float, seconds: float) -> None:
         self.cases = cases
@@ -58,9 +57,7 @@ class Sweep:
         self._last: dict[Case, dict[str, Any]] = {}
 
     def prepare(self, first: int) -> None:
-        """Compile what racecore has no compiled kernels for yet, and foretell what the first length
-        takes.
-        """
+        """Compile missing kernels, and estimate time and memory of the first length."""
         for case in self.cases:
             if case.method != "racecore" and first <= _FIRST:
                 continue
@@ -104,7 +101,7 @@ class Sweep:
         }
 
     def _too_much(self, case: Case, tokens: int) -> str | None:
-        """Return why the next length is not tried, judged by the one before."""
+        """Return why the next length is not tried, estimated from the one before."""
         last = self._last.get(case)
         if last is None:
             return None
@@ -125,9 +122,7 @@ class Sweep:
 
 
 def experiments(tokens: int, long_tokens: int, n_processors: int) -> dict[str, list[Setting]]:
-    """Return settings of racecore that are measured in turns, in one process, for the ratio between
-    them.
-    """
+    """Return settings of racecore to be measured alternately, in one process."""
     counts = sorted({1, min(2, n_processors), n_processors})
     found = {}
     for causal in (False, True):
@@ -147,7 +142,7 @@ def experiments(tokens: int, long_tokens: int, n_processors: int) -> dict[str, l
 def measure_experiments(
     settings: dict[str, list[Setting]], seconds: float
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run every experiment in a process of its own; return each setting with its timings."""
+    """Run every experiment in its own process; return each setting with its timings."""
     results = {}
     for name, variants in settings.items():
         memory = int(MEMORY_SHARE * machine.free_memory())
@@ -167,8 +162,7 @@ def measure_experiments(
 def measure_roofline(
     tokens: int, hashes: tuple[tuple[int, int], ...], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Measure the ceilings of all cores and racecore below them in turns, so that a disturbance
-    meets both.
+    """Measure the ceilings of all cores and racecore alternately, so that disturbances affect both.
 
     Returns
     -------
@@ -211,12 +205,10 @@ def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
     data["ceilings"] = {"all": ceilings.measure(), "one": ceilings.measure(1)}
     if set(options.methods) - {"racecore"}:
         data["verified"] = workers.run({"kind": "verify"}, timeout=300)
-        print("verified: every peer computes what its name says", flush=True)
+        print("verified: every peer agrees with its definition", flush=True)
     sweep = Sweep(cases, patience, seconds)
     data |= {"runs": sweep.runs, "stopped": sweep.stopped, "rounds": [], "experiments": {}}
-    print(
-        "warming up (kernels that are not yet compiled here take a minute or two, once)", flush=True
-    )
+    print("warming up (compiling missing kernels takes a minute or two, once)", flush=True)
     sweep.prepare(options.lengths[0])
     if "racecore" in options.methods:
         tokens, long_tokens = (2**12, 2**14) if quick else (2**16, 2**18)
@@ -231,7 +223,7 @@ def measure(options: argparse.Namespace, save: Any) -> dict[str, Any]:
 
 
 def check_packages(methods: list[str]) -> None:
-    """Say what is missing before anything is measured."""
+    """Fail before anything is measured if a package is missing."""
     needed = ["matplotlib", "torch"] if set(methods) - {"racecore"} else ["matplotlib"]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -265,7 +257,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="instead of docs")
     parser.add_argument(
-        "--from-json", type=pathlib.Path, metavar="FILE", help="draw what was measured before"
+        "--from-json", type=pathlib.Path, metavar="FILE", help="draw earlier measurements"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -289,7 +281,7 @@ def _length(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     options = parse(arguments)
     if options.worker is not None:
         print(json.dumps(workers.answer(json.loads(options.worker))))

@@ -1,12 +1,11 @@
-"""One decoded token at a time: what it takes against what its memory takes, and what a float32
-state forgets.
+"""Time a decoded token against the memory bandwidth, and measure the errors of float32 states.
 
     python asv_benchmarks/decoding.py            # times (a minute)
-    python asv_benchmarks/decoding.py --errors   # float32 states against float64 ones (some minutes)
+    python asv_benchmarks/decoding.py --errors   # float32 against float64 (some minutes)
 
-The floor is the time in which the machine's bandwidth (`ceilings`) reads and writes every number of
-the states once. States of many tokens are made by merging copies of one of 1,024 tokens: numbers as
-large as they would be.
+The floor is the time that the bandwidth of the machine (`ceilings`) needs to read and write every
+number of the states once. States of many tokens are made by merging copies of a state of 1,024
+tokens, so that their numbers have a realistic size.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def seconds_per_token(state: racecore.RaceState, token: list[np.ndarray]) -> flo
 
 
 def seconds_apart(state: racecore.RaceState, token: list[np.ndarray]) -> float:
-    """Return the time of the same in two calls."""
+    """Return the time of `append` and `attend`."""
 
     def both() -> None:
         state.append(*token[1:])
@@ -72,7 +71,10 @@ def seconds_apart(state: racecore.RaceState, token: list[np.ndarray]) -> float:
 
 def times(bytes_per_second: float) -> Iterator[str]:
     """Yield the lines of the table of times, in microseconds."""
-    yield f"| G | batch | state | floor | {SHORT:,} tokens | {LONG:,} tokens | over the floor | append, attend |"
+    yield (
+        f"| G | batch | state | floor | {SHORT:,} tokens | {LONG:,} tokens | over the floor "
+        "| append, attend |"
+    )
     yield "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
     for n_kv_heads, batch in SETTINGS:
         token = [
@@ -90,7 +92,8 @@ def times(bytes_per_second: float) -> Iterator[str]:
             )
             columns = " | ".join(f"{1e6 * x:,.0f}" for x in (floor, first, last))
             name = f"{n_bytes / 1e6:.1f} MB, {np.dtype(dtype).name}"
-            yield f"| {n_kv_heads} | {batch} | {name} | {columns} | {last / floor:.1f} | {1e6 * both:,.0f} |"
+            ratio = f"{last / floor:.1f} | {1e6 * both:,.0f}"
+            yield f"| {n_kv_heads} | {batch} | {name} | {columns} | {ratio} |"
 
 
 @numba.njit
@@ -147,7 +150,7 @@ def errors(
 
 
 def main() -> None:
-    """Print what was asked for."""
+    """Print the table chosen on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,13 @@
-"""Print what a decoded token costs, dense and by SOCKET, for contexts up to 2^20: `python
-asv_benchmarks/decoding_table.py`.
+"""Time a decoded token, dense and with SOCKET, for contexts up to 2^20.
+
+    python asv_benchmarks/decoding_table.py
 
 One key/value cache in bfloat16, 32 query heads that share 8 key/value heads of 128, 60 tables, a
-twentieth of the tokens. The three ways take turns with a loop that only reads the same keys and
-values (`reading`), and the median of the rounds counts; *of reading* is the share of dense
-attention's time that this loop takes. The bandwidth of STREAM's triad is measured in the same run.
-*Bytes* are counted: of dense attention all keys and values, which is the least possible; of SOCKET
-codes, norms and the selected rows, and the least is every row once that some head selects. Queries
+twentieth of the tokens. The three methods alternate with a loop that only reads the same keys and
+values (`reading`), and the median of the rounds counts; *of reading* is the time of this loop
+divided by that of dense attention. The bandwidth of STREAM's triad is measured in the same run.
+*Bytes* are counted: for dense attention all keys and values, which is the minimum; for SOCKET
+codes, norms and the selected rows, with the minimum of reading every selected row once. Queries
 and keys are random, so heads select different tokens: the worst case.
 """
 
@@ -42,7 +43,7 @@ def make(context: int, seed: int) -> Any:
 def measure(
     context: int, n_planes: int, share: float, rounds: int, read: Callable[..., None]
 ) -> dict[str, Any]:
-    """Measure one context; `read` does nothing but that."""
+    """Measure one context; `read` only reads the arrays."""
     import racecore
 
     key, value, query = (
@@ -69,7 +70,7 @@ def measure(
     for number in range(rounds + 1):
         for way, call in list(calls.items())[
             :: 1 if number % 2 else -1
-        ]:  # nobody always follows the same
+        ]:  # no method always follows the same one
             started = time.perf_counter()
             call()
             if number:
@@ -123,7 +124,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--planes", type=int, default=8)
-    parser.add_argument("--share", type=float, default=0.05, help="of the tokens, chosen by score")
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="of the tokens, selected by score"
+    )
     parser.add_argument(
         "--log2", type=int, nargs="+", default=[12, 14, 16, 17, 18, 20], help="contexts"
     )

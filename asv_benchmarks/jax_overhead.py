@@ -1,7 +1,9 @@
-"""What JAX adds to a call of racecore: `python asv_benchmarks/jax_overhead.py`. Needs JAX.
+"""Measure the overhead of JAX on a call of racecore. Needs JAX.
 
-NumPy arrays and jitted JAX functions are timed in turns; the median over the rounds of the ratio of
-neighbours counts.
+    python asv_benchmarks/jax_overhead.py
+
+Calls on NumPy arrays and jitted JAX functions are timed alternately; the table has the median over
+the rounds of the ratio of neighbouring times.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ CASES = ((1, 1), (1, 256), (1, 2**11), (1, 2**14), (1, 2**16), (32, 256))  # bat
 def functions(
     batch: int, tokens: int, is_causal: bool
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Return by name what computes on NumPy arrays, and the same in JAX."""
+    """Return functions on NumPy arrays and their JAX counterparts, by name."""
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((batch, tokens, 4, 128), dtype=np.float32) for _ in range(4)]
     lsh = racecore.SoftLSH.random(128, 4, 4, rng=0)

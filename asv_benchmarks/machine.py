@@ -1,6 +1,4 @@
-"""What the comparison asks the machine: its name, free memory, and the memory of this process.
-Linux only.
-"""
+"""The name of the machine, its free memory, and the memory of this process. Linux only."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def resident_memory() -> int:
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, where the kernel lets us; else `peak_memory` covers all of the
-    process's life.
-    """
+    """Reset the peak if the kernel allows it; else `peak_memory` covers the whole process."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
@@ -73,14 +69,14 @@ def reset_peak() -> None:
 def peak_memory() -> int:
     """Return the most bytes of this process that were in memory since `reset_peak`.
 
-    This is ru_maxrss of getrusage, but that would also count what the parent had before it started
+    Like ru_maxrss of getrusage, which would also count the memory of the parent before it started
     this process.
     """
     return _kilobytes("/proc/self/status", "VmHWM")
 
 
 def limit_memory(n_bytes: int) -> None:
-    """Let allocations beyond `n_bytes` more fail, instead of the machine running out of memory."""
+    """Let allocations of more than `n_bytes` fail before the machine runs out of memory."""
     now = _kilobytes("/proc/self/status", "VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = now + n_bytes

@@ -1,9 +1,7 @@
-"""What racecore is compared with, in plain torch on the CPU: [B, H, T, D] tensors, gradients by
-autograd.
+"""Peers of the comparison in plain torch on the CPU: [B, H, T, D] tensors, with autograd.
 
-Each is the formulation that its paper or its best-known implementation gives; `verify` holds every
-one of them against something that shares no line with it, so that the table compares the right
-things.
+Each is the formulation of its paper or of its best-known implementation. `verify` compares every
+peer with an implementation that shares no code with it.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool)
 
 
 def _before(sums: Tensor) -> Tensor:
-    """Turn sums up to and with each chunk into sums before it."""
+    """Turn inclusive sums over chunks into exclusive sums."""
     return torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], 2)
 
 
@@ -128,7 +126,7 @@ def _soft_hash(x: Tensor, planes: Tensor, beta: Tensor) -> Tensor:
 
 
 def verify(tokens: int = 256, dim: int = 32) -> dict[str, float]:
-    """Hold every peer against an independent computation at a small length.
+    """Compare every peer with an independent computation at a small length.
 
     Returns
     -------
@@ -139,7 +137,7 @@ def verify(tokens: int = 256, dim: int = 32) -> dict[str, float]:
     Raises
     ------
     RuntimeError
-        A peer does not compute what its name says.
+        A peer does not agree with its definition.
     """
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, tokens, dim) for _ in range(3))
@@ -170,7 +168,8 @@ def verify(tokens: int = 256, dim: int = 32) -> dict[str, float]:
     ]
     if wrong:
         raise RuntimeError(
-            f"a peer does not compute what it should, so no comparison was made: {'; '.join(wrong)}"
+            "a peer does not agree with its definition, so no comparison was made: "
+            f"{'; '.join(wrong)}"
         )
     return errors
 

@@ -1,7 +1,6 @@
-"""Read arrays with all cores and do nothing else: the ceiling of whoever has to read them.
+"""Read arrays with all cores: the ceiling of every method that has to read them.
 
-It is not `ceilings`' triad, a third of whose bytes are written, and travel to the memory beside
-those that come from it.
+It differs from the triad of `ceilings`, a third of whose bytes are written.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 __all__ = ["reader"]
 
-_PIECES = 4  # for each thread, drawn by whoever is free
+_PIECES = 4  # for each thread; an idle thread takes the next piece
 _LEAST = 1 << 20  # bytes of a piece: handing one over takes tens of microseconds
 
 

@@ -1,6 +1,4 @@
-"""Turn the figures of a comparison into a Markdown table, a summary in plain lines, and the
-picture.
-"""
+"""Write the figures of a comparison as a Markdown table, a summary of lines, and a picture."""
 
 from __future__ import annotations
 
@@ -10,85 +8,13 @@ import statistics
 from typing import Any
 
 from cases import METHODS, Case
-from ceilings import floor
+from figures import Figures
 from speed_plot import draw
 
 __all__ = ["Figures", "machine_line", "round_line", "run_line", "summary", "table", "write"]
 
 _AT = 2**16  # where most ratios are taken, or the longest length that was measured
 _SHORT = 2**14  # where softmax and the causal formula still run
-_MARKS = {"time": "too slow", "memory": "memory", "out of memory": "memory"}
-
-
-class Figures:
-    """Look-ups in the raw figures of one run."""
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.data = data
-        self._runs = {(Case.of(run), run["tokens"]): run for run in data["runs"]}
-        self.cases = list(
-            dict.fromkeys(Case.of(record) for record in [*data["runs"], *data["stopped"]])
-        )
-        self.lengths = sorted({run["tokens"] for run in data["runs"]})
-
-    def get(self, case: Case, tokens: int, what: str = "seconds") -> float | None:
-        """Return one figure, None where it was not measured."""
-        run = self._runs.get((case, tokens))
-        return None if run is None else run[what]
-
-    def of(self, method: str, causal: bool) -> list[Case]:
-        """Return the cases of a method in one direction."""
-        return [case for case in self.cases if case.method == method and case.causal == causal]
-
-    def common(self, wanted: float, *cases: Case) -> int | None:
-        """Return `wanted`, or the longest shorter length that all the cases were measured at."""
-        shared = [
-            n
-            for n in self.lengths
-            if n <= wanted and all((case, n) in self._runs for case in cases)
-        ]
-        return max(shared, default=None)
-
-    def nanoseconds(self, case: Case, tokens: int) -> float:
-        """Return nanoseconds per token and head."""
-        setting = self.data["setting"]
-        return (
-            self._runs[case, tokens]["seconds"]
-            / (tokens * setting["batch"] * setting["heads"])
-            * 1e9
-        )
-
-    def rounds(self) -> list[tuple[Case, list[float], list[float]]]:
-        """Return, for every case below the roofline, nanoseconds per token and head and the share
-        of each round.
-
-        The share is what part of the measured time the ceilings of the same round ask for.
-        """
-        found: dict[Case, tuple[list[float], list[float]]] = {}
-        for measured in self.data["rounds"]:
-            for run in measured["runs"]:
-                case = Case("racecore", run["causal"], run["tables"], run["planes"])
-                least = floor(
-                    case.tables,
-                    case.planes,
-                    case.causal,
-                    self.data["setting"]["dim"],
-                    measured["ceilings"],
-                )
-                seconds = run["seconds"] / (
-                    run["tokens"] * self.data["setting"]["batch"] * run["heads"]
-                )
-                times, shares = found.setdefault(case, ([], []))
-                times.append(seconds * 1e9)
-                shares.append(least / seconds)
-        return [(case, times, shares) for case, (times, shares) in found.items()]
-
-    def mark(self, case: Case, tokens: int) -> str:
-        """Return why a figure is missing."""
-        for stop in self.data["stopped"]:
-            if Case.of(stop) == case and tokens >= stop["tokens"]:
-                return _MARKS.get(stop["reason"].partition(":")[0].partition(" (")[0], "failed")
-        return ""
 
 
 def write(data: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -131,7 +57,8 @@ def table(data: dict[str, Any]) -> str:
         parts += [
             f"**Time per token and head at {rounds[0]['runs'][0]['tokens']:,} tokens, and its "
             "share of the roofline**",
-            f"The median of {len(rounds)} rounds, each of ceilings and calls in turn; in brackets "
+            f"The median of {len(rounds)} rounds, each measures ceilings and calls alternately; "
+            "in brackets "
             "the lowest and the highest.",
             shares,
         ]
@@ -179,7 +106,7 @@ def summary(data: dict[str, Any]) -> list[str]:
 
 
 def round_line(measured: dict[str, Any]) -> str:
-    """Describe one round of ceilings and of racecore below them while the rounds go on."""
+    """Describe one round of ceilings and of racecore during the run."""
     rates, runs = measured["ceilings"], measured["runs"]
     times = ", ".join(duration(run["seconds"]) for run in runs)
     return (
@@ -241,9 +168,7 @@ def _speed_ups(figures: Figures, method: str, causal: bool, wanted: float) -> li
 
 
 def _ratios(experiments: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return the lines about racecore beside itself; each experiment's settings were measured in
-    turns.
-    """
+    """Return the lines that compare settings of racecore, measured alternately."""
     lines = []
     for name, runs in experiments.items():
         kind, _, way = name.partition(", ")
@@ -300,7 +225,7 @@ def machine_line(data: dict[str, Any]) -> str:
 
 
 def run_line(run: dict[str, Any]) -> str:
-    """Describe one measurement while the sweep goes on."""
+    """Describe one measurement during the sweep."""
     case = Case.of(run)
     return (
         f"{run['tokens']:>9,}  {case.label:<28} {case.direction:<14} {duration(run['seconds']):>9} "

@@ -72,8 +72,8 @@ def draw(figures: Figures, path: pathlib.Path) -> None:
 
 
 def _shown(figures: Figures, causal: bool) -> list[Case]:
-    """Return what is drawn: of racecore and of the formula the smallest and the largest hash, to
-    keep it legible.
+    """Return the drawn cases: of racecore and of the formula only the smallest and the largest
+    hash.
     """
     cases: list[Case] = []
     for method in ("racecore", *_STYLES):
@@ -146,7 +146,7 @@ def spread(points: list[tuple[float, float]], gap: float, reach: float = 2.0**3)
         for i, j in itertools.permutations(range(len(points)), 2)
         if (heights[i], i) < (heights[j], j)
     ]
-    for _ in range(50):  # far more than a handful of labels needs to settle
+    for _ in range(50):  # far more iterations than a few labels need
         for low, high in pairs:
             overlap = gap - (heights[high] - heights[low])
             near = max(points[low][0], points[high][0]) < reach * min(

@@ -1,12 +1,11 @@
 """Print the latest benchmark results as tables; measure first if there are none.
 
-    python asv_benchmarks/table.py                           # the table
-    python asv_benchmarks/table.py --run                     # measure again (some ten minutes), then the table
-    python asv_benchmarks/table.py --run --bench Threads     # only what matches
-    python asv_benchmarks/table.py --run --careful           # repeat timings until they are stable
+    python asv_benchmarks/table.py                          # the table
+    python asv_benchmarks/table.py --run                    # measure again, some ten minutes
+    python asv_benchmarks/table.py --run --bench Threads    # only matching benchmarks
+    python asv_benchmarks/table.py --run --careful          # repeat timings until they are stable
 
-Measures the racecore that is installed for this Python, with the commands that asv's own users
-would type.
+Measures the racecore that is installed for this Python, with ordinary asv commands.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What the PyTorch adapter costs: `python asv_benchmarks/torch_adapter.py`, a minute or two; needs
-torch.
+"""Measure the overhead of the PyTorch adapter, in a minute or two. Needs torch.
 
-Overhead over racecore on NumPy arrays, peak memory of training a layer, and whether PyTorch's
-threads and racecore's get in each other's way. Everything that is compared is measured in turns.
+    python asv_benchmarks/torch_adapter.py
+
+Measures the overhead over racecore on NumPy arrays, the peak memory of training a layer, and
+whether the threads of PyTorch and racecore disturb each other. Compared calls are measured
+alternately.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ PER_TOKEN = 4 + 2 + 4  # arrays of [T, E]: see `layer_memory`
 
 
 def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median time of every call in seconds, measured in turns."""
+    """Return the median time of every call in seconds, measured alternately."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -62,7 +64,7 @@ def overhead(n_tokens: int, repeats: int) -> None:
             race_attention(*watched, planes, beta, is_causal=True), watched, tensors[3]
         )
 
-    def multiply() -> None:  # what autograd itself takes, for any function
+    def multiply() -> None:  # the overhead of autograd for any function
         torch.autograd.grad(watched[0] * watched[1] * watched[2], watched, tensors[3])
 
     times = in_turns(
@@ -92,9 +94,9 @@ def overhead(n_tokens: int, repeats: int) -> None:
 def layer_memory(n_tokens: int) -> None:
     """Print the peak of one training step. For child processes.
 
-    When attention goes backward there are x, queries, keys and values (4), the layer's output and
-    its gradient (2), and the gradients of attention's output, queries, keys and values (4);
-    attention's output itself is gone by then.
+    During the backward of attention there are x, queries, keys and values (4), the layer's output
+    and its gradient (2), and the gradients of attention's output, queries, keys and values (4);
+    attention's output is freed by then.
     """
     layer = RaceAttention(**LAYER)
 
@@ -110,7 +112,7 @@ def layer_memory(n_tokens: int) -> None:
 
 
 def threads() -> None:
-    """Print what a product of matrices and attention take alone, and one after the other."""
+    """Print the times of a matrix product and of attention, apart and one after the other."""
     a, b = torch.randn(1500, 1500), torch.randn(1500, 1500)
     x = torch.randn(1, 16384, 8, 64)
     planes = torch.tensor(racecore.SoftLSH.random(64, 4, 4, rng=0).planes, dtype=torch.float32)
@@ -151,7 +153,7 @@ def main() -> None:
         arrays = PER_TOKEN * n * LAYER["embed_dim"] * 4
         print(
             f"{n:,} tokens: {peak / 1e6:,.0f} MB, {peak / arrays:.2f} times the {PER_TOKEN} "
-            "arrays that there have to be"
+            "arrays that are needed at least"
         )
     print("\nPyTorch's threads and racecore's:")
     threads()

@@ -1,8 +1,7 @@
-"""One measurement in one fresh process: the comparison calls itself with a job as JSON and reads
-one line of JSON.
+"""One measurement in one fresh process: a job is passed as JSON, the result is a line of JSON.
 
-A fresh process makes peak memory mean something and keeps thread pools of different libraries out
-of each other's way.
+Only a fresh process has a meaningful peak memory, and thread pools of different libraries do not
+disturb each other.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ _THREAD_SETTINGS = (
 
 
 class WorkerError(RuntimeError):
-    """A process of its own ended without a result; the text says why."""
+    """A subprocess ended without a result; the text has the reason."""
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without settings of thread libraries: everyone runs as installed."""
+    """Return the environment without settings of thread libraries."""
     return {
         name: value for name, value in os.environ.items() if not name.startswith(_THREAD_SETTINGS)
     }
@@ -81,8 +80,8 @@ def run(job: dict[str, Any], timeout: float) -> dict[str, Any]:
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job here: "verify", "case" (time and peak memory of one method) or "settings"
-    (racecore's, in turns).
+    """Do a job in this process: "verify", "case" (time and peak memory of one method) or
+    "settings".
     """
     if job["kind"] == "verify":
         import peers
@@ -108,8 +107,8 @@ def _measure_case(case: Case, tokens: int, seconds: float, memory: int) -> dict[
 
 
 def _timings(calls: list[Call], seconds: float) -> list[dict[str, Any]]:
-    """Repeat all calls in turns until `seconds` have passed, at least twice; the first round is a
-    warm-up, but counts.
+    """Repeat all calls alternately until `seconds` have passed, at least twice. The first round
+    counts.
 
     It counts because only the best matters, and the fastest of two slow calls is no worse than the
     second of them.

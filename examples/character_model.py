@@ -1,7 +1,8 @@
-"""Train a small character model on Wikipedia with softmax and with RACE attention: `python
-examples/character_model.py`.
+"""Train a small character model on Wikipedia with softmax and with RACE attention.
 
-The same weights to begin with, the same batches in the same order, the same number of steps; only
+    python examples/character_model.py
+
+The initial weights, the batches and their order, and the number of steps are the same; only
 attention differs. Writes `character_model.json` and `.png`. `--all` trains both readouts at (P, L)
 = (2, 2) and (4, 4); `--time` measures a training step against the length of the context instead;
 `--quick` takes seconds and no data.
@@ -30,7 +31,7 @@ ALL = [SOFTMAX, *(Kind(readout, n, n) for readout in ("ratio", "bucket_mean") fo
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is the same for every kind of attention."""
+    """Settings that are the same for every kind of attention."""
 
     steps: int = 400
     context: int = 1024
@@ -60,7 +61,7 @@ class CharacterModel(nn.Module):
             width=plan.width,
             seed=plan.seed,
         )
-        torch.manual_seed(plan.seed)  # planes are drawn otherwise, but nobody should have to know
+        torch.manual_seed(plan.seed)  # drawn in the same way for every kind of attention
         self.embedding, self.head = (
             nn.Embedding(n_characters, plan.dim),
             nn.Linear(plan.dim, n_characters),
@@ -73,7 +74,7 @@ class CharacterModel(nn.Module):
 
 
 def windows(text: torch.Tensor, starts: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut pieces out of a text; return them and what follows each of their characters, [B, T] both."""
+    """Cut pieces out of a text; return their characters and the next ones, both [B, T]."""
     pieces = torch.stack([text[start : start + length + 1] for start in starts])
     return pieces[:, :-1], pieces[:, 1:]
 
@@ -129,7 +130,7 @@ def optimizer_of(
 
 
 def train(kind: Kind, text: torch.Tensor, model: CharacterModel, plan: Plan) -> dict[str, Any]:
-    """Train a model; return its validation losses and the time that steps took."""
+    """Train a model; return its validation losses and the time of the steps."""
     training, validation = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     optimizer, schedule = optimizer_of(model, plan)
     rng = np.random.default_rng(plan.seed)
@@ -160,7 +161,7 @@ def train(kind: Kind, text: torch.Tensor, model: CharacterModel, plan: Plan) -> 
 
 
 def compare(kinds: list[Kind], text: bytes, plan: Plan) -> list[dict[str, Any]]:
-    """Train one model after the other and print how they did."""
+    """Train one model after the other and print the results."""
     characters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     codes = torch.from_numpy(codes.astype(np.int64))
     print(f"{len(text):,} characters, {len(characters)} different ones; {plan}")
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--time", action="store_true", help="measure time per step against length, train nothing"
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds, on text made by rule")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, on generated text")
     for field in dataclasses.fields(Plan):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(
@@ -226,7 +227,7 @@ def main() -> None:
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("character_model"),
-        help="without an ending",
+        help="without a suffix",
     )
     arguments = parser.parse_args()
     if arguments.threads:

@@ -1,11 +1,13 @@
-"""Convert every second layer of a language model to RACE attention and train on: `python
-examples/convert_model.py`.
+"""Convert every second layer of a language model to RACE attention and continue training.
+
+    python examples/convert_model.py
 
 The model is a LlamaForCausalLM of Hugging Face transformers, built from a configuration and first
-trained for a while with softmax: that stands for a pretrained one, as nothing is downloaded but the
-text. Then two copies train on, one with its second, fourth, ... layer converted by
-`racecore.adapters.transformers.convert`, one as it was. At last the converted one writes, character
-by character with `new_cache`, what it also finds when it recomputes everything. Writes
+trained for a while with softmax. It takes the place of a pretrained model, since only text is
+downloaded. Then two copies continue training: in one the second, fourth, ... layer is converted by
+`racecore.adapters.transformers.convert`, the other is unchanged. Finally the converted model
+continues a text with `new_cache`, character by character, and the result is compared with one pass
+over the whole text. Writes
 `convert_model.json` and `.png`; `--quick` takes seconds.
 """
 
@@ -29,7 +31,7 @@ import racecore.adapters.transformers as race
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of the model and how long it is trained."""
+    """Sizes of the model and numbers of training steps."""
 
     before: int = 500
     after: int = 300
@@ -82,7 +84,7 @@ def validation_loss(model: LlamaForCausalLM, text: torch.Tensor, plan: Plan) -> 
 def train(
     model: LlamaForCausalLM, text: torch.Tensor, steps: int, plan: Plan, name: str, rate: float
 ) -> list[Any]:
-    """Train; return the validation losses on the way, the one before the first step included."""
+    """Train; return the validation losses, including the loss before the first step."""
     training, validation = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -113,8 +115,8 @@ def write(
 ) -> tuple[torch.Tensor, int, float]:
     """Continue a prompt [T], the likeliest character each time.
 
-    Returned are the new characters, on how many of them one pass over prompt and answer agrees, and
-    the largest difference of logits.
+    Returns the new characters, the number of them on which one pass over prompt and answer agrees,
+    and the largest difference of logits.
     """
     cache = race.new_cache(model)
     told = [model(prompt[None], cache=cache).logits[0, -1]]
@@ -134,7 +136,7 @@ def write(
 
 
 def compare(text: bytes, plan: Plan) -> dict[str, Any]:
-    """Pretrain, convert, train on with and without; print what came out."""
+    """Pretrain, convert, train both copies, and print the results."""
     characters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     codes = torch.from_numpy(codes.astype(np.int64))
     print(f"{len(text):,} characters, {len(characters)} different ones; {plan}")
@@ -145,7 +147,7 @@ def compare(text: bytes, plan: Plan) -> dict[str, Any]:
         converted, range(1, plan.layers, 2), n_planes=4, n_tables=4, learn_planes=True
     )
     on = train(converted, codes, plan.after, plan, f"layers {layers} converted", plan.rate / 2)
-    control = train(model, codes, plan.after, plan, "softmax trains on", plan.rate / 2)
+    control = train(model, codes, plan.after, plan, "softmax continues", plan.rate / 2)
     print("\nvalidation loss, nats a character     converted   softmax throughout")
     print(f"{'before':<36} {pretraining[-1][1]:10.3f} {pretraining[-1][1]:20.3f}")
     print(f"{f'layers {layers} converted, untrained':<36} {on[0][1]:10.3f}")
@@ -175,12 +177,12 @@ def compare(text: bytes, plan: Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the command line, run, and write what came out."""
+    """Read the command line, run, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few seconds, on text made by rule")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, on generated text")
     parser.add_argument("--threads", type=int, help="of PyTorch and racecore")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("convert_model"), help="without an ending"
+        "--out", type=pathlib.Path, default=pathlib.Path("convert_model"), help="without a suffix"
     )
     arguments = parser.parse_args()
     if arguments.threads:

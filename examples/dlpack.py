@@ -1,7 +1,8 @@
 """The same attention from NumPy, CuPy and torch arrays by DLPack: `python examples/dlpack.py`.
 
-racecore imports none of these libraries: an array that speaks DLPack goes in and one of the same
-library comes out. What is not installed, or needs a GPU that is not there, is said and skipped.
+racecore imports none of these libraries: it takes an array that supports DLPack and returns an
+array of the same library. Libraries that are not installed or need a missing GPU are skipped with a
+message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import racecore
 
 
 def cupy_arrays(arrays: list[np.ndarray]) -> tuple[list[Any], Callable[[Any], np.ndarray]]:
-    """Copy to the GPU; return the arrays and the way back to NumPy."""
+    """Copy to the GPU; return the arrays and the function that converts back to NumPy."""
     import cupy
 
     if cupy.cuda.runtime.getDeviceCount() == 0:
@@ -42,13 +43,14 @@ def torch_bfloat16(arrays: list[np.ndarray]) -> tuple[list[Any], Callable[[Any],
 
 
 def main(n_tokens: int = 20_000) -> None:
-    """Run forward and backward from every library that is here and compare with NumPy."""
+    """Run forward and backward from every installed library and compare with NumPy."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((n_tokens, 4, 64), dtype=np.float32) for _ in range(3)]
     out, saved = racecore.attention_forward(*arrays, is_causal=True)
     expected = racecore.attention_backward(out, saved).key
     print(
-        f"numpy           {type(out).__name__} {out.dtype} {tuple(out.shape)}, the one to compare "
+        f"numpy           {type(out).__name__} {out.dtype} {tuple(out.shape)}, the reference "
+        "to compare "
         "with"
     )
 

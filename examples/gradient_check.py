@@ -1,4 +1,7 @@
-"""Hold every gradient against central differences in float64: `python examples/gradient_check.py`."""
+"""Compare every gradient with central differences in float64.
+
+python examples/gradient_check.py
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 
 import racecore
 
-# central differences then err by about 1e-10: the square of the step, and rounding over the step
+# central differences have an error of about 1e-10: the square of the step, and rounding / step
 STEP = 1e-5
 
 
@@ -49,7 +52,7 @@ def check(readout: str, is_causal: bool, n_tokens: int) -> float:
         found = float((getattr(grads, name) * direction).sum())
         error = abs(found - expected) / max(
             abs(expected), 0.01
-        )  # below that the differences are rounding
+        )  # below this the differences are rounding
         worst = max(worst, error)
         print(
             f"  d_{name:<7} {found:+15.9f}   differences {expected:+15.9f}   relative error "

@@ -1,9 +1,10 @@
-"""Train a causal model in JAX with RACE attention and with softmax, same seed and budget: `python
-examples/jax_training.py`.
+"""Train a causal model in JAX with RACE attention and with softmax, same seed and budget.
 
-The task is look-up, made by rule: most tokens state that a key has a value, some ask for the value
-of a key stated before, and the model has to answer. That needs attention to one token out of many:
-RACE's weak side, with 2**P corners per table.
+    python examples/jax_training.py
+
+The task is associative recall: most tokens state that a key has a value, some query the value of a
+key stated before, and the model has to output it. This needs attention to one token out of many, a
+weakness of RACE, whose tables have 2**P corners.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def sequences(
     """
     table = rng.integers(
         N_VALUES, size=(batch, N_KEYS)
-    )  # what each key's value is, for a sequence of its own
+    )  # the value of each key, drawn anew for every sequence
     keys = rng.integers(N_KEYS, size=(batch, length))
     truth = np.take_along_axis(table, keys, 1)
     first = (keys[:, :, None] == np.arange(N_KEYS)).argmax(
         axis=1
-    )  # [B, N_KEYS], where each key is stated first
+    )  # [B, N_KEYS], position at which each key is first stated
     seen = np.arange(length) > np.take_along_axis(first, keys, 1)
     asks = seen & (rng.random(keys.shape) < 0.5)
     return keys, np.where(asks, N_VALUES, truth), np.where(asks, truth, -1)
 
 
 def new_parameters(rng: np.random.Generator) -> dict[str, jax.Array]:
-    """Draw everything that is trained; planes and beta are RACE's, and softmax leaves them alone."""
+    """Draw all parameters; planes and beta belong to RACE and are unused by softmax."""
     shapes = {
         "keys": (N_KEYS, WIDTH),
         "values": (N_VALUES + 1, WIDTH),
@@ -94,7 +95,7 @@ def norm(x: jax.Array) -> jax.Array:
 def loss(
     kind: str, p: dict[str, jax.Array], keys: jax.Array, values: jax.Array, answers: jax.Array
 ) -> tuple:
-    """Return the mean cross-entropy over the tokens that ask, and the share of right answers."""
+    """Return the mean cross-entropy over the query tokens, and the fraction of correct answers."""
     asks, scores = answers >= 0, logits(kind, p, keys, values)
     right = jnp.take_along_axis(jax.nn.log_softmax(scores), answers[..., None], -1)[..., 0]
     return -(right * asks).sum() / asks.sum(), (
@@ -167,7 +168,7 @@ def draw(
 def main(
     steps: int, batch: int, length: int, seed: int, lengths: list[int], plot: str | None
 ) -> None:
-    """Train both, test both on the same fresh sequences, time both at several lengths."""
+    """Train both, test them on the same fresh sequences, and time them at several lengths."""
     test = [jnp.asarray(x) for x in sequences(np.random.default_rng(seed + 1), 64, length)]
     losses, times = {}, {}
     print(
@@ -197,9 +198,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     parser.add_argument(
-        "--plot", help="a file to draw to, such as jax_training.png; needs matplotlib"
+        "--plot", help="file of the picture, such as jax_training.png; needs matplotlib"
     )
     options = parser.parse_args()
     if options.quick:

@@ -1,8 +1,7 @@
-"""A small transformer whose attention is softmax or RACE, for the examples that train: all else is
-the same for both.
+"""A small transformer with softmax or RACE attention for the training examples.
 
-Attention, in `Attention.mix`, is one call: `scaled_dot_product_attention` or `race_attention`. In a
-model of your own, `racecore.adapters.torch.RaceAttention` is a layer that is ready made.
+Attention, in `Attention.mix`, is one call: `scaled_dot_product_attention` or `race_attention`. For
+your own model, `racecore.adapters.torch.RaceAttention` is a complete layer.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from racecore.adapters.torch import race_attention
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One of the attentions that are compared: softmax, or RACE with L tables of P planes and one
-    of its readouts.
-    """
+    """One kind of attention: softmax, or RACE with L tables of P planes and one of its readouts."""
 
     readout: str = "softmax"
     n_planes: int = 0
     n_tables: int = 0
 
     def __str__(self) -> str:
-        """Return what tables and pictures call it."""
+        """Return its name in tables and pictures."""
         return (
             self.readout
             if self.readout == "softmax"
@@ -59,7 +56,7 @@ class Attention(nn.Module):
             lsh = SoftLSH.random(self.head_dim, kind.n_tables, kind.n_planes, beta=1.0, rng=seed)
             scale = 1.7 / math.sqrt(
                 self.head_dim
-            )  # rows of norm sqrt(D) then start where tanh is not yet flat
+            )  # rows have norm sqrt(D): tanh is then not saturated at the start
             self.planes = nn.Parameter(
                 torch.tensor(scale * lsh.planes, dtype=torch.float32)
             )  # [L, P, D]
@@ -72,8 +69,8 @@ class Attention(nn.Module):
         return self.out(self.mix(query, key, rows[:, :, 2]).flatten(-2))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend: the one place that differs."""
-        if self.kind == SOFTMAX:  # wants heads before tokens
+        """Attend: the only function that differs."""
+        if self.kind == SOFTMAX:  # heads come before tokens
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2)
         return race_attention(
@@ -100,7 +97,7 @@ def rotate(x: torch.Tensor, base: float = 10_000.0) -> torch.Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """Add to every token a learned mixture of itself and those just before it, channel by channel."""
+    """Add to every token a learned mixture of itself and the preceding tokens, per channel."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -140,8 +137,9 @@ def blocks(
     width: int = 0,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Return a stack of blocks and a last norm. The same seed gives the same weights around
-    attention, whatever the kind.
+    """Return a stack of blocks and a last norm.
+
+    The same seed gives the same weights outside attention for every kind.
     """
     torch.manual_seed(seed)
     stack = [Block(dim, n_heads, kind, is_causal, width, [seed, i]) for i in range(n_layers)]

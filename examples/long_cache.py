@@ -1,9 +1,10 @@
-"""Decode over a cache of 10 million tokens on the disk: `python examples/long_cache.py`; `--tokens
-100000` takes seconds.
+"""Decode over a cache of 10 million tokens on the disk.
 
-Keys and values lie in two files, mapped to memory; beside them a SocketIndex, in memory. The system
-is told to forget what it has of the files before the first step, and asked after each which of
-their pages it has: those of the chosen rows. Linux only.
+    python examples/long_cache.py    # --tokens 100000 takes seconds
+
+Keys and values are in two memory-mapped files, and the SocketIndex is in memory. The files are
+dropped from the page cache before the first step. After each step `mincore` reports which of their
+pages are in memory: those of the selected rows. Linux only.
 """
 
 from __future__ import annotations
@@ -30,23 +31,21 @@ ROW = 2 * DIM  # bytes
 
 
 class Step(NamedTuple):
-    """What one decoded token took."""
+    """Measurements of one decoded token."""
 
     seconds: float
-    wanted: int  # pages of both files with chosen rows, but for those that steps before had read
-    read: int  # pages that came to memory
-    found: bool  # whether every head chose the token that was looked for
+    wanted: int  # pages of both files with selected rows that earlier steps had not read
+    read: int  # pages read into memory
+    found: bool  # whether every head selected the target token
 
 
 def made_up(n_tokens: int) -> list[Synthetic]:
-    """Return keys and values, float16 [T, G, D], of which any part can be made at any time."""
+    """Return keys and values, float16 [T, G, D], of which any part can be generated at any time."""
     return [Synthetic((n_tokens, KV_HEADS, DIM), np.float16, seed=seed) for seed in (0, 1)]
 
 
 def write(folder: pathlib.Path, n_tokens: int) -> None:
-    """Write keys, values and their index to files, chunk by chunk, and let the system forget keys
-    and values.
-    """
+    """Write keys, values and index to files, chunk by chunk, and empty the page cache."""
     index = racecore.SocketIndex(racecore.SoftLSH.random(DIM, n_tables=60, n_planes=8, rng=0))
     with open(folder / "keys", "wb") as keys, open(folder / "values", "wb") as values:
         for start in range(0, n_tokens, CHUNK):
@@ -56,15 +55,13 @@ def write(folder: pathlib.Path, n_tokens: int) -> None:
             index.append(key, value)
         for file in (keys, values):
             file.flush()
-            os.fsync(file.fileno())  # what is not on the disk yet cannot be forgotten
+            os.fsync(file.fileno())  # only pages that are on the disk can be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     index.save(folder / "index.npz")
 
 
 def mapped(path: pathlib.Path) -> np.memmap:
-    """Return a file as an array [1, T, G, D]; nothing is read yet, and later no neighbours of what
-    is.
-    """
+    """Map a file as an array [1, T, G, D], without read-ahead."""
     rows = np.memmap(path, np.float16, "r").reshape(1, -1, KV_HEADS, DIM)
     rows._mmap.madvise(mmap.MADV_RANDOM)
     return rows
@@ -83,7 +80,7 @@ def in_memory(rows: np.memmap) -> np.ndarray:
 def decode(
     index: racecore.SocketIndex, key: np.memmap, value: np.memmap, n_steps: int
 ) -> Iterator[Step]:
-    """Look for a token at random, every step another one, and yield what that took."""
+    """Search for a random token in every step, and yield the measurements."""
     rng, wanted = np.random.default_rng(0), np.zeros(len(in_memory(key)), bool)
     for _ in range(n_steps):
         place = int(rng.integers(index.n_tokens))
@@ -111,7 +108,7 @@ def decode(
 
 
 def warm_up() -> None:
-    """Load, or compile, all kernels: what that takes is not what a step takes."""
+    """Load or compile all kernels, so that this is not measured in a step."""
     key, value = (source[:] for source in made_up(300))
     index = racecore.SocketIndex(racecore.SoftLSH.random(DIM, n_tables=60, n_planes=8, rng=0))
     index.append(key, value)
@@ -121,7 +118,7 @@ def warm_up() -> None:
 
 
 def main(folder: pathlib.Path, n_tokens: int, n_steps: int) -> None:
-    """Write the files, decode, and print what was read and what memory it took."""
+    """Write the files, decode, and print pages read and memory used."""
     warm_up()
     base = anonymous_bytes()
     with PeakMemory() as writing:
@@ -143,14 +140,14 @@ def main(folder: pathlib.Path, n_tokens: int, n_steps: int) -> None:
     print(f"pages in memory at first: {in_memory(key).sum() + in_memory(value).sum():,}")
     with PeakMemory() as memory:
         for number, step in enumerate(decode(index, key, value, n_steps), 1):
-            read = f"{1e3 * step.seconds:.0f} ms, {step.read:,} pages read ({step.read * mmap.PAGESIZE / 1e6:.1f} MB)"
+            megabytes = step.read * mmap.PAGESIZE / 1e6
+            read = f"{1e3 * step.seconds:.0f} ms, {step.read:,} pages read ({megabytes:.1f} MB)"
             print(
-                f"step {number}: {read}, {step.wanted:,} have chosen rows, token "
+                f"step {number}: {read}, {step.wanted:,} have selected rows, token "
                 f"{'found' if step.found else 'MISSED'}"
             )
     print(
-        "memory of its own during the steps, beyond the index: at most "
-        f"{(memory.peak - loaded) / 1e6:,.0f} MB"
+        f"memory during the steps, beyond the index: at most {(memory.peak - loaded) / 1e6:,.0f} MB"
     )
 
 

@@ -1,9 +1,10 @@
-"""Shards are summed apart, saved, and merged into the whole: `python examples/merge_states.py`.
+"""Sum shards of a sequence separately, save their states, and merge them.
 
-The sum over tokens is all that attention needs of keys and values, and sums add. So every worker
-turns its shard into a state of a few kilobytes, and whoever has the states can answer queries over
-all the tokens. Here the workers are processes and the states travel as files; over a network it is
-the same.
+    python examples/merge_states.py
+
+Attention needs only sums over the keys and values, and sums add. Every worker turns its shard into
+a state of a few kilobytes, and the merged state answers queries over all tokens. Here the workers
+are processes that exchange states as files; a network works in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LSH = racecore.SoftLSH.random(head_dim=64, n_tables=8, n_planes=3, beta=1.5, rng
 
 
 def make_shard(index: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stand in for a worker's own data: keys and values [1, T, G, dim]."""
+    """Return random keys and values [1, T, G, dim] in place of a worker's data."""
     rng = np.random.default_rng([7, index])
     key, value = (rng.standard_normal((1, n_tokens, 2, 64), dtype=np.float32) for _ in range(2))
     return key, value
@@ -33,11 +34,12 @@ def work(index: int, n_tokens: int, path: pathlib.Path) -> str:
     state = racecore.RaceState.zeros(LSH, batch=1, n_kv_heads=2, value_dim=64)
     state.append(*make_shard(index, n_tokens))
     state.save(path)
-    return f"process {os.getpid()}: shard {index}, {state.n_tokens:,} tokens -> {path.stat().st_size:,} bytes"
+    n_bytes = path.stat().st_size
+    return f"process {os.getpid()}: shard {index}, {state.n_tokens:,} tokens -> {n_bytes:,} bytes"
 
 
 def main(n_tokens: int = 200_000, n_shards: int = 4) -> None:
-    """Sum shards in two processes, merge them in two orders, and compare with all tokens at once."""
+    """Sum shards in two processes, merge them in two orders, and compare with the whole."""
     shares = [n_tokens * (i + 1) // n_shards - n_tokens * i // n_shards for i in range(n_shards)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [pathlib.Path(folder) / f"shard{i}.npz" for i in range(n_shards)]

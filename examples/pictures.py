@@ -1,6 +1,4 @@
-"""What the examples that train have in common when they show results: curves in one picture, and
-where they were measured.
-"""
+"""Shared by the training examples: pictures of curves, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -53,14 +51,14 @@ def machine() -> str:
 
 
 def record(path: pathlib.Path, plan: Any, results: Any) -> None:
-    """Write to `path`.json what ran where and what came out."""
+    """Write command, machine and results to `path`.json."""
     found = {"machine": machine(), "plan": dataclasses.asdict(plan), "results": results}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1))
     print(f"wrote {path}.json")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure, or None and say why, if Matplotlib is not there."""
+    """Return an empty figure, or None with a message if Matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -79,9 +77,7 @@ def curves(
     title: str = "",
     colours: list[str] | None = None,
 ) -> None:
-    """Draw lines of points (x, y) in the manner of all pictures here; `labels` are those of the
-    axes.
-    """
+    """Draw lines of points (x, y) in the common style; `labels` are those of the axes."""
     from matplotlib.ticker import FuncFormatter
 
     for (label, points), colour in zip(lines.items(), colours or COLOURS, strict=False):
@@ -119,7 +115,7 @@ def draw(
     y_label: str,
     logarithmic: bool = False,
 ) -> None:
-    """Draw lines of points (x, y) to `path`.png, if Matplotlib is there."""
+    """Draw lines of points (x, y) to `path`.png, if Matplotlib is installed."""
     figure = new_figure(7, 4.2)
     if figure is None:
         return

@@ -1,10 +1,11 @@
-"""Classify handwritten digits pixel by pixel, 784 tokens each, with softmax and with RACE: `python
-examples/pixel_digits.py`.
+"""Classify handwritten digits pixel by pixel, 784 tokens each, with softmax and with RACE.
 
-A pixel is a token; nothing tells the model which pixels lie above one another: every place has two
-learned vectors, of which one is scaled by the brightness of the pixel. The same weights to begin
-with, the same batches, the same number of steps; only attention, here bidirectional, differs.
-Writes `pixel_digits.json` and `.png`. `--quick` takes seconds and no data.
+    python examples/pixel_digits.py
+
+A pixel is a token. The model does not know which pixels are neighbours: every position has two
+learned vectors, one of which is scaled by the brightness of the pixel. Initial weights, batches and
+the number of steps are the same; only attention, here bidirectional, differs. Writes
+`pixel_digits.json` and `.png`. `--quick` takes seconds and no data.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is the same for every kind of attention."""
+    """Settings that are the same for every kind of attention."""
 
     steps: int = 600
     batch: int = 16
@@ -59,16 +60,14 @@ class PixelClassifier(nn.Module):
         pooled = self.blocks(self.position + images[..., None] * self.ink).mean(dim=1)
         return self.head(
             self.norm(pooled)
-        )  # means of 784 tokens differ little between images: that little is what counts
+        )  # means of 784 tokens differ little between images: the batch norm scales the differences
 
 
 @torch.no_grad()
 def accuracy(
     model: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, shown: torch.Tensor
 ) -> float:
-    """Return the share of images that are recognised, with the batch norm set by images that the
-    model was trained on.
-    """
+    """Return the accuracy, with the batch norm's statistics taken from training images."""
     model.norm.reset_running_stats()
     model(shown)
     model.eval()
@@ -78,9 +77,7 @@ def accuracy(
 
 
 def train(kind: Kind, images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> dict[str, Any]:
-    """Train one classifier; return its accuracies on the images held out and the time that steps
-    took.
-    """
+    """Train one classifier; return its accuracies on held-out images and the time of the steps."""
     held, shown = slice(plan.test_images), slice(plan.test_images, None)
     model = PixelClassifier(images.shape[1], plan, kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, weight_decay=0.01)
@@ -107,9 +104,7 @@ def train(kind: Kind, images: torch.Tensor, labels: torch.Tensor, plan: Plan) ->
 
 
 def linear(images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> float:
-    """Return the accuracy of a linear classifier of whole images: what there is to reach without
-    attention.
-    """
+    """Return the accuracy of a linear classifier of whole images, a baseline without attention."""
     held, shown = slice(plan.test_images), slice(plan.test_images, None)
     torch.manual_seed(plan.seed)
     model = nn.Linear(images.shape[1], 10)
@@ -125,7 +120,7 @@ def linear(images: torch.Tensor, labels: torch.Tensor, plan: Plan) -> float:
 def compare(
     kinds: list[Kind], images: np.ndarray, labels: np.ndarray, plan: Plan
 ) -> list[dict[str, Any]]:
-    """Train one classifier after the other and print how they did."""
+    """Train one classifier after the other and print the results."""
     order = np.random.default_rng(plan.seed).permutation(len(images))
     pixels, shown = (
         torch.from_numpy(images[order].reshape(len(images), -1)),
@@ -144,15 +139,13 @@ def compare(
 
 
 def main() -> None:
-    """Read the command line, train, and write what came out."""
+    """Read the command line, train, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds, on images made by rule"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds, on generated images")
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--threads", type=int, help="of PyTorch and racecore")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("pixel_digits"), help="without an ending"
+        "--out", type=pathlib.Path, default=pathlib.Path("pixel_digits"), help="without a suffix"
     )
     arguments = parser.parse_args()
     if arguments.threads:

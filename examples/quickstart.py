@@ -1,5 +1,6 @@
-"""Attention forward and backward on plain NumPy arrays, and what it costs: `python
-examples/quickstart.py`.
+"""Attention forward and backward on plain NumPy arrays, with times and memory.
+
+python examples/quickstart.py
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import racecore
 
 
 def main(n_tokens: int = 2**17) -> None:
-    """Run lengths up to `n_tokens`, forward and backward, and print time, state size and a check."""
+    """Run lengths up to `n_tokens`, forward and backward; print times, state size and a check."""
     lsh = racecore.SoftLSH.random(head_dim=64, n_tables=4, n_planes=4, beta=1.0, rng=0)
     print(f"{lsh}: {lsh.n_tables * lsh.n_buckets} buckets\n")
     print("  tokens    forward   backward   ns per token   state")
@@ -41,9 +42,9 @@ def main(n_tokens: int = 2**17) -> None:
             f"{(ended - started) / n * 1e9:12,.0f}"
             f"   {state_bytes:,} bytes"
         )
-    print("\nLinear time once the threads have enough to do, and a state that does not grow.")
+    print("\nLinear time once the threads have enough work, and a state that does not grow.")
 
-    # What anybody can check without a reference: the last token sees all, in whatever order.
+    # A check that needs no reference: the last token sees all keys, in any order.
     order = rng.permutation(n)
     shuffled = racecore.attention(query[-1:], key[order], value[order], lsh)
     print(

@@ -1,7 +1,6 @@
-"""Made-up key/value caches for `socket_study.py`: clusters of keys, and needles in a haystack.
+"""Generated key/value caches for `socket_study.py`: clusters of keys, and needles in a haystack.
 
-All have D = V = 64. What is said of a cluster holds for one key/value head: a cache has a head for
-every variant.
+All have D = V = 64. A cache has one key/value head for every variant of clusters.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ def clusters(n_tokens: int, n_queries: int, seed: int, n_clusters: int = 64) -> 
     query gives about half of its weight to its own cluster, a 64th of the tokens. Values are 0.6
     times a centre of the cluster's own + 0.8 noise, times a norm.
 
-    "scattered"         every token has a cluster of its own choice; norms of values are log-normal, independent of keys
-    "in runs"           the same, but 64 tokens in a row share a cluster, as in text
-    "norms by cluster"  scattered; all values of a cluster have the same norm, log-normal over the clusters
+    "scattered"         clusters are drawn per token; norms of values are log-normal
+    "in runs"           as before, but 64 tokens in a row share a cluster, as in text
+    "norms by cluster"  scattered; the norm of values is log-normal per cluster
     "key norms vary"    scattered; the norms of keys are log-normal
-    "common offset"     scattered; all keys have a large row in common, to which softmax is blind
+    "common offset"     scattered; all keys share a large row, which softmax ignores
     """
     rng = np.random.default_rng([seed, 1])
     key, value = np.empty((2, 1, n_tokens, len(VARIANTS), DIM), np.float32)
@@ -59,16 +58,15 @@ def clusters(n_tokens: int, n_queries: int, seed: int, n_clusters: int = 64) -> 
 
 
 class Haystack(NamedTuple):
-    """A cache in which one token answers each query."""
+    """A cache with one matching token (the needle) for each query."""
 
     cache: Cache  # B = G = 1
-    needles: np.ndarray  # [H]: the token that query h looks for
+    needles: np.ndarray  # [H]: the needle of query h
     likeness: np.ndarray  # [H]: cosine of the needle's key and the query
 
 
 def haystack(n_tokens: int, n_queries: int, likeness: tuple[float, ...], seed: int) -> Haystack:
-    """Return tokens in runs of 256 around topics, as of documents, and needles among them at random
-    depths.
+    """Return tokens in runs of 256 around topics, as in documents, and random needles.
 
     Every query is a random direction of norm 4 sqrt(D); by chance some keys have a cosine up to
     0.55 with it. The key of its needle has a cosine of one of `likeness`, the same for a part of

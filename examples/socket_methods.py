@@ -1,9 +1,7 @@
-"""Ways to choose the few tokens that a query attends to, and how good a choice is, for
-`socket_study.py`: NumPy alone.
+"""Methods of selecting tokens, and measures of a selection, for `socket_study.py`, in plain NumPy.
 
-A method gives scores [B, H, T]; the best of them by score are attended to, in `chosen`, which is
-the same for all. SOCKET comes from `racecore.SocketIndex`; what it is compared with is written out
-here.
+A method returns scores [B, H, T]; `chosen` selects the tokens with the highest scores, in the same
+way for all methods. SOCKET is `racecore.SocketIndex`; the other methods are implemented here.
 """
 
 from __future__ import annotations
@@ -39,14 +37,15 @@ class Socket:
     n_tables: int = 60
     n_planes: int = 8
     tau: float = 0.4
-    centres: bool = False  # hash keys without their mean, which softmax does not see either
+    centres: bool = False  # subtract the mean of the keys, which does not change softmax
 
     def __str__(self) -> str:
-        """Return what tables call it."""
-        return f"{self.scorer}{', values weighted' if self.weighs else ''}{', keys centred' if self.centres else ''}"
+        """Return its name in the tables."""
+        weighted = ", values weighted" if self.weighs else ""
+        return f"{self.scorer}{weighted}{', keys centred' if self.centres else ''}"
 
     def bytes_per_token(self, head_dim: int) -> float:
-        """Return what is kept of a token beside the cache: codes and a norm."""
+        """Return the bytes per token beside the cache: codes and a norm."""
         above = {8: 0, 9: 1, 10: 2, 11: 4, 12: 4}.get(max(8, self.n_planes), 8)
         return self.n_tables + -(-self.n_tables * above // 8) + 2
 
@@ -63,8 +62,7 @@ class Socket:
 
 @dataclasses.dataclass(frozen=True)
 class Quest:
-    """Pages of consecutive tokens, scored by the largest <q, k> that the least and greatest key
-    values in the page allow.
+    """Pages of consecutive tokens, scored by a bound on <q, k> from minima and maxima.
 
     Source: Quest (arXiv 2406.10774).
     """
@@ -72,15 +70,15 @@ class Quest:
     page: int = 16
 
     def __str__(self) -> str:
-        """Return what tables call it."""
+        """Return its name in the tables."""
         return f"Quest, pages of {self.page}"
 
     def bytes_per_token(self, head_dim: int) -> float:
-        """Return what is kept of a token beside the cache: two rows a page in 16 bits."""
+        """Return the bytes per token beside the cache: two rows per page in 16 bits."""
         return 2 * 2 * head_dim / self.page
 
     def scores(self, cache: Cache, seed: int) -> np.ndarray:
-        """Return the bound of its page for every token."""
+        """Return for every token the bound of its page."""
         n_tokens = cache.key.shape[1]
         starts = np.arange(0, n_tokens, self.page)
         least = np.minimum.reduceat(cache.key, starts, axis=1)  # [B, pages, G, D]
@@ -92,18 +90,16 @@ class Quest:
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """The tokens of the largest softmax weights; or, `by_value`, of the largest products of weight
-    and norm of the value.
-    """
+    """The tokens with the largest softmax weights, or weights times norms (`by_value`)."""
 
     by_value: bool = False
 
     def __str__(self) -> str:
-        """Return what tables call it."""
+        """Return its name in the tables."""
         return "oracle, weights times norms" if self.by_value else "oracle"
 
     def bytes_per_token(self, head_dim: int) -> float:
-        """Return what is read of every token: the key in 16 bits."""
+        """Return the bytes read per token: the key in 16 bits."""
         return 2 * head_dim
 
     def scores(self, cache: Cache, seed: int) -> np.ndarray:
@@ -117,14 +113,14 @@ class Oracle:
 
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Any tokens."""
+    """Random tokens."""
 
     def __str__(self) -> str:
-        """Return what tables call it."""
+        """Return its name in the tables."""
         return "random"
 
     def bytes_per_token(self, head_dim: int) -> float:
-        """Return that nothing is kept."""
+        """Return 0: nothing is stored."""
         return 0
 
     def scores(self, cache: Cache, seed: int) -> np.ndarray:
@@ -156,8 +152,9 @@ def true_weights(cache: Cache) -> np.ndarray:
 
 
 def chosen(scores: np.ndarray, budget: int, sink: int, window: int, page: int = 1) -> np.ndarray:
-    """Return which tokens `SocketIndex.select` takes of these scores, bool [B, H, T]; of pages,
-    whole ones up to the budget.
+    """Return the tokens that `SocketIndex.select` selects by these scores, bool [B, H, T].
+
+    Pages are selected whole, up to the budget.
     """
     n_tokens = scores.shape[2]
     budget -= budget % page
@@ -165,7 +162,7 @@ def chosen(scores: np.ndarray, budget: int, sink: int, window: int, page: int = 
     if budget >= n_tokens:
         takes[:] = True
     elif budget > 0:
-        # the limit, all above it, and of those equal to it the first
+        # the threshold, all scores above it, and the first of those equal to it
         limit = -np.partition(-scores, budget - 1, axis=2)[:, :, budget - 1 : budget]
         takes = scores > limit
         missing = budget - takes.sum(axis=2, keepdims=True)
@@ -179,14 +176,14 @@ def chosen(scores: np.ndarray, budget: int, sink: int, window: int, page: int = 
 
 
 class Quality(NamedTuple):
-    """How good a choice of tokens is, for every query: [B, H]."""
+    """Measures of a selection for every query: [B, H]."""
 
-    mass: np.ndarray  # share of the softmax weight of all tokens that the chosen ones have
+    mass: np.ndarray  # fraction of the total softmax weight on the selected tokens
     error: np.ndarray  # |output - dense output| / |dense output|
 
 
 def quality(cache: Cache, weights: np.ndarray, takes: np.ndarray) -> Quality:
-    """Compare exact attention over the chosen tokens with attention over all."""
+    """Compare exact attention over the selected tokens with attention over all."""
     kept = weights * takes
     mass = kept.sum(axis=2)
     dense, sparse = (_outputs(cache, w) for w in (weights, kept / mass[..., None]))
@@ -210,7 +207,7 @@ def judge(
     seed: int,
     weights: np.ndarray | None = None,
 ) -> Iterator[Quality]:
-    """Yield how good the choices of a method are, for every budget."""
+    """Yield the measures of a method for every budget."""
     weights = true_weights(cache) if weights is None else weights
     scores = method.scores(cache, seed)
     for budget in budgets:

@@ -1,4 +1,4 @@
-"""Pictures of `socket_study.py`: what its tables say, drawn."""
+"""Pictures of the tables of `socket_study.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DRAWN = (
 
 
 def draw(rows: list[Row], needles: list[Needles], folder: pathlib.Path) -> None:
-    """Draw what the tables say."""
+    """Draw all pictures."""
     benches = list(dict.fromkeys(row.bench for row in rows))
     figure = pictures.new_figure(9, 6.4)
     if figure is None:
@@ -44,7 +44,7 @@ def draw(rows: list[Row], needles: list[Needles], folder: pathlib.Path) -> None:
 
 
 def legend(figure: Any, axes: Any) -> None:
-    """Tell colours under the picture: there are too many for a corner of it."""
+    """Place the legend under the picture: it is too large for a corner."""
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower center",
@@ -94,7 +94,7 @@ def draw_sizes(axes: Any, rows: list[Row], benches: list[str]) -> None:
 
 
 def draw_needles(axes: Any, found: list[Needles]) -> None:
-    """Draw the share of needles, of the least likeness, among the best n tokens."""
+    """Draw the fraction of needles with the smallest cosine among the top n tokens."""
     places = 2 ** np.arange(0, 17, 2)
     lines = {}
     for needles in found:

@@ -1,8 +1,7 @@
-"""Keys, values and queries of a trained model for `socket_study.py`: the character model of
-`character_model.py`, with softmax.
+"""Keys, values and queries of a trained model for `socket_study.py`.
 
-It trains on windows of 1,024 characters and then for a while on the length that is judged, so that
-its heads know such distances.
+The model is that of `character_model.py`, with softmax. It trains on windows of 1,024 characters
+and then for a while on the length of the study, so that its heads attend over such distances.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from socket_methods import Cache
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the model is trained, and how many caches it gives."""
+    """Settings of the training, and the number of caches."""
 
     steps: int = 800
     long_steps: int = 60
@@ -38,12 +37,11 @@ QUICK = Training(
 
 
 def trained_cache(training: Training, text: bytes) -> tuple[Cache, float]:
-    """Train; return what every head of every layer had at the ends of windows of the validation
-    text, and the loss.
+    """Train; return the caches of all heads at the ends of validation windows, and the loss.
 
     There are layers times heads key/value heads, one query each: that of the last character of a
-    window. Without the short convolution of the guide, attention has to find for itself what stands
-    just before, as in language models.
+    window. Without the short convolution of the guide, attention itself has to find the preceding
+    characters, as in language models.
     """
     characters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     codes = torch.from_numpy(codes.astype(np.int64))
@@ -74,9 +72,7 @@ def trained_cache(training: Training, text: bytes) -> tuple[Cache, float]:
 
 @torch.no_grad()
 def last_rows(model: Any, characters: torch.Tensor) -> Cache:
-    """Return keys and values of a window, and the queries of its last character, the heads of all
-    layers side by side.
-    """
+    """Return keys, values and last queries of a window, for the heads of all layers."""
     caught: list[Cache] = []
     attentions = [block.attention for block in model.blocks[:-1]]
     for attention in attentions:
@@ -88,10 +84,10 @@ def last_rows(model: Any, characters: torch.Tensor) -> Cache:
         attention.mix = mix
     model(characters)
     for attention in attentions:
-        del attention.mix  # the method is back
+        del attention.mix  # restore the method
     return Cache(*(np.concatenate(rows, axis=2) for rows in zip(*caught, strict=True)))
 
 
 def text(is_quick: bool) -> bytes:
-    """Return what the model reads: Wikipedia, or text made by rule."""
+    """Return the training text: Wikipedia, or generated text."""
     return data_sets.sentences(20_000) if is_quick else data_sets.wikipedia()

@@ -1,10 +1,11 @@
-"""Which scorer, how many planes and tables, what temperature: SOCKET's choices judged, `python
-examples/socket_study.py`.
+"""Compare scorers, planes, tables and temperatures of SOCKET.
 
-On three kinds of caches: clusters made by rule, those of a transformer that is trained here (for
-which PyTorch is needed), and needles in a haystack of 2^17 tokens; against page bounds as of Quest,
-random tokens and the best there are. Writes tables (`tables.md`), all numbers (`study.json`) and
-pictures to a folder. Some minutes; `--quick` takes seconds and proves nothing.
+    python examples/socket_study.py
+
+There are three kinds of caches: generated clusters, caches of a transformer that is trained here
+(this needs PyTorch), and needles in a haystack of 2^17 tokens. SOCKET is compared with page bounds
+as in Quest, random tokens, and an oracle. Writes tables (`tables.md`), all numbers (`study.json`)
+and pictures to a folder. Some minutes; `--quick` takes seconds; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ METHODS: list[Method] = [
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes, and what is tried."""
+    """Sizes and settings of the study."""
 
     cluster_tokens: int = 1 << 14
     cluster_queries: int = 32
@@ -55,7 +56,7 @@ class Plan:
     haystack_queries: int = 64
     likeness: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
     seeds: tuple[int, ...] = (0, 1, 2)
-    kept: tuple[int, ...] = (5, 10, 20, 33, 50)  # one token in so many is attended to
+    kept: tuple[int, ...] = (5, 10, 20, 33, 50)  # one token in so many is selected
     taus: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0)
     tables: tuple[int, ...] = (15, 30, 60, 120)
     pages: tuple[int, ...] = (2, 4, 8, 16, 32)
@@ -76,7 +77,7 @@ QUICK = Plan(
 
 
 class Bench:
-    """One kind of caches, a cache for every seed, and what was found about them."""
+    """One kind of caches, a cache for every seed, and the results."""
 
     def __init__(
         self,
@@ -92,10 +93,9 @@ class Bench:
     def rows(
         self, table: str, method: Method, kept: tuple[int, ...], ends: tuple[int, int] = (0, 0)
     ) -> list[Row]:
-        """Judge a method: one token in `kept` is attended to, of which `ends` are the first and the
-        last ones.
+        """Measure a method that selects one token in `kept`, `ends` of them by position.
 
-        Heads stand part by part; every part has as many.
+        Heads are sorted by part, with equal numbers of heads.
         """
         found = np.empty((len(kept), 2, len(self.parts), len(self.seeds)))
         for s, (seed, cache, weights) in enumerate(
@@ -132,7 +132,7 @@ class Bench:
 
 
 def compare(bench: Bench, plan: Plan) -> list[Row]:
-    """Vary budgets, sizes, planes, temperature, and how many tokens are taken for where they stand."""
+    """Vary budgets, sizes, planes, temperature, and the number of tokens selected by position."""
     middle = plan.kept[len(plan.kept) // 2 :][:1]  # one in 20
     found = [row for method in METHODS for row in bench.rows("methods", method, plan.kept)]
     for n_tables in plan.tables:
@@ -160,7 +160,7 @@ def compare(bench: Bench, plan: Plan) -> list[Row]:
 
 
 def find_needles(plan: Plan) -> list[Needles]:
-    """Return at which rank every method has the needle, of all tokens."""
+    """Return the rank of the needle among all tokens for every method."""
     stacks = [
         haystack(plan.haystack_tokens, plan.haystack_queries, plan.likeness, seed)
         for seed in plan.seeds
@@ -208,7 +208,9 @@ def main() -> None:
         choices=("clusters", "real", "haystack"),
         help="some of the three; default all",
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds, small and meaningless")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds; the numbers mean nothing"
+    )
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("socket_study"), help="a folder"
     )

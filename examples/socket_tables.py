@@ -1,4 +1,4 @@
-"""What `socket_study.py` found, and tables of it in Markdown."""
+"""Results of `socket_study.py`, and their tables in Markdown."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 
 class Row(NamedTuple):
-    """How one method did on one part of the caches, with one number of tokens."""
+    """Result of one method on one part of the caches, for one number of tokens."""
 
     bench: str
-    table: str  # what was varied
+    table: str  # the setting that was varied
     part: str
     method: str
     settings: dict[str, Any]
-    n_bytes: float  # a token and key/value head, beside the cache
-    kept: int  # one token in so many
-    ends: tuple[int, int]  # first and last tokens taken for where they stand
+    n_bytes: float  # per token and key/value head, beside the cache
+    kept: int  # one token in so many was selected
+    ends: tuple[int, int]  # first and last tokens selected by position
     mass: list[float]  # for every seed, means over queries
     error: list[float]
 
 
 class Needles(NamedTuple):
-    """How one method ranks needles, over all seeds."""
+    """Ranks of the needles by one method, over all seeds."""
 
     method: str
     n_bytes: float
@@ -45,9 +45,7 @@ def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def per_seed(rows: Sequence[Row], number: str) -> np.ndarray:
-    """Return "mass" or "error" of rows that differ in their part only: the mean over parts, for
-    every seed.
-    """
+    """Return the mean over parts of "mass" or "error", for every seed."""
     return np.array([getattr(row, number) for row in rows]).mean(axis=0)
 
 
@@ -69,9 +67,7 @@ def both(
     columns: Sequence[Callable[[str], list[Row]]],
     oracle: Sequence[list[Row]],
 ) -> str:
-    """Return a table of mass, as a share of what the oracle has of it, and one of errors; a line a
-    method.
-    """
+    """Return a table of mass, relative to the oracle, and one of errors, by method."""
     text = ""
     for number, heading in (
         ("mass", "softmax weight kept, % of the oracle's"),
@@ -96,7 +92,7 @@ def both(
 
 
 def by_budget(rows: list[Row], bench: str) -> str:
-    """Return how methods do with few tokens and with fewer."""
+    """Return the tables over budgets."""
     found = pick(rows, bench=bench, table="methods")
     names, kept = (
         list(dict.fromkeys(row.method for row in found)),
@@ -110,7 +106,7 @@ def by_budget(rows: list[Row], bench: str) -> str:
 
 
 def by_part(rows: list[Row], bench: str) -> str:
-    """Return how methods do on every part with one token in 20."""
+    """Return the tables over parts, with one token in 20."""
     found = pick(rows, bench=bench, table="methods", kept=20)
     names, parts = (
         list(dict.fromkeys(getattr(row, field) for row in found)) for field in ("method", "part")
@@ -121,7 +117,7 @@ def by_part(rows: list[Row], bench: str) -> str:
 
 
 def by_size(rows: list[Row]) -> str:
-    """Return what more bytes bring."""
+    """Return the tables over bytes per token."""
     benches, lines = list(dict.fromkeys(row.bench for row in rows)), []
     found = pick(rows, table="size")
     for name, settings in dict.fromkeys((row.method, tuple(row.settings.items())) for row in found):
@@ -145,7 +141,7 @@ def by_size(rows: list[Row]) -> str:
 
 
 def by_tau(rows: list[Row], bench: str) -> str:
-    """Return what the temperature of "soft" does, for numbers of planes; 60 bytes of codes each."""
+    """Return the tables over the temperature of "soft" and planes; 60 bytes of codes each."""
     found = pick(rows, bench=bench, table="tau")
     taus = sorted({row.settings["tau"] for row in found})
     lines = []
@@ -162,9 +158,7 @@ def by_tau(rows: list[Row], bench: str) -> str:
 
 
 def by_ends(rows: list[Row], bench: str) -> str:
-    """Return what comes of taking some of the tokens for where they stand, in place of the worst of
-    those chosen by score.
-    """
+    """Return the tables with some tokens selected by position in place of the lowest scores."""
     found = pick(rows, bench=bench, table="ends")
     names = list(dict.fromkeys(row.method for row in found))
     lines = []
@@ -188,9 +182,7 @@ PAIRS = (
 
 
 def by_pairs(rows: list[Row]) -> str:
-    """Return how often the first of two methods does better, over all parts, budgets (but the
-    whole) and seeds.
-    """
+    """Return how often the first of two methods is better, over parts, budgets and seeds."""
     found = [row for row in pick(rows, table="methods") if row.kept > 1]
     lines = []
     for first, second in PAIRS:
@@ -206,7 +198,7 @@ def by_pairs(rows: list[Row]) -> str:
 
 
 def of_needles(found: list[Needles]) -> str:
-    """Return at which rank needles come: the median, and the worst."""
+    """Return the ranks of the needles: median and worst."""
     likeness = sorted(set(found[0].likeness.tolist()))
     lines = []
     for needles in found:

@@ -1,9 +1,10 @@
-"""Decode with a key/value cache and attend to the few tokens that matter: `python
-examples/sparse_decoding.py`.
+"""Decode with a key/value cache and attend to the tokens with the highest scores.
 
-The cache is what a language model keeps: keys and values of all tokens, here with topics, so that a
-query cares about some of them. A SocketIndex keeps some bytes per key beside it. Every step appends
-one token to both and attends to a twentieth.
+    python examples/sparse_decoding.py
+
+The cache holds keys and values of all tokens, as in a language model, here around topics, so that a
+query matches some of them. A SocketIndex holds some bytes per key. Every step appends one token to
+both and attends to a twentieth of the tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def tokens(rng: np.random.Generator, n: int, topics: np.ndarray) -> tuple[np.nda
 
 
 def main(n_tokens: int = 60_000, n_steps: int = 20) -> None:
-    """Fill a cache, decode some tokens, and print the error and the time against dense attention."""
+    """Fill a cache, decode some tokens; print the error and the time of dense attention."""
     rng = np.random.default_rng(0)
     topics = rng.standard_normal((40, KV_HEADS, DIM))
     room = n_tokens + n_steps
@@ -68,7 +69,7 @@ def main(n_tokens: int = 60_000, n_steps: int = 20) -> None:
         print(f"{name}: {total / max(1, n_steps - 1) * 1e3:.2f} ms per token")
 
     chosen = index.select(query, budget=0.05)
-    print(f"tokens chosen by each of {HEADS} heads: {(chosen >= 0).sum(axis=2).ravel().tolist()}")
+    print(f"tokens selected by each of {HEADS} heads: {(chosen >= 0).sum(axis=2).ravel().tolist()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Forward and backward over everything that selects another path: causal or not, readout, dtype."""
+"""Forward and backward for every choice of kernels: causal or not, readout, dtype."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Backward:
 
 
 class BackwardWithoutHash:
-    """Gradients of query, key and value alone: what a hash that is not trained saves."""
+    """Gradients of query, key and value only: the saving if the hash is not trained."""
 
     params = ([False, True],)
     param_names = ("causal",)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, hashes, and fresh processes."""
+"""Shared by the benchmarks: inputs, hashes, and fresh processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hash_named(planes_tables: str, head_dim: int = HEAD_DIM) -> racecore.SoftLSH
 
 
 def inputs(*shape: int, dtype: str = "float32", n: int = 3) -> list[np.ndarray]:
-    """Return `n` arrays of one shape; skip the benchmark where the dtype is not to be had."""
+    """Return `n` arrays of one shape; skip the benchmark if the dtype is not available."""
     if dtype == "bfloat16":
         try:
             import ml_dtypes

@@ -46,7 +46,7 @@ class Step:
 
 
 class Index:
-    """What the index costs: time to hash a prompt and to append a token, and bytes."""
+    """The index: time to hash a prompt and to append a token, and bytes."""
 
     params = ([6, 8, 10],)
     param_names = ("planes",)

@@ -1,6 +1,4 @@
-"""What each option costs: time of forward + backward with it, as a multiple of the plain call,
-measured in turns.
-"""
+"""Time of forward + backward with each option, as a multiple of the plain call, alternating."""
 
 from __future__ import annotations
 

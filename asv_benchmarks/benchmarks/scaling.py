@@ -1,6 +1,4 @@
-"""Time against length, size of the hash, head dim, heads and threads; mostly one head, which leaves
-no other to work on.
-"""
+"""Time against length, size of the hash, head dim, heads and threads; mostly with a single head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many short sequences: what a sequence costs beyond its tokens."""
+"""Many short sequences: the cost of a sequence beyond its tokens."""
 
 from __future__ import annotations
 

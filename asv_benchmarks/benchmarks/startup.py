@@ -1,6 +1,4 @@
-"""What a user waits for before anything is computed: import, and the first call with an empty or a
-filled kernel cache.
-"""
+"""Time before anything is computed: import, and the first call with an empty or filled cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token at a time, as in decoding: what is left when there is hardly any arithmetic."""
+"""One token at a time, as in decoding: the overhead where there is hardly any arithmetic."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class OneTokenOfAFloat32State(OneTokenOfManyHeads):
 
 
 class States:
-    """What one does with states beside appending."""
+    """Operations on states other than appending."""
 
     def setup(self):
         key, value = inputs(16, 1, KV_HEADS, HEAD_DIM, n=2)
