@@ -29,6 +29,8 @@ html_theme_options = {
 }
 html_sidebars = {"**": ["about.html", "navigation.html", "searchbox.html"]}
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["gallery.css"]
 html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
@@ -43,5 +45,5 @@ numpydoc_validation_checks = {
     "PR03",
 }  # a documented parameter exists, in this order
 
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
