@@ -342,6 +342,7 @@ def test_a_full_disk_is_found_before_the_work_starts(failing, folder, capsys, mo
     )
 
 
+@pytest.mark.process
 def test_a_file_size_limit_is_an_error_and_no_signal(folder):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
     command = [sys.executable, "-c", limit + START, "attend", *FILES]
@@ -397,6 +398,7 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
     assert not os.path.exists("o.npy")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
@@ -542,6 +544,7 @@ def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, cap
 # program
 
 
+@pytest.mark.process
 def test_version_and_module():
     for command in (["-m", "racecore"], ["-c", START]):
         done = subprocess.run(
@@ -564,6 +567,7 @@ def test_help(capsys):
     assert "Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted" in listing
 
 
+@pytest.mark.process
 def test_the_command_line_imports_nothing_heavy():
     program = "import racecore.cli, sys; print([m for m in ('numba', 'scipy', 'tqdm', 'matplotlib') if m in sys.modules])"
     done = subprocess.run(
@@ -572,6 +576,7 @@ def test_the_command_line_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.process
 def test_a_reader_that_stops_reading_is_no_error():
     process = start("doctor")
     process.stdout.close()
@@ -584,6 +589,7 @@ def test_a_reader_that_stops_reading_is_no_error():
 # doctor
 
 
+@pytest.mark.process
 def test_doctor_in_json_without_importing_what_is_optional():
     program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
     program += "print([m for m in ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes') if m in sys.modules], code)"
@@ -692,6 +698,7 @@ def test_the_rival_is_softmax_attention():
         )
 
 
+@pytest.mark.process
 def test_demo_quick(tmp_path):
     process = start("demo", "--quick", "--threads", 2, cwd=tmp_path)
     printed, errors = process.communicate(timeout=240)

@@ -21,6 +21,8 @@ import racecore
 from racecore.ops.cuda import call
 from racecore.runtime import cuda
 
+pytestmark = pytest.mark.toolchain
+
 OPS = Path(racecore.__file__).parent / "ops"
 FILES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
 NAMES = ("query", "key", "value", "d_out")

@@ -111,6 +111,7 @@ def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
     skip_without_what_it_needs(name)
@@ -128,6 +129,7 @@ def test_every_example_is_run_and_short():
         assert len(path.read_text().splitlines()) <= longest, path.name
 
 
+@pytest.mark.process
 def test_every_formula_holds():
     printed = run_script(ROOT / "docs" / "check_math.py").splitlines()
     assert float(printed[-1].removeprefix("worst relative error: ")) <= 1e-12

@@ -14,6 +14,8 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 pytest.importorskip("torch", reason="torch is not installed; these examples train with it")

@@ -612,6 +612,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.process
 def test_sharded_equals_unsharded() -> None:
     worst = run_program(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert len(worst) == 12
@@ -639,12 +640,14 @@ LARGE = """
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n_processors", [1, 2])
 def test_large_arrays_under_jit_do_not_dead_lock(n_processors: int) -> None:
     few = sorted(os.sched_getaffinity(0))[:n_processors]
     assert run_program(f"import os\nos.sched_setaffinity(0, {few})\n" + textwrap.dedent(LARGE))
 
 
+@pytest.mark.process
 def test_importing_racecore_loads_no_jax() -> None:
     program = "import json, sys, racecore, racecore.adapters.task"
     assert run_program(program + "\nprint(json.dumps('jax' in sys.modules))") is False

@@ -13,6 +13,8 @@ import pytest
 
 from racecore.runtime import kernel_cache
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import json, sys, logging
 import numpy as np

@@ -2,6 +2,8 @@
 out, readouts.
 """
 
+import functools
+
 import ml_dtypes
 import numba
 import numpy as np
@@ -14,8 +16,12 @@ from racecore.ops.simd import elementary, products, tiles, vectors
 from racecore.ops.socket.select import top_k
 
 
+@functools.cache
 def compiled(function):
-    """Return a function for Python to call: helpers can only be called from compiled code."""
+    """Return a function for Python to call: helpers can only be called from compiled code.
+
+    One dispatcher for each helper, which compiles once for each combination of types.
+    """
 
     @numba.njit
     def run(*arguments):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 LONG_CACHE = """

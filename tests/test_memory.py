@@ -9,6 +9,8 @@ import pytest
 
 from racecore.outofcore import Synthetic
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import json, sys, threading, time
 import numpy as np, racecore

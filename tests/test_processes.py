@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 HEADER = """
 import numpy as np, racecore, sys, threading, time
 rng = np.random.default_rng(0)

@@ -32,7 +32,10 @@ CASES = {
 }
 # Python 3.12 and later warn of what racecore is made for: forking a process that has computed with
 # threads.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
+]
 FORK = multiprocessing.get_context("fork")
 
 

@@ -763,6 +763,7 @@ print(json.dumps(result | {"not zero": bool(all(np.abs(r.astype(float)).sum() > 
 """
 
 
+@pytest.mark.process
 def test_a_memory_mapped_cache_takes_no_memory(tmp_path):
     tokens = 1 << 19  # 134 MB each of keys and values
     done = subprocess.run(
@@ -818,6 +819,7 @@ print("done")
 """
 
 
+@pytest.mark.process
 def test_only_selected_rows_are_read():
     """Everything else is forbidden memory."""
     done = subprocess.run(
@@ -972,6 +974,7 @@ print("done")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma")])
 def test_scores_on_processors_without_the_widest_lookups(name, features, tmp_path):
     environment = {

@@ -17,6 +17,8 @@ import racecore
 from racecore.ops.cuda import call
 from racecore.runtime import cuda
 
+pytestmark = pytest.mark.toolchain
+
 BFLOAT16 = DTYPES["bfloat16"]
 INSTRUCTION = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 FILES = ("bidirectional/kernels.cu", "causal/kernels.cu")
