@@ -12,7 +12,7 @@ import pytest
 
 from racecore.runtime import cuda
 
-__all__ = ["BACKENDS", "Gpu", "fetch", "put", "reason_without_gpu", "wants_gpu"]
+__all__ = ["BACKENDS", "Gpu", "cpu_seconds", "fetch", "put", "reason_without_gpu", "wants_gpu"]
 
 
 class Gpu(str):
@@ -65,3 +65,10 @@ def put(array: Any, backend: str) -> Any:
 def fetch(array: Any) -> np.ndarray:
     """Return a result in host memory."""
     return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has taken, which no other process changes."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

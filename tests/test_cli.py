@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from devices import cpu_seconds
 
 import racecore
 from racecore import backends
@@ -400,7 +401,7 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
+def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder, request):
     """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
     room.
     """
@@ -412,24 +413,23 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + (1 << 24) * dim)
     process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
+    request.addfinalizer(process.kill)
     with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
-        deadline = time.monotonic() + 60
         while (
             not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0
         ):
             assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
-        started = time.monotonic()
+        before = cpu_seconds(process.pid)
         process.send_signal(number)
-        try:
-            assert process.wait(30) == code
-        finally:
-            process.kill()
-        seconds = time.monotonic() - started
+        # waits for the end, and leaves the process for its CPU time to be read
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = cpu_seconds(process.pid) - before
+        assert process.wait() == code
         message = process.stderr.read()
-    assert seconds < 10  # usually a fraction of one; the machine may be busy
+    # Of CPU time, on two cores or more: other processes may take the cores meanwhile.
+    assert seconds < 10  # usually a fraction of one
     assert "Traceback" not in message
     assert "interrupted" in message or number == signal.SIGTERM
     assert "the same command goes on where this one ended" in message
@@ -505,6 +505,8 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_nothing_is_shown_for_what_takes_no_second(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    assert progress_bar.SECONDS_UNTIL_BAR >= 1
+    monkeypatch.setattr(progress_bar, "SECONDS_UNTIL_BAR", 3600.0)  # the machine may be busy
     with progress_bar.token_bar("working", 100):
         progress.advance(100)
     assert screen.getvalue().strip() == ""
@@ -514,7 +516,7 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     with progress_bar.token_bar("working", 100):
         progress.advance(40)
-    pattern = r"working: 40% after 0 s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
+    pattern = r"working: 40% after \d+ s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
     assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
@@ -701,7 +703,7 @@ def test_the_rival_is_softmax_attention():
 @pytest.mark.process
 def test_demo_quick(tmp_path):
     process = start("demo", "--quick", "--threads", 2, cwd=tmp_path)
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     for part in (

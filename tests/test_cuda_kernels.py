@@ -50,7 +50,6 @@ def test_all_files_are_found():
     ]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles(architecture):
     """For every dtype and number of columns; in float32 and 16 bits, with next to nothing spilled

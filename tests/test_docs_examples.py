@@ -95,7 +95,7 @@ def blocks(page: str, language: str) -> list[str]:
 def run_script(path: pathlib.Path, *arguments: str) -> str:
     """Run a script in a new process with warnings as errors; return what it prints."""
     command = [sys.executable, "-W", "error", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

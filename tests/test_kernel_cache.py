@@ -41,7 +41,6 @@ def compute(folder):
         text=True,
         check=True,
         env=environment,
-        timeout=240,
     )
     return json.loads(result.stdout)
 

@@ -51,7 +51,6 @@ def measure(causal, log2_tokens, **options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -95,7 +94,6 @@ def test_a_run_out_of_core_keeps_its_memory_limit_whatever_the_length(causal):
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         measured = json.loads(done.stdout)
@@ -130,7 +128,6 @@ def test_files_of_two_hundred_megabytes_in_sixty_four(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)

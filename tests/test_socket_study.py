@@ -116,7 +116,6 @@ def test_the_study_in_small(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found" / "study.json").read_text())

@@ -92,7 +92,6 @@ def test_fragments_are_those_of_the_ptx_isa(backend):
     np.testing.assert_array_equal(fetch(d), (a @ b + c)[OF_D])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles_to_the_instruction(architecture):
     codes = [cuda.source(file) for file in FILES]

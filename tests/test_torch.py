@@ -831,7 +831,7 @@ def test_data_parallel_training(tmp_path):
     ]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=200) for _ in processes)
+    found = dict(results.get() for _ in processes)
     for process in processes:
         process.join()
         assert process.exitcode == 0
