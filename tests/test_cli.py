@@ -401,7 +401,7 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder, request):
+def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder):
     """Four million tokens and 8,192 buckets, a minute of work at least, on input files that take no
     room.
     """
@@ -413,7 +413,6 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder, request):
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + (1 << 24) * dim)
     process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
-    request.addfinalizer(process.kill)
     with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
         while (
             not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0
@@ -423,10 +422,13 @@ def test_a_signal_ends_a_long_run_that_can_go_on(number, code, folder, request):
         time.sleep(0.5)
         before = cpu_seconds(process.pid)
         process.send_signal(number)
-        # waits for the end, and leaves the process for its CPU time to be read
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        seconds = cpu_seconds(process.pid) - before
-        assert process.wait() == code
+        try:
+            # waits for the end, and leaves the process for its CPU time to be read
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            seconds = cpu_seconds(process.pid) - before
+            assert process.wait() == code
+        finally:
+            process.kill()
         message = process.stderr.read()
     # Of CPU time, on two cores or more: other processes may take the cores meanwhile.
     assert seconds < 10  # usually a fraction of one

@@ -14,8 +14,8 @@ import numpy
 start = time.process_time()  # not of the clock: the machine may be busy
 import racecore
 seconds = time.process_time() - start
-frameworks = ("cupy", "torch", "jax", "numba", "dask", "scipy", "tqdm", "matplotlib")
-heavy = [name for name in frameworks if name in sys.modules]
+names = ("cupy", "torch", "jax", "numba", "dask", "scipy", "tqdm", "matplotlib")
+heavy = [name for name in names if name in sys.modules]
 print(json.dumps({"seconds": seconds, "heavy": heavy}))
 """
 

@@ -820,7 +820,7 @@ print("done")
 
 @pytest.mark.process
 def test_only_selected_rows_are_read():
-    """Everything else is forbidden memory."""
+    """All other pages are protected against reading."""
     done = subprocess.run(
         [sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False
     )

@@ -57,7 +57,7 @@ def test_orthogonal_planes_are_orthogonal_in_blocks(dim):
 
 
 def test_orthogonal_planes_estimate_the_kernel_better():
-    """At many tables, orthogonal planes lower the error of the angular kernel, on average."""
+    """At many tables, orthogonal planes lower the mean error of the angular kernel over draws."""
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 40, 32))
     cosine = (q / np.linalg.norm(q, axis=1)[:, None]) @ (k / np.linalg.norm(k, axis=1)[:, None]).T
