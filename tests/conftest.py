@@ -1,6 +1,4 @@
-"""What every test runs under: memory full of NaN where nothing was written, and no silent skip of a
-GPU test.
-"""
+"""Every test runs with memory full of NaN; GPU tests where there is a GPU or one is required."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import hypothesis
 import numpy as np
 import pytest
 from cuda_on_cpu import fake_cupy
-from devices import Gpu
+from devices import Gpu, reason_without_gpu, wants_gpu
 
 from racecore.runtime import arrays
 
@@ -35,7 +33,7 @@ def _fill(array: np.ndarray) -> np.ndarray:
 
 
 class _NumPyWithFilledEmpty(ModuleType):
-    """NumPy as seen by a module of plain Python, with an `empty` whose memory is not zero by luck."""
+    """NumPy as a module of plain Python sees it, with an `empty` that is full of NaN."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -101,22 +99,20 @@ def cupy_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def _reason_without_gpu() -> str | None:
-    """Return why no test can run on a GPU here, None where it can."""
-    try:
-        import cupy  # type: ignore[import-not-found]
+def pytest_report_header() -> str:
+    return f"GPU: {reason_without_gpu() or 'tested'}"
 
-        return None if cupy.cuda.runtime.getDeviceCount() else "CuPy finds no CUDA device"
-    except Exception as error:  # no CuPy, no driver, a driver too old: all of them are reasons
-        return f"{type(error).__name__}: {error}"
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of a GPU where there is none and none is required."""
+    if wants_gpu():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None:
-        return
-    reason = _reason_without_gpu()
-    if reason is None:
-        return
-    if os.environ.get("RACECORE_REQUIRE_GPU") == "1":
+    if item.get_closest_marker("gpu") is not None and (reason := reason_without_gpu()):
         pytest.fail(f"RACECORE_REQUIRE_GPU=1, but no GPU test can run: {reason}")
-    pytest.skip(reason)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from devices import cpu_seconds
 
 import racecore
 from racecore import backends
@@ -337,6 +338,7 @@ def test_a_full_disk_is_found_before_the_work_starts(failing, folder, capsys, mo
     )
 
 
+@pytest.mark.process
 def test_a_file_size_limit_is_an_error_and_no_signal(folder):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
     command = [sys.executable, "-c", limit + START, "attend", *FILES]
@@ -390,6 +392,7 @@ def test_a_bug_shows_its_traceback(folder, monkeypatch):
     assert not os.path.exists("o.npy")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_long_run_ended_by_a_signal_can_be_resumed(number, code, folder):
     """Four million tokens and 8,192 buckets, at least a minute of work, on sparse input files."""
@@ -402,23 +405,24 @@ def test_a_long_run_ended_by_a_signal_can_be_resumed(number, code, folder):
             file.truncate(file.tell() + (1 << 24) * dim)
     process = start("attend", *FILES, "--tables", 32, "--planes", 8, cwd=folder)
     with contextlib.closing(process.stdout), contextlib.closing(process.stderr):
-        deadline = time.monotonic() + 60
         while (
             not (folder / "o.npy.states").exists() or (folder / "o.npy.states").stat().st_size == 0
         ):
             assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
-        started = time.monotonic()
+        before = cpu_seconds(process.pid)
         process.send_signal(number)
         try:
-            assert process.wait(30) == code
+            # waits for the end, and leaves the process for its CPU time to be read
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            seconds = cpu_seconds(process.pid) - before
+            assert process.wait() == code
         finally:
             process.kill()
-        seconds = time.monotonic() - started
         message = process.stderr.read()
-    assert seconds < 10  # usually a fraction of one; the machine may be busy
+    # Of CPU time, on two cores or more: other processes may take the cores meanwhile.
+    assert seconds < 10  # usually a fraction of one
     assert "Traceback" not in message
     assert "interrupted" in message or number == signal.SIGTERM
     assert "run the same command again to resume" in message
@@ -493,6 +497,8 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_no_bar_for_less_than_a_second(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    assert progress_bar.SECONDS_UNTIL_BAR >= 1
+    monkeypatch.setattr(progress_bar, "SECONDS_UNTIL_BAR", 3600.0)  # the machine may be busy
     with progress_bar.token_bar("working", 100):
         progress.advance(100)
     assert screen.getvalue().strip() == ""
@@ -502,7 +508,7 @@ def test_plain_lines_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     with progress_bar.token_bar("working", 100):
         progress.advance(40)
-    pattern = r"working: 40% after 0 s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
+    pattern = r"working: 40% after \d+ s, [\d,]+ s left, [\d,]+ tokens/s, [\d,]+ MB\n"
     assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
@@ -531,6 +537,7 @@ def test_a_generous_memory_limit_does_not_hide_progress(folder, monkeypatch, cap
 # The program
 
 
+@pytest.mark.process
 def test_version_and_module():
     for command in (["-m", "racecore"], ["-c", START]):
         done = subprocess.run(
@@ -553,6 +560,7 @@ def test_help(capsys):
     assert "Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted" in listing
 
 
+@pytest.mark.process
 def test_the_command_line_imports_nothing_heavy():
     program = "import racecore.cli, sys; heavy = ('numba', 'scipy', 'tqdm', 'matplotlib'); "
     program += "print([name for name in heavy if name in sys.modules])"
@@ -562,6 +570,7 @@ def test_the_command_line_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.process
 def test_a_reader_that_stops_reading_is_no_error():
     process = start("doctor")
     process.stdout.close()
@@ -573,6 +582,7 @@ def test_a_reader_that_stops_reading_is_no_error():
 # racecore doctor
 
 
+@pytest.mark.process
 def test_doctor_in_json_without_importing_what_is_optional():
     program = START.replace("sys.exit(main(sys.argv[1:]))", "code = main(['doctor', '--json']); ")
     program += "optional = ('torch', 'jax', 'cupy', 'matplotlib', 'ml_dtypes'); "
@@ -681,9 +691,10 @@ def test_softmax_attention_of_the_comparison():
         )
 
 
+@pytest.mark.process
 def test_demo_quick(tmp_path):
     process = start("demo", "--quick", "--threads", 2, cwd=tmp_path)
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     for part in (

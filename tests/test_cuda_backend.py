@@ -18,6 +18,8 @@ from racecore.cli import main
 from racecore.errors import BackendUnavailableError
 from racecore.runtime import cuda
 
+pytestmark = pytest.mark.toolchain
+
 
 @pytest.fixture(params=BACKENDS[2:])
 def backend(request):

@@ -21,6 +21,8 @@ import racecore
 from racecore.ops.cuda import call
 from racecore.runtime import cuda
 
+pytestmark = pytest.mark.toolchain
+
 OPS = Path(racecore.__file__).parent / "ops"
 FILES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
 NAMES = ("query", "key", "value", "d_out")
@@ -48,7 +50,6 @@ def test_all_files_are_found():
     ]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles(architecture):
     """For every dtype and number of columns; in float32 and 16 bits, with next to nothing spilled

@@ -96,7 +96,7 @@ def blocks(page: str, language: str) -> list[str]:
 def run_script(path: pathlib.Path, *arguments: str) -> str:
     """Run a script in a new process with warnings as errors; return what it prints."""
     command = [sys.executable, "-W", "error", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -112,6 +112,7 @@ def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
     skip_without_what_it_needs(name)
@@ -132,6 +133,7 @@ def test_every_example_is_run_and_short():
         assert statements <= most, path.name
 
 
+@pytest.mark.process
 def test_every_formula_holds():
     printed = run_script(ROOT / "docs" / "check_math.py").splitlines()
     assert float(printed[-1].removeprefix("worst relative error: ")) <= 1e-12

@@ -1,6 +1,4 @@
-"""The examples that train run to their end in seconds, without a network, and say what the guides
-say that they say.
-"""
+"""The examples that train end in seconds, without a network, and print what the guides quote."""
 
 from __future__ import annotations
 
@@ -13,6 +11,8 @@ import sys
 
 import numpy as np
 import pytest
+
+pytestmark = pytest.mark.process
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
@@ -30,7 +30,6 @@ def run(
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
     )
 
 
@@ -176,7 +175,8 @@ def test_every_kind_of_attention_starts_from_the_same_weights(monkeypatch):
 
 
 def test_markup_is_taken_out(data_sets):
-    wikitext = """{{Infobox|a={{b|c}}}}'''Ants''' are [[Insect|insects]]<ref name="x">Smith</ref> of the [[family|clan]]
+    wikitext = """{{Infobox|a={{b|c}}}}'''Ants''' are [[Insect|insects]]<ref name="x">Smith</ref> of the \
+[[family|clan]]
 [[File:Ant.jpg|thumb|An [[ant]] at work]] Formicidae.<!-- sic -->
 == Size ==
 {| class="x"

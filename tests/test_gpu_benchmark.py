@@ -24,6 +24,7 @@ def gpu(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.toolchain
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
     lsh = racecore.SoftLSH.random(head_dim=48, n_tables=3, n_planes=3, rng=0)
@@ -106,6 +107,7 @@ def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):
     )
 
 
+@pytest.mark.toolchain
 def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
     """The whole section, on the CPU; the times are made up."""
     socket = gpu.gpu_socket
@@ -139,6 +141,7 @@ def test_a_decoded_token_is_checked_and_timed(gpu, capsys):
     assert capsys.readouterr().out.startswith("check float32  SOCKET")
 
 
+@pytest.mark.toolchain
 def test_a_wrong_token_is_noticed(gpu, monkeypatch):
     with fake_cupy.install() as cupy:
         monkeypatch.setattr(

@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import json, sys, time
 import numpy
-start = time.perf_counter()
+start = time.process_time()  # not of the clock: the machine may be busy
 import racecore
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 names = ("cupy", "torch", "jax", "numba", "dask", "scipy", "tqdm", "matplotlib")
 heavy = [name for name in names if name in sys.modules]
 print(json.dumps({"seconds": seconds, "heavy": heavy}))

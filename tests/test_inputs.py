@@ -287,6 +287,7 @@ def test_parse_bytes(text, n_bytes):
     assert inputs.parse_bytes(text) == n_bytes
 
 
+@pytest.mark.process
 def test_checks_survive_optimised_python():
     program = (
         "import numpy as np, racecore\n"

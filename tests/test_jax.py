@@ -562,12 +562,12 @@ def test_plain_attention_names_the_adapter_where_values_are_missing() -> None:
 # Processes of their own
 
 
-def run_program(program: str, timeout: float = 120, **environment: str) -> Any:
+def run_program(program: str, **environment: str) -> Any:
     """Run a program in a new process, warnings as errors; return the JSON of its last line."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -618,6 +618,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.process
 def test_sharded_equals_unsharded() -> None:
     worst = run_program(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert len(worst) == 12
@@ -628,7 +629,7 @@ def test_sharded_equals_unsharded() -> None:
 
 LARGE = """
     import faulthandler, json
-    faulthandler.dump_traceback_later(100, exit=True)
+    faulthandler.dump_traceback_later(1000, exit=True)  # a dead lock
     import jax, numpy as np
     from jax import numpy as jnp
     from racecore.adapters.jax import race_attention
@@ -647,12 +648,14 @@ LARGE = """
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n_processors", [1, 2])
 def test_large_arrays_under_jit_do_not_dead_lock(n_processors: int) -> None:
     few = sorted(os.sched_getaffinity(0))[:n_processors]
     assert run_program(f"import os\nos.sched_setaffinity(0, {few})\n" + textwrap.dedent(LARGE))
 
 
+@pytest.mark.process
 def test_importing_racecore_loads_no_jax() -> None:
     program = "import json, sys, racecore, racecore.adapters.task"
     assert run_program(program + "\nprint(json.dumps('jax' in sys.modules))") is False

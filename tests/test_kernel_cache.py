@@ -15,6 +15,8 @@ import pytest
 import racecore
 from racecore.runtime import kernel_cache
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import json, sys, logging
 import numpy as np
@@ -41,7 +43,6 @@ def compute(folder):
         text=True,
         check=True,
         env=environment,
-        timeout=240,
     )
     return json.loads(result.stdout)
 

@@ -1,6 +1,6 @@
-"""The shared rooms of the CPU kernels against their plain twins: exp, tanh, products, rows in and
-out, readouts.
-"""
+"""Helpers of the CPU kernels against plain NumPy: exp, tanh, products, scans, rows, candidates."""
+
+import functools
 
 import ml_dtypes
 import numba
@@ -14,8 +14,12 @@ from racecore.ops.simd import elementary, products, tiles, vectors
 from racecore.ops.socket.select import top_k
 
 
+@functools.cache
 def compiled(function):
-    """Return a function for Python to call: helpers can only be called from compiled code."""
+    """Return a function for Python to call: helpers can only be called from compiled code.
+
+    One dispatcher for each helper, which compiles once for each combination of types.
+    """
 
     @numba.njit
     def run(*arguments):
@@ -27,9 +31,9 @@ def compiled(function):
 def aligned(*shape, dtype, rng=None):
     """Return an array on a cache line with some rows to spare, random or NaN."""
     size = int(np.prod(shape))
-    room = np.full(size + 16 * shape[-1] + 16, np.nan, dtype)
-    first = -room.ctypes.data % 64 // room.itemsize
-    result = room[first : first + size].reshape(shape)
+    memory = np.full(size + 16 * shape[-1] + 16, np.nan, dtype)
+    first = -memory.ctypes.data % 64 // memory.itemsize
+    result = memory[first : first + size].reshape(shape)
     if rng is not None:
         result[:] = rng.standard_normal(shape)
     return result
@@ -110,7 +114,7 @@ def test_totals(dtype):
 
 @pytest.mark.parametrize("n_buckets", [2, 8, 24, 64])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-13)])
-def test_running_masses(n_buckets, dtype, tolerance):
+def test_prefix_mass(n_buckets, dtype, tolerance):
     rng = np.random.default_rng(0)
     wide = -(-n_buckets // 16) * 16
     phi, phi_t, masses_t = (
@@ -131,7 +135,7 @@ def test_running_masses(n_buckets, dtype, tolerance):
 
 @pytest.mark.parametrize("n_buckets", [2, 8, 24, 64])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-13)])
-def test_running_masses_backward(n_buckets, dtype, tolerance):
+def test_prefix_mass_backward(n_buckets, dtype, tolerance):
     rng = np.random.default_rng(0)
     wide = -(-n_buckets // 16) * 16
     d_masses, (mass_t, d_phi_t) = (
@@ -196,9 +200,9 @@ def test_products(n_rows, n, width, dtype, tolerance):
 def _bfloat16_rows(rng, n, width):
     """Return rows of bfloat16 on a cache line, and the same in float32."""
     x = aligned(n, width, dtype=np.float32, rng=rng).astype(ml_dtypes.bfloat16)
-    room = np.zeros(x.size + 32, ml_dtypes.bfloat16)
-    first = -room.ctypes.data % 64 // 2
-    is_bfloat16 = room[first : first + x.size].reshape(x.shape)
+    memory = np.zeros(x.size + 32, ml_dtypes.bfloat16)
+    first = -memory.ctypes.data % 64 // 2
+    is_bfloat16 = memory[first : first + x.size].reshape(x.shape)
     is_bfloat16[:] = x
     return is_bfloat16, x.astype(np.float32)
 
@@ -253,7 +257,7 @@ def test_products_that_write_bfloat16(n_rows, n):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("n", [1, 32])
-def test_walks_from_bfloat16_to_bfloat16(n, backward):
+def test_scans_from_bfloat16_to_bfloat16(n, backward):
     rng = np.random.default_rng(0)
     a, b = (aligned(8, 32, dtype=np.float32, rng=rng) for _ in range(2))
     before, (is_bfloat16, x) = (
@@ -292,7 +296,7 @@ def test_transpose(dtype):
         np.testing.assert_array_equal(target[:n_columns, :n_rows], source[:n_rows, :n_columns].T)
 
 
-def _walked(state, a, x, order):
+def _scanned(state, a, x, order):
     """Yield a token and the state after it was added, in float64."""
     for i in order:
         state = state + np.outer(a[:, i], x[i])
@@ -303,13 +307,13 @@ def _walked(state, a, x, order):
 @pytest.mark.parametrize("n", [1, 7, 32])
 @pytest.mark.parametrize(("n_buckets", "width"), [(2, 16), (4, 48), (9, 32), (24, 80), (64, 128)])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_walks(n_buckets, width, n, backward, dtype, tolerance):
+def test_scans(n_buckets, width, n, backward, dtype, tolerance):
     rng = np.random.default_rng(0)
     a, b = (aligned(n_buckets, 32, dtype=dtype, rng=rng) for _ in range(2))
     x, y, before = (aligned(rows, width, dtype=dtype, rng=rng) for rows in (32, 32, n_buckets))
     order = list(range(n))[:: -1 if backward else 1]
     expected_rows, expected_weights = np.zeros((n, width)), np.zeros((n, n_buckets))
-    for i, state in _walked(
+    for i, state in _scanned(
         before.astype(np.float64), a.astype(np.float64), x.astype(np.float64), order
     ):
         expected_rows[i], expected_weights[i], expected = b[:, i] @ state, state @ y[i], state
@@ -346,8 +350,8 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_walks_never_meet_what_is_to_come(backward):
-    """What is not finite reaches the tokens from its own on, and no other."""
+def test_scans_never_read_later_tokens(backward):
+    """A NaN reaches its own token and the later ones, none before it."""
     rng = np.random.default_rng(0)
     a, b = (aligned(8, 32, dtype=np.float32, rng=rng) for _ in range(2))
     x, y, state = (aligned(rows, 16, dtype=np.float32, rng=rng) for rows in (32, 32, 8))

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 LONG_CACHE = """
@@ -36,7 +38,6 @@ def test_a_cache_on_the_disk_is_read_where_rows_were_chosen_and_nowhere_else(tmp
         cwd=EXAMPLES,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -9,6 +9,8 @@ import pytest
 
 from racecore.outofcore import Synthetic
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import json, sys, threading, time
 import numpy as np, racecore
@@ -52,7 +54,6 @@ def measure(causal, log2_tokens, **options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -96,7 +97,6 @@ def test_a_run_out_of_core_keeps_its_memory_limit_whatever_the_length(causal):
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         measured = json.loads(done.stdout)
@@ -133,7 +133,6 @@ def test_files_of_two_hundred_megabytes_in_sixty_four(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)

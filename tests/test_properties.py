@@ -354,12 +354,12 @@ def test_a_denominator_below_float32_gives_a_row_of_zeros(backend: str, is_causa
     exact = forward_backward(q, k, v, v, lsh, is_causal=is_causal, backend=backend)
     np.testing.assert_allclose(exact["out"], 5)
     with np.errstate(under="ignore"):
-        narrow = forward_backward(
+        single = forward_backward(
             *(x.astype(np.float32) for x in (q, k, v, v)), lsh, is_causal=is_causal, backend=backend
         )
-    assert not narrow["out"].any()
+    assert not single["out"].any()
     for name in ("query", "key", "value", "planes", "beta"):
-        assert not narrow[name].any(), name
+        assert not single[name].any(), name
 
 
 # Bits
@@ -719,7 +719,7 @@ def test_more_heads_than_16_bits_count(is_causal: bool) -> None:
 
 @pytest.mark.parametrize(("n_tokens", "head_dim"), [(75_000_000, 1), (2**22 + 3, 512)])
 def test_the_mass_of_many_identical_keys(n_tokens: int, head_dim: int) -> None:
-    """A float32 sum stands still at 2^24; the wider of the two inputs has more than 2^31 elements."""
+    """A float32 sum stands still at 2^24; the wider input has more than 2^31 elements."""
     lsh = racecore.SoftLSH.random(head_dim=head_dim, n_tables=1, n_planes=1, rng=0)
     key = np.full((1, 1, head_dim), 0.1, np.float32)
     value = np.full((1, 1, 1), 0.3, np.float32)

@@ -29,7 +29,10 @@ CASES = {
     "packed, both ways": {"cu_seqlens": BOUNDS},
 }
 # Python 3.12 and later warn of forking a process that has used threads, which racecore supports.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
+]
 FORK = multiprocessing.get_context("fork")
 
 

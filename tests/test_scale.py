@@ -168,6 +168,7 @@ def test_a_sweep_without_a_picture(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_the_program_starts_without_docstrings():
     command = [sys.executable, "-OO", "-m", "racecore", "scale", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

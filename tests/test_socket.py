@@ -764,6 +764,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.process
 def test_a_memory_mapped_cache_stays_on_disk(tmp_path):
     tokens = 1 << 19  # 134 MB each of keys and values
     done = subprocess.run(
@@ -771,7 +772,6 @@ def test_a_memory_mapped_cache_stays_on_disk(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -825,10 +825,11 @@ print("done")
 """
 
 
+@pytest.mark.process
 def test_only_selected_rows_are_read():
     """All other pages are protected against reading."""
     done = subprocess.run(
-        [sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     assert done.stdout == "done\n"
@@ -979,6 +980,7 @@ print("done")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "features"), [("generic", ""), ("haswell", "+avx,+avx2,+fma")])
 def test_scores_on_processors_without_the_widest_lookups(name, features, tmp_path):
     environment = {
@@ -993,7 +995,6 @@ def test_scores_on_processors_without_the_widest_lookups(name, features, tmp_pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "done\n"

@@ -100,6 +100,7 @@ def test_a_needle_has_the_likeness_that_is_asked_for(methods):
     np.testing.assert_allclose(cosine, [0.5] * 3 + [0.9] * 3, atol=1e-5)
 
 
+@pytest.mark.process
 def test_the_study_in_small(tmp_path):
     command = [
         sys.executable,
@@ -115,7 +116,6 @@ def test_the_study_in_small(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found" / "study.json").read_text())

@@ -17,6 +17,8 @@ import racecore
 from racecore.ops.cuda import call
 from racecore.runtime import cuda
 
+pytestmark = pytest.mark.toolchain
+
 BFLOAT16 = DTYPES["bfloat16"]
 INSTRUCTION = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 FILES = ("bidirectional/kernels.cu", "causal/kernels.cu")
@@ -90,7 +92,6 @@ def test_fragments_are_those_of_the_ptx_isa(backend):
     np.testing.assert_array_equal(fetch(d), (a @ b + c)[OF_D])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles_to_the_instruction(architecture):
     codes = [cuda.source(file) for file in FILES]

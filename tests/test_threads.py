@@ -26,7 +26,7 @@ def test_every_task_runs_once(n_threads, n_tasks, step):
 
 def test_several_threads_take_part():
     names = set()
-    barrier = threading.Barrier(3, timeout=30)
+    barrier = threading.Barrier(3, timeout=600)
 
     def meet(first, last):
         names.add(threading.get_ident())
@@ -68,22 +68,22 @@ def test_concurrent_callers_do_not_wait_for_each_other():
     for thread in callers:
         thread.start()
     for thread in callers:
-        thread.join(30)
+        thread.join(600)
     assert results == [True] * 8
 
 
 def test_the_setting_belongs_to_the_block_and_the_thread():
     seen = {}
 
-    def count(name):
+    def count(name, pause=lambda: time.sleep(0.005)):
         identities = set()
-        run(lambda first, last: (time.sleep(0.005), identities.add(threading.get_ident())), 20, 1)
+        run(lambda first, last: (pause(), identities.add(threading.get_ident())), 20, 1)
         seen[name] = len(identities)
 
     with racecore.threads(1):
         count("inside")
         with racecore.threads(4):
-            count("nested")
+            count("nested", threading.Barrier(2, timeout=600).wait)
         count("inside again")
     assert seen["inside"] == seen["inside again"] == 1
     assert seen["nested"] > 1

@@ -775,6 +775,7 @@ class Attended(torch.utils.data.Dataset):
         return race_attention(x, x, x, made((2, 2, 8)), 1.0, is_causal=True)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_data_loader_workers_after_the_parent_has_computed():
     expected = torch.stack([Attended()[i] for i in range(8)])
@@ -819,6 +820,7 @@ def _train_in_a_process(rank, file, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_data_parallel_training(tmp_path):
     context = multiprocessing.get_context("spawn")
@@ -829,7 +831,7 @@ def test_data_parallel_training(tmp_path):
     ]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=200) for _ in processes)
+    found = dict(results.get() for _ in processes)
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -858,6 +860,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_peak_memory_of_training():
     """Linear in T, and little more than what there must be: see docs/torch.md for the list."""
@@ -871,6 +874,7 @@ def test_peak_memory_of_training():
         assert int(run.stdout) <= 1.3 * arrays * n * 256 * 4
 
 
+@pytest.mark.process
 def test_importing_racecore_loads_no_framework():
     names = ("torch", "jax", "transformers", "dask", "cupy")
     code = f"import sys, racecore; print([m for m in {names} if m in sys.modules])"

@@ -25,6 +25,7 @@ __all__ = ["Mutation", "barriers", "changes", "noticed_by"]
 
 _OPS = Path(racecore.__file__).parent / "ops"
 _BARRIER = "__syncthreads();"
+_LIMIT = 280.0  # seconds: a changed kernel may never end, which is noticed
 
 
 class Mutation(NamedTuple):
@@ -231,9 +232,7 @@ def noticed_by(mutation: Mutation) -> str | None:
         end = mutation.start + len(mutation.old)
         (ops / mutation.file).write_text(text[: mutation.start] + mutation.new + text[end:])
         of_socket = mutation.file.startswith("socket/")
-        return next(
-            (watcher for watcher in mutation.watchers if failure(watcher, ops, of_socket)), None
-        )
+        return next((w for w in mutation.watchers if failure(w, ops, of_socket, _LIMIT)), None)
 
 
 def main() -> None:

@@ -21,11 +21,13 @@ _HERE = Path(__file__)
 _RUNTIMES = {"results": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
-def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> str:
+def failure(
+    watcher: str, ops: Path | None = None, of_socket: bool = False, limit: float | None = None
+) -> str:
     """Return what a watcher has to say against the kernels, or against those in a changed copy of
     racecore/ops.
 
-    Those of attention, or of SOCKET.
+    Those of attention, or of SOCKET. A limit in seconds is for kernels that may not end.
     """
     libraries = [
         subprocess.run(
@@ -46,7 +48,7 @@ def failure(watcher: str, ops: Path | None = None, of_socket: bool = False) -> s
     command = [sys.executable, str(_HERE), watcher, "socket" if of_socket else "attention"]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=280, check=False
+            command, env=environment, capture_output=True, text=True, timeout=limit, check=False
         )
     except subprocess.TimeoutExpired:
         return "it did not come to an end"
