@@ -217,7 +217,7 @@ def test_as_near_to_the_oracle_as_float32(backend, name, launched):
     bits would show.
     """
     found = run_library(CASES[name], "bfloat16", backend)
-    assert all(launched[kernel] for kernel in launched if kernel != "scan")
+    assert all(launched[kernel] for kernel in launched if kernel != "scan_segments")
     assert len(launched) == 5 if CASES[name].is_causal else 4
     for result, error in errors(CASES[name], found).items():
         limit = 2.4e-3 if found[result].dtype == BFLOAT16 else 2e-5 if result[:2] == "d_" else 1e-6
@@ -269,7 +269,7 @@ def test_the_same_bits_for_any_grid_and_any_scratch(backend, is_causal, monkeypa
     expected = run_library(problem, "bfloat16", backend)
     monkeypatch.setattr(call, "_MAX_BLOCKS", 3)
     few_blocks = run_library(problem, "bfloat16", backend)
-    monkeypatch.setattr(call, "_SHARED_BYTES_OF_WARPS", 0)
+    monkeypatch.setattr(call, "_SHARED_BYTES_TENSOR_CORES", 0)
     in_global_memory = run_library(problem, "bfloat16", backend, chunk_size=1)
     for found in (few_blocks, in_global_memory):
         for name, array in expected.items():

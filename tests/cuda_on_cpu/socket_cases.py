@@ -57,12 +57,11 @@ def run(watcher: str) -> None:
     """Run the cases of a watcher; "results" compares them with the reference."""
     from problems import DTYPES
 
-    from racecore.ops.socket import cuda as operations
+    from racecore.ops.socket import cuda_launch
 
     if watcher == "thread":
-        operations._MAX_BLOCKS = operations._ENOUGH_BLOCKS = (
-            1  # tasks follow each other in the same shared memory
-        )
+        # one block: tasks follow each other in the same shared memory
+        cuda_launch.MAX_BLOCKS = cuda_launch.ENOUGH_BLOCKS = 1
     for case in CASES[watcher]:
         found = everything(case, "cuda", DTYPES["bfloat16" if watcher == "address" else "float32"])
         if watcher == "results":
@@ -158,17 +157,16 @@ def compare_best() -> None:
     from devices import fetch, put
     from oracle_socket import selected_set
 
-    from racecore.ops.socket import cuda as operations
+    from racecore.ops.cuda.call import empty
+    from racecore.ops.socket.select.cuda import _write_top_k
 
-    n, budgets = (
-        9000,
-        np.array([5500, 0]),
-    )  # more than a block's threads take at once; half of the zeros
+    # more than the threads of a block take at once; half of the zeros
+    n, budgets = 9000, np.array([5500, 0])
     choices = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 1.0, -1.0], np.float32)
     scores = np.random.default_rng(0).choice(choices, (2, n // 64 * 64 + 64))
     scores[:, n:] = -np.inf
-    selected = operations.empty((2, 5505), np.int64)
-    operations._pick(
+    selected = empty((2, 5505), np.int64)
+    _write_top_k(
         *(put(x, "cuda") for x in (scores, np.full(2, n), budgets)), (2, 3), 0, 1, selected
     )
     for row, its, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
