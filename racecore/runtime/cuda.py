@@ -62,8 +62,8 @@ def reason_unavailable() -> str | None:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             return (
-                "CuPy is not installed: pip install 'racecore[cuda13]', or [cuda12] for a driver of "
-                "CUDA 12"
+                "CuPy is not installed: pip install 'racecore[cuda13]', or [cuda12] for a driver "
+                "of CUDA 12"
             )
         return f"CuPy is installed but cannot be imported: {error}"
     try:

@@ -1,7 +1,8 @@
-"""Break the kernels one line at a time and tell who noticed: python tests/cuda_on_cpu/mutations.py
+"""Mutation tests of the kernels: python tests/cuda_on_cpu/mutations.py
 
-Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that
-nobody sees stands last. It takes half an hour; test_cuda_kernels.py does so with a few of them.
+Each mutation removes a barrier, removes a check of a bound, or changes a term of a formula. The
+program prints the watcher that failed, or UNSEEN, and exits with the number of unseen mutations. It
+takes half an hour; test_cuda_kernels.py tries a few of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _BARRIER = "__syncthreads();"
 
 
 class Mutation(NamedTuple):
-    """One change of one file: the text at `start` becomes another."""
+    """One change of one file: replace the text `old` at `start` by `new`."""
 
     file: str
     start: int
@@ -47,9 +48,8 @@ def barriers() -> Iterator[Mutation]:
     for path in sorted(_OPS.rglob("*.cu*")):
         for match in re.finditer(re.escape(_BARRIER), path.read_text()):
             line = path.read_text()[: match.start()].rpartition("\n")[2]
-            if "//" not in line and "soft_hash/kernels" not in str(
-                path
-            ):  # attention does not go through that one
+            # attention does not launch the kernels of soft_hash/kernels.cu
+            if "//" not in line and "soft_hash/kernels" not in str(path):
                 yield Mutation(
                     str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results")
                 )
@@ -214,7 +214,7 @@ _TERMS = (
 
 
 def changes() -> Iterator[Mutation]:
-    """Yield the other changes."""
+    """Yield the mutations of bounds and terms."""
     for table, watchers in (
         ((*_BOUNDS, *SOCKET_BOUNDS), ("address", "results")),
         ((*_TERMS, *SOCKET_TERMS), ("results",)),
@@ -227,7 +227,7 @@ def changes() -> Iterator[Mutation]:
 
 
 def noticed_by(mutation: Mutation) -> str | None:
-    """Return the first watcher that fails with the changed kernels, or None."""
+    """Return the first watcher that fails with the mutated kernels, or None."""
     with tempfile.TemporaryDirectory() as folder:
         ops = Path(folder) / "ops"
         shutil.copytree(_OPS, ops, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -241,16 +241,16 @@ def noticed_by(mutation: Mutation) -> str | None:
 
 
 def main() -> None:
-    """Try all, or those whose description contains an argument."""
+    """Try all mutations, or those whose description contains every argument."""
     unnoticed = []
     for mutation in [*changes(), *barriers()]:
         if not all(word in str(mutation) for word in sys.argv[1:]):
             continue
         watcher = noticed_by(mutation)
-        print(f"{watcher or 'NOBODY':8} {mutation}".replace("\n", " "), flush=True)
+        print(f"{watcher or 'UNSEEN':8} {mutation}".replace("\n", " "), flush=True)
         if watcher is None:
             unnoticed.append(mutation)
-    sys.exit(f"{len(unnoticed)} changes that nobody noticed" if unnoticed else 0)
+    sys.exit(f"{len(unnoticed)} mutations were not noticed" if unnoticed else 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Changes of SOCKET's kernels that somebody must notice; see `mutations`. Left out: what saves time
-and changes no result, the `length` of `score_block` and the `run` of `hash_keys`.
+"""Mutations of SOCKET's kernels; see `mutations`.
+
+Not included, because they change the time only: the test of `length` in `score_block` and the run
+in `hash_keys`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What the watchers run of SOCKET: a few caches that reach every kernel, all that an index and
-attention over it can do.
-"""
+"""SOCKET's cases for the watchers: caches that reach every kernel, all public operations."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ __all__ = ["run"]
 
 
 class Case(NamedTuple):
-    """A cache of three sequences, the second shorter, the third empty, and queries of it."""
+    """A cache of three sequences, the second shorter, the third empty, and its queries."""
 
     seed: int
     n_tokens: int
@@ -31,7 +29,7 @@ TINY = Case(0, 21, 1, 2, 5, 3, 9, 4)
 CASES = {
     "thread": [
         TINY._replace(n_planes=9, selection="group", group=5),
-        Case(1, 300, 1, 1, 70, 66, 2, 2, "hamming"),  # two warps that select, five shares
+        Case(1, 300, 1, 1, 70, 66, 2, 2, "hamming"),  # two warps that select, five splits
     ],
     "address": [
         TINY,
@@ -71,7 +69,7 @@ def run(watcher: str) -> None:
 
 
 def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Return all that can be asked of a cache."""
+    """Return every public result of a cache."""
     from devices import fetch, put
 
     import racecore
@@ -86,7 +84,8 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
         rng.standard_normal((3, n, n_heads, case.head_dim)).astype(dtype) for n in (1, 5)
     )
     key[1, -3:], value[1, -3:] = np.nan, np.nan
-    value[:, :2] = 0  # a norm of zero, and one right between two that can be stored
+    # a norm of zero, and one halfway between two stored values
+    value[:, :2] = 0
     value[:, 1, :, 0] = 1 + 3 * 2.0**-11
     lsh = racecore.SoftLSH(
         rng.standard_normal((case.n_kv_heads, case.n_tables, case.n_planes, case.head_dim)), 1.0
@@ -112,10 +111,11 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
     )
     found["sparse"] = racecore.sparse_attention(q, k, v, index, lengths=lengths, **options)
     for name, rows, keys in (("dense", query, key), ("prefill", prompt, key.copy())):
-        keys[0, -2:] = (
-            np.nan if name == "prefill" else keys[0, -2:]
-        )  # the last two queries see it, the others must not
-        n = 2 if name == "prefill" else 3  # an empty sequence has no last five tokens
+        if name == "prefill":
+            # visible to the last two queries only
+            keys[0, -2:] = np.nan
+        # an empty sequence has no last five tokens
+        n = 2 if name == "prefill" else 3
         arrays = (
             put(x[:n], backend) for x in (rows, keys, keys[..., :1].repeat(case.value_dim, axis=3))
         )
@@ -126,9 +126,7 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
 
 
 def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """End this process unless the kernels did what the reference does: of scores the same set, else
-    nearly the same.
-    """
+    """Exit unless the results agree with the reference: selections exactly, numbers closely."""
     from oracle_socket import selected_set
 
     for name in ("codes", "norms"):
@@ -153,7 +151,7 @@ def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.nda
 
 
 def compare_best() -> None:
-    """End this process unless of a long row with every kind of number the best are chosen."""
+    """Exit unless the top-k of a long row with every kind of number are selected."""
     from devices import fetch, put
     from oracle_socket import selected_set
 

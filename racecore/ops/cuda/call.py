@@ -184,9 +184,9 @@ def _planes(part: Problem, tiling: Tiling) -> Any:
     """Return planes [M or 1, L*P, D], padded with zeros to whole tiles and slabs."""
     planes = part.planes[:1] if part.planes.strides[0] == 0 else part.planes
     heads, n_tables, n_planes, head_dim = planes.shape
-    wide = np.zeros((heads, *tiling.matrix(n_tables * n_planes, head_dim)), part.dtype)
-    wide[:, : n_tables * n_planes, :head_dim] = planes.reshape(heads, -1, head_dim)
-    return cuda.to_device(wide)
+    padded = np.zeros((heads, *tiling.matrix(n_tables * n_planes, head_dim)), part.dtype)
+    padded[:, : n_tables * n_planes, :head_dim] = planes.reshape(heads, -1, head_dim)
+    return cuda.to_device(padded)
 
 
 def _is_vectorized(array: Any, columns: int) -> bool:
@@ -300,9 +300,9 @@ def key_gradients(
     if state_heads_per_key(part) == 1 or part.key is None or part.key.dtype == part.dtype:
         yield part, grads, d_out
         return
-    wide = replace(
+    promoted = replace(
         part,
-        **{name: _widened(getattr(part, name), part.dtype) for name in ("query", "key", "value")},
+        **{name: _converted(getattr(part, name), part.dtype) for name in ("query", "key", "value")},
     )
     targets = {
         name: getattr(grads, name) for name in ("key", "value") if getattr(grads, name) is not None
@@ -311,12 +311,12 @@ def key_gradients(
     for name, target in targets.items():
         # keep the rows of other parts and chunks
         sums[name][...] = target
-    yield wide, replace(grads, query=None, **sums), _widened(d_out, part.dtype)
+    yield promoted, replace(grads, query=None, **sums), _converted(d_out, part.dtype)
     for name, target in targets.items():
         target[...] = sums[name].astype(target.dtype)
 
 
-def _widened(array: Any, dtype: np.dtype) -> Any:
+def _converted(array: Any, dtype: np.dtype) -> Any:
     return None if array is None else array.astype(dtype)
 
 
