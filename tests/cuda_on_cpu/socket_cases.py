@@ -140,8 +140,8 @@ def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.nda
             :, :, -1
         ]
     for b, length in enumerate((case.n_tokens, case.n_tokens - 3, 0)):
-        for row, its in zip(found["selected"][b], scores[b], strict=True):
-            tokens = selected_set(its[:length], 7, 2, 3)
+        for row, score in zip(found["selected"][b], scores[b], strict=True):
+            tokens = selected_set(score[:length], 7, 2, 3)
             if row.tolist() != tokens + [-1] * (len(row) - len(tokens)):
                 sys.exit(f"other tokens are selected in {case}")
     for name in ("scores", "sparse", "dense", "prefill"):
@@ -167,7 +167,7 @@ def compare_best() -> None:
     _write_top_k(
         *(put(x, "cuda") for x in (scores, np.full(2, n), budgets)), (2, 3), 0, 1, selected
     )
-    for row, its, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
-        tokens = selected_set(np.where(np.isnan(its[:n]), np.inf, its[:n]), budget, 2, 3)
+    for row, score, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
+        tokens = selected_set(np.where(np.isnan(score[:n]), np.inf, score[:n]), budget, 2, 3)
         if row != tokens + [-1] * (len(row) - len(tokens)):
-            sys.exit("other tokens than the best are chosen")
+            sys.exit("the selected tokens are not the top-k")

@@ -1,6 +1,6 @@
 // Prefix sums over segments in float64 and in the order of the segments, so the bits do not depend
-// on how segments were distributed over blocks. One thread per column; launched by `scan` of
-// racecore/ops/cuda/call.py.
+// on the distribution of segments over blocks. One thread per column; launched by `scan_segments`
+// of racecore/ops/cuda/call.py.
 #include "cuda/warp.cuh"
 
 // Segments loaded in advance, to hide the latency of global memory.

@@ -37,9 +37,8 @@ constexpr int THREADS = LANES * WARPS;
 constexpr int TOKENS = TENSOR_CORES ? 16 : 8;  // tokens of a group
 // Rows of a tile. ROWS * TOKENS == LANES without tensor cores: one number of a tile per lane.
 constexpr int ROWS = 4;
-constexpr int TOKEN_THREADS =
-    // Threads per token in elementwise steps.
-    THREADS / TOKENS;
+// Threads per token in elementwise steps.
+constexpr int TOKEN_THREADS = THREADS / TOKENS;
 constexpr int SLAB = TENSOR_CORES ? 32 : LANES * COLUMNS;
 // Padding of scratch rows if tensor cores read several rows at once: it moves them to different
 // shared-memory banks.

@@ -1,4 +1,4 @@
-"""What the launches of SOCKET's stages share: sizes, planes on the device, the launch itself."""
+"""Common parts of SOCKET's CUDA launches: sizes, planes on the device, the launch itself."""
 
 from __future__ import annotations
 

@@ -6,9 +6,8 @@
 // `merge_splits`; thread mapping as in cuda/warp.cuh.
 #include "socket/softmax.cuh"
 
-constexpr int TABLES =
-    // Tables of a task. The bits above the lowest eight of so many tables fill whole bytes.
-    8;
+// Tables of a task. The bits above the lowest eight of so many tables fill whole bytes.
+constexpr int TABLES = 8;
 constexpr int BLOCK_TOKENS = 64, DIGIT_BITS = 4, DIGIT_VALUES = 16;  // as in layout.py
 constexpr int SOFT = 0, HAMMING = 1;
 
@@ -264,10 +263,8 @@ extern "C" __global__ __launch_bounds__(LANES, FEW_BLOCKS) void attend_splits(
         i64 number = task / call.n_splits % n_tiles;
         i64 head_group = task / call.n_splits / n_tiles;
         Tile tile = tile_of(call, head_group, number, split);
-        Scratch scratch = {
-            numbers
-            // Pieces have the size of whole tiles: the same addresses for every task.
-        };
+        // Pieces have the size of whole tiles: the same addresses for every task.
+        Scratch scratch = {numbers};
         int padded_head_dim = round_up((int)call.head_dim, SLAB);
         int padded_value_dim = round_up((int)call.value_dim, SLAB);
         Matrix q = {
@@ -281,8 +278,8 @@ extern "C" __global__ __launch_bounds__(LANES, FEW_BLOCKS) void attend_splits(
         LaneRows lane = new_lane_rows(call, tile);
         if (tile.begin < tile.end) {
             load_queries(call, tile, q);
-            for (int row = 0; row < sums.n_rows;
-                 ++row)  // clear the columns of this lane; no other lane reads them
+            // clear the columns of this lane; no other lane reads them
+            for (int row = 0; row < sums.n_rows; ++row)
                 for (int column = lane_id() * COLUMNS; column < sums.width; column += SLAB)
                     for (int d = 0; d < COLUMNS; ++d)
                         sums.data[(i64)row * sums.width + column + d] = 0;
@@ -303,13 +300,13 @@ extern "C" __global__ __launch_bounds__(LANES, FEW_BLOCKS) void attend_splits(
     }
 }
 
-constexpr int MERGE_WARPS = 8;  // warps of a block, which divide the splits
+// Warps of a block, which divide the splits.
+constexpr int MERGE_WARPS = 8;
+constexpr int MERGE_THREADS = LANES * MERGE_WARPS;
 
 // A task is a row of the output. Warp w adds splits w, w + MERGE_WARPS, ... in float64; then warp
 // 0 adds the sums of the warps in order. The order depends on nothing but the number of splits.
-extern "C" __global__ __launch_bounds__(LANES* MERGE_WARPS) void merge_splits(
-    const AttendCall call
-) {
+extern "C" __global__ __launch_bounds__(MERGE_THREADS) void merge_splits(const AttendCall call) {
     double *values = shared_memory, *weights = values + MERGE_WARPS * LANES;
     int lane = (int)threadIdx.x % LANES, warp = (int)threadIdx.x / LANES;
     i64 width = 2 + call.value_dim;

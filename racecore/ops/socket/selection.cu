@@ -87,10 +87,8 @@ __device__ inline void collide(
     for (int table = 0; table < n_tables; ++table) {
         unsigned pair = pairs[table * (BLOCK_TOKENS / 2)];
         unsigned code[2] = {pair & 0xff, pair >> 8};
-        if constexpr (
-            DIGITS > 2
-            // Bits of the next tables may come along: the entries do not depend on them.
-        ) {
+        // Bits of the next tables may come along: the entries do not depend on them.
+        if constexpr (DIGITS > 2) {
             int bit = table * (int)call.high_bits;
             unsigned above = pairs[(n_tables + bit / 8) * (BLOCK_TOKENS / 2)];
             code[0] |= (above & 0xff) >> bit % 8 << 8;
