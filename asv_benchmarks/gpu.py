@@ -1,14 +1,13 @@
-"""RACE attention on a GPU, in one call of a few minutes: is it right, how fast, against what the
-card can do.
+"""RACE attention on a GPU, in one call of a few minutes: correctness, times, and ceilings.
 
     python asv_benchmarks/gpu.py
 
-It needs CuPy and a GPU, and torch for the peers. One table at the end: times over the length,
+It needs CuPy and a GPU, and torch for the peers. The table at the end has times over the length,
 forward and forward + backward, for S = 8, 24 and 64 buckets, with tensor cores and without
-("plain"), beside torch's own softmax attention (SDPA, which takes FlashAttention) and the formula
-of RACE with cumulative sums in torch. Two shares say how near the ceilings it is: `least`, of the
-card's own copy bandwidth, counting every input read once and every output written once per
-direction, and `moved`, counting what the passes do read and write.
+("plain"), beside torch's own softmax attention (SDPA, which uses FlashAttention) and the formula of
+RACE with cumulative sums in torch. Two columns are fractions of the card's own copy bandwidth:
+`least` counts every input read once and every output written once per direction, `moved` counts
+the actual reads and writes of the passes.
 """
 
 from __future__ import annotations
@@ -18,48 +17,46 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_socket
 import numpy as np
+from gpu_methods import (
+    DIM,
+    HASHES,
+    HEADS,
+    methods,
+    random_rows,
+    sdpa_step,
+    stored_dtype,
+    tensor_cores,
+    to_cupy,
+    torch_dtype,
+)
+from gpu_report import Row, expectations, line, table, units_moved
 
 import racecore
 from racecore import backends
-from racecore.ops.cuda import call
 from racecore.runtime import cuda
 
-HASHES = ((2, 2), (3, 3), (4, 4))  # the published (L, P): S = 8, 24, 64
-HEADS, DIM = 8, 128
-PLAIN = "plain"  # without tensor cores
-LONGEST = 24  # as a power of 2
-SECONDS_PER_CASE = 1.0  # a length that takes longer forward and backward is the last of its method
+# longest sequence, as a power of 2
+LONGEST = 24
+# a length that takes longer, forward and backward, is the last of its method
+SECONDS_PER_CASE = 1.0
 
 
 class Ceilings(NamedTuple):
-    """What the card itself does."""
+    """Measured ceilings of the card."""
 
     copy_bytes: float  # per second, read and written
     float32: float  # operations per second of a matrix product
     bfloat16: float
 
 
-class Row(NamedTuple):
-    """One line of the table."""
-
-    method: str
-    causal: bool
-    tokens: int
-    forward_ms: float
-    both_ms: float
-    least: float | None = None
-    moved: float | None = None
-
-
 def main() -> None:
-    """Do everything that the arguments ask for."""
+    """Run the checks and measurements that the arguments select."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--seconds", type=float, default=300, help="stop beginning new lengths after so long"
@@ -74,16 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     reason = cuda.reason_unavailable()
     if arguments.dry_run:
-        print(
-            f"cuda: {reason or 'available'}\n"
-            + "\n".join(f"expected {line}" for line in expectations(3.35e12, 4.8e12))
-        )
-        print(
-            "\n".join(
-                f"expected of a decoded token {line}"
-                for line in gpu_socket.expectations(3.35e12, 4.8e12)
-            )
-        )
+        print_expectations(reason)
         return
     if reason is not None:
         sys.exit(f"no GPU: {reason}")
@@ -107,7 +95,7 @@ def main() -> None:
     print()
     print(table(rows))
     steps = list(
-        gpu_socket.steps(random_rows, median_seconds, started + 1.2 * arguments.seconds, _sdpa_step)
+        gpu_socket.steps(random_rows, median_seconds, started + 1.2 * arguments.seconds, sdpa_step)
     )
     print(gpu_socket.table(steps, ceilings.copy_bytes))
     record = million_12()
@@ -124,19 +112,30 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps(content, indent=1))
 
 
+def print_expectations(reason: str | None) -> None:
+    """Print whether CUDA is available, and the lower bounds for an H100 and an H200."""
+    print(f"cuda: {reason or 'available'}")
+    for bound in expectations(3.35e12, 4.8e12):
+        print(f"expected {bound}")
+    for bound in gpu_socket.expectations(3.35e12, 4.8e12):
+        print(f"expected of a decoded token {bound}")
+
+
 def describe() -> str:
     """Name the card and the versions."""
     cupy = cuda.cupy()
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     name, free = properties["name"].decode(), cupy.cuda.runtime.memGetInfo()[0]
-    versions = f"CuPy {cupy.__version__}, CUDA {cupy.cuda.runtime.runtimeGetVersion()}, NumPy {np.__version__}"
-    return f"{name}, {properties['multiProcessorCount']} multiprocessors, {free / 2**30:.0f} GiB free; {versions}"
+    runtime = cupy.cuda.runtime.runtimeGetVersion()
+    return (
+        f"{name}, {properties['multiProcessorCount']} multiprocessors, "
+        f"{free / 2**30:.0f} GiB free; "
+        f"CuPy {cupy.__version__}, CUDA {runtime}, NumPy {np.__version__}"
+    )
 
 
 def check() -> float:
-    """Compare with the reference and the CPU kernels; print and return the worst relative error by
-    dtype.
-    """
+    """Compare with the CPU; print relative errors, return the worst one of float32."""
     lsh, worst = racecore.SoftLSH.random(head_dim=48, n_tables=3, n_planes=3, rng=0), 0.0
     limits = {
         np.dtype(np.float64): 1e-10,
@@ -160,17 +159,6 @@ def check() -> float:
                     sys.exit("WRONG")
                 worst = max(worst, error if dtype == np.float32 else 0)
     return worst
-
-
-@contextmanager
-def tensor_cores(uses: bool) -> Iterator[None]:
-    """Let kernels use tensor cores where they would, or not at all."""
-    before = call.TENSOR_CORES_FROM
-    call.TENSOR_CORES_FROM = before if uses else 1 << 30
-    try:
-        yield
-    finally:
-        call.TENSOR_CORES_FROM = before
 
 
 def _difference(tokens: int, dtype: Any, lsh: racecore.SoftLSH, **options: Any) -> float:
@@ -202,7 +190,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def median_seconds(call: Callable[[], Any], at_least: int = 5, budget: float = 0.5) -> float:
-    """Return the median time of a call on the device, by events, after two that warm up."""
+    """Return the median time of a call on the device, by events, after two warm-up calls."""
     cupy = cuda.cupy()
     import torch
 
@@ -223,147 +211,8 @@ def median_seconds(call: Callable[[], Any], at_least: int = 5, budget: float = 0
     return statistics.median(times)
 
 
-def methods() -> list[
-    tuple[str, Callable[[int, bool], tuple[Callable[[], Any], Callable[[], Any]]]]
-]:
-    """Return names and makers of (forward, forward + backward) for a length."""
-    ours = [
-        (f"racecore S={tables << planes}", _racecore(tables, planes)) for tables, planes in HASHES
-    ]
-    shown = [hash for hash in HASHES if hash[0] << hash[1] >= call.TENSOR_CORES_FROM]
-    ours += [
-        (f"racecore {PLAIN} S={tables << planes}", _racecore(tables, planes, False))
-        for tables, planes in shown
-    ]
-    return [*ours, ("SDPA, torch", _sdpa), ("RACE by cumsum, torch", _cumsum)]
-
-
-def stored_dtype() -> np.dtype:
-    """Return bfloat16, or float16 where the package that gives NumPy the former is missing: as many
-    bytes.
-    """
-    try:
-        return racecore.arrays.dtype_of("bfloat16")
-    except ValueError:
-        return np.dtype(np.float16)
-
-
-def torch_dtype() -> Any:
-    """Return the same for torch."""
-    import torch
-
-    return torch.float16 if stored_dtype() == np.float16 else torch.bfloat16
-
-
-def to_cupy(tensor: Any) -> Any:
-    """Return a tensor of 16 bits as a CuPy array, without a copy."""
-    import torch
-
-    return cuda.cupy().from_dlpack(tensor.view(torch.int16)).view(stored_dtype())
-
-
-def random_rows(*shape: int) -> Any:
-    """Return normal random numbers of 16 bits as a CuPy array."""
-    import torch
-
-    return to_cupy(torch.randn(*shape, device="cuda", dtype=torch_dtype()))
-
-
-def _sdpa_step(query: Any, key: Any, value: Any) -> Callable[[], Any]:
-    """Return torch's softmax attention of one token over a cache, in the layout that it likes best."""
-    import torch
-
-    tensors = (torch.from_dlpack(x.view(np.int16)).view(torch_dtype()) for x in (query, key, value))
-    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in tensors)
-    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def _racecore(tables: int, planes: int, uses: bool = True) -> Callable[[int, bool], Any]:
-    lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=tables, n_planes=planes, rng=0)
-
-    def make(tokens: int, causal: bool) -> Any:
-        cupy = cuda.cupy()
-        q, k, v, g = (random_rows(1, tokens, HEADS, DIM) for _ in range(4))
-        out = cupy.empty_like(q)
-        grads = racecore.Gradients(*(cupy.empty_like(x) for x in (q, k, v)))
-        wrt = ("query", "key", "value")
-
-        def forward() -> None:
-            with tensor_cores(uses):
-                racecore.attention(q, k, v, lsh, is_causal=causal, out=out)
-
-        def both() -> None:
-            with tensor_cores(uses):
-                _, saved = racecore.attention_forward(
-                    q, k, v, lsh, is_causal=causal, out=out, wrt=wrt
-                )
-                racecore.attention_backward(g, saved, out=grads)
-
-        return forward, both
-
-    return make
-
-
-def _tensors(tokens: int) -> Any:
-    import torch
-
-    make = lambda: torch.randn(1, HEADS, tokens, DIM, device="cuda", dtype=torch_dtype())  # noqa: E731
-    q, k, v, g = (make() for _ in range(4))
-    return [x.requires_grad_() for x in (q, k, v)], g
-
-
-def _sdpa(tokens: int, causal: bool) -> Any:
-    import torch
-
-    (q, k, v), g = _tensors(tokens)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    def both() -> None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        torch.autograd.grad(out, (q, k, v), g)
-
-    return forward, both
-
-
-def _cumsum(tokens: int, causal: bool) -> Any:
-    """RACE as a few lines of torch: probabilities of all tokens, sums over them, gradients by
-    autograd; (L, P) = (2, 2).
-    """
-    import torch
-
-    lsh = racecore.SoftLSH.random(head_dim=DIM, n_tables=2, n_planes=2, rng=0)
-    planes = torch.tensor(lsh.planes, device="cuda", dtype=torch.float32).reshape(-1, DIM)
-    corners = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], device="cuda", dtype=torch.float32)
-    (q, k, v), g = _tensors(tokens)
-
-    def phi(x: Any) -> Any:
-        u = (x.float() @ planes.T).tanh().unflatten(-1, (2, 2))
-        return (u @ corners.T).softmax(-1).flatten(-2)
-
-    def attention() -> Any:
-        phi_q, phi_k = phi(q), phi(k)
-        if causal:
-            sums = (phi_k.unsqueeze(-1) * v.float().unsqueeze(-2)).cumsum(2)
-            mass = phi_k.cumsum(2)
-            top = (phi_q.unsqueeze(-1) * sums).sum(-2)
-            return (top / (phi_q * mass).sum(-1, keepdim=True)).to(q.dtype)
-        return ((phi_q @ (phi_k.mT @ v.float())) / (phi_q @ phi_k.sum(2).unsqueeze(-1))).to(q.dtype)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return attention()
-
-    def both() -> None:
-        torch.autograd.grad(attention(), (q, k, v), g)
-
-    return forward, both
-
-
 def lengths(method: str, make: Any, causal: bool, ceilings: Ceilings, deadline: float) -> Any:
-    """Yield rows from 2^12 tokens to the longest that fits the memory and the time."""
+    """Yield rows from 2^12 tokens to the longest length that memory and time allow."""
     import torch
 
     cupy = cuda.cupy()
@@ -380,98 +229,22 @@ def lengths(method: str, make: Any, causal: bool, ceilings: Ceilings, deadline: 
             forward = both = None
             torch.cuda.empty_cache()
             cupy.get_default_memory_pool().free_all_blocks()
-        shares: tuple[float | None, ...] = (None, None)
+        fractions: tuple[float | None, ...] = (None, None)
         if method.startswith("racecore"):
             tables, planes = next((t, p) for t, p in HASHES if method.endswith(f"={t << p}"))
             counts = (11, units_moved(tables, planes, causal))
-            shares = tuple(n * tokens * HEADS * DIM * 2 / b / ceilings.copy_bytes for n in counts)
-        yield Row(method, causal, tokens, f * 1e3, b * 1e3, *shares)
+            fractions = tuple(
+                n * tokens * HEADS * DIM * 2 / b / ceilings.copy_bytes for n in counts
+            )
+        yield Row(method, causal, tokens, f * 1e3, b * 1e3, *fractions)
         if b > SECONDS_PER_CASE:
             return
 
 
-def units_moved(tables: int, planes: int, causal: bool) -> float:
-    """Return how many rows of D numbers in 16 bits are read or written for a token and head,
-    forward + backward.
-
-    Bidirectional: k, v; q, out; q, d_out, d_q; k, v, d_k, d_v. Causal: k, v; q, k, v, out; q, k, v,
-    d_out, d_q and the stash; k, v, d_out, d_k, d_v and the stash. States are left out: they are of
-    a segment of 1,024 tokens.
-    """
-    stash = (2 * (tables << planes) + tables * planes) * 4 / (2 * DIM)
-    return 2 + 4 + 5 + 5 + 2 * stash if causal else 2 + 2 + 3 + 4
-
-
-def expectations(*bandwidths: float) -> list[str]:
-    """Return the least time of forward + backward at 2^20 tokens, S = 8, causal, for copy
-    bandwidths.
-    """
-    rows = (1 << 20) * HEADS * DIM * 2
-    return [
-        f"{b / 1e12:.2f} TB/s: {11 * rows / b * 1e3:.1f} ms if every array moved once, "
-        f"{units_moved(2, 2, True) * rows / b * 1e3:.1f} ms as the passes are"
-        for b in bandwidths
-    ]
-
-
-def line(row: Row) -> str:
-    """Return a row of the table."""
-    shares = "".join(
-        f"{share:8.0%}" if share is not None else f"{'':8}" for share in (row.least, row.moved)
-    )
-    kind = "causal" if row.causal else "bidirectional"
-    return f"{row.method:22} {kind:13} {row.tokens:>11,} {row.forward_ms:>10.3f} {row.both_ms:>10.3f}{shares}"
-
-
-def table(rows: list[Row]) -> str:
-    """Return all rows under a head, and where racecore overtakes SDPA."""
-    head = f"{f'{stored_dtype()}, B 1 H 8 D 128':36} {'tokens':>11} {'forward ms':>10} {'both ms':>10}{'least':>8}{'moved':>8}"
-    lines = [head, *map(line, rows)]
-    for causal in (True, False):
-        peer = {
-            row.tokens: row
-            for row in rows
-            if row.method.startswith("SDPA") and row.causal == causal
-        }
-        for method in dict.fromkeys(
-            row.method for row in rows if row.method.startswith("racecore")
-        ):
-            ours = [
-                row
-                for row in rows
-                if (row.method, row.causal) == (method, causal) and row.tokens in peer
-            ]
-            wins = [row.tokens for row in ours if row.both_ms < peer[row.tokens].both_ms]
-            at = f"from {min(wins):,} tokens on" if wins else "at none of these lengths"
-            lines.append(
-                f"{method}, {'causal' if causal else 'bidirectional'}: faster than SDPA forward + "
-                f"backward {at}"
-            )
-    return "\n".join([*lines, *gains(rows)])
-
-
-def gains(rows: list[Row]) -> list[str]:
-    """Return what tensor cores bring at the longest length that was measured with them and without."""
-    times = {(row.method, row.causal, row.tokens): row for row in rows}
-    best: dict[tuple[str, bool], tuple[Row, Row]] = {}
-    for row in rows:
-        plain = times.get(
-            (row.method.replace("racecore ", f"racecore {PLAIN} "), row.causal, row.tokens)
-        )
-        if plain is not None and plain is not row:
-            best[row.method, row.causal] = (row, plain)  # lengths come in their order
-    return [
-        f"{row.method}, {'causal' if row.causal else 'bidirectional'}, {row.tokens:,} tokens, "
-        "with tensor cores and without: "
-        f"forward {row.forward_ms:.2f} and {plain.forward_ms:.2f} ms, both {row.both_ms:.2f} and "
-        f"{plain.both_ms:.2f} ms"
-        for row, plain in best.values()
-    ]
-
-
 def million_12() -> str:
-    """Run 12 million tokens, 4 heads of 128 in 16 bits, causal, forward + backward, gradients over
-    their inputs.
+    """Measure 12 million tokens, causal, forward + backward, gradients over their inputs.
+
+    4 heads of 128 in 16 bits.
     """
     import torch
 

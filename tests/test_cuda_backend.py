@@ -1,6 +1,4 @@
-"""Arrays on a GPU through the public functions: where results lie, what is refused, why there is no
-CUDA.
-"""
+"""Arrays on a GPU through the public functions: devices of results, refusals, reasons."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ def rows(n_tokens=30, heads=2, dim=6, dtype=np.float32, seed=0):
     return np.random.default_rng(seed).standard_normal((1, n_tokens, heads, dim)).astype(dtype)
 
 
-def test_results_lie_where_the_inputs_do(backend):
+def test_results_are_on_the_device_of_the_inputs(backend):
     q = put(rows(), backend)
     out, saved, state = racecore.attention_forward(q, q, q, is_causal=True, return_state=True)
     grads = racecore.attention_backward(q, saved)
@@ -62,7 +60,7 @@ def test_arrays_of_the_host_go_there_and_back(backend):
     assert type(answer) is type(state.mass) is np.ndarray
 
 
-def test_results_go_where_the_caller_wants_them(backend):
+def test_results_go_into_the_callers_arrays(backend):
     q, target = put(rows(), backend), put(np.zeros((1, 30, 2, 6), np.float32), backend)
     assert racecore.attention(q, q, q, out=target) is target
     assert (fetch(target) == fetch(racecore.attention(q, q, q))).all()
@@ -88,7 +86,7 @@ def test_results_go_where_the_caller_wants_them(backend):
         (lambda q, x: {"key_mask": q}, "key_mask must be bool"),
     ],
 )
-def test_what_is_refused(backend, change, message):
+def test_refusals(backend, change, message):
     q = put(rows(), backend)
     arguments = {"query": q, "key": q, "value": q} | change(q, rows())
     with pytest.raises((ValueError, TypeError), match=message):
@@ -115,7 +113,7 @@ def test_a_mask_and_bounds_from_anywhere(backend):
     np.testing.assert_allclose(fetch(found), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_state_is_where_its_last_arrays_were(backend, tmp_path):
+def test_a_state_is_on_the_device_of_its_last_arrays(backend, tmp_path):
     x, lsh = rows(), racecore.SoftLSH.random(head_dim=6, rng=0)
     state = racecore.RaceState.zeros(lsh, batch=1, n_kv_heads=2, value_dim=6)
     state.append(put(x, backend), put(x, backend))
@@ -131,12 +129,8 @@ def test_a_state_is_where_its_last_arrays_were(backend, tmp_path):
     assert cuda.is_array(loaded.mass)
     answer = loaded.attend(x)
     assert type(answer) is type(loaded.mass) is np.ndarray
-    assert (
-        racecore.attention(
-            put(x, backend), put(x, backend), put(x, backend), initial_state=loaded
-        ).shape
-        == x.shape
-    )
+    out = racecore.attention(*(put(x, backend) for _ in range(3)), initial_state=loaded)
+    assert out.shape == x.shape
 
 
 @pytest.mark.parametrize("planes_per_head", [False, True])
@@ -145,11 +139,7 @@ def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(
     backend, is_causal, planes_per_head
 ):
     lsh = racecore.SoftLSH.random(head_dim=6, rng=0, n_heads=8 if planes_per_head else None)
-    q, k, v = (
-        rows(40, 8, dtype=np.float16),
-        rows(40, 1, dtype=np.float16, seed=1),
-        rows(40, 1, dtype=np.float16, seed=2),
-    )
+    q, k, v = (rows(40, n, dtype=np.float16, seed=seed) for seed, n in enumerate((8, 1, 1)))
     grads = {}
     for name in (backend, "reference"):
         _, saved = racecore.attention_forward(
@@ -164,7 +154,7 @@ def test_heads_that_share_a_key_are_added_up_before_they_are_rounded(
         assert (found == expected).mean() > 0.95  # else in the last bit
 
 
-# Why not
+# Reasons why CUDA is unavailable
 
 
 def unavailable(monkeypatch, module):
@@ -334,9 +324,8 @@ def test_files_go_through_the_gpu_in_chunks(backend, is_causal, kind, tmp_path):
     )
     grads = racecore.attention_backward(device["d_out"], saved)
     at_once = [fetch(array) for array in (out, *grads[:5])]
-    n_equal = (
-        4 if kind == "packed" else 6
-    )  # several sequences add to the gradients of planes and beta in another order
+    # several sequences add to the gradients of planes and beta in another order
+    n_equal = 4 if kind == "packed" else 6
     for found, expected in zip(results[backend][:n_equal], at_once[:n_equal], strict=True):
         assert np.asarray(found).tobytes() == expected.tobytes()
 

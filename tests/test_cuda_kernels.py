@@ -1,8 +1,6 @@
-"""The CUDA kernels themselves: compiled by NVRTC, watched by sanitisers, changed to see that tests
-notice.
+"""The CUDA kernels: compilation by NVRTC, sanitizers, mutations.
 
-That they are right is tested where all backends are: here are the things that only kernels can get
-wrong.
+Their results are tested with all backends; here are the errors that only kernels can have.
 """
 
 from __future__ import annotations
@@ -26,14 +24,12 @@ pytestmark = pytest.mark.toolchain
 OPS = Path(racecore.__file__).parent / "ops"
 FILES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
 NAMES = ("query", "key", "value", "d_out")
-READ_NO_ROWS = {
-    "socket/selection.cu",
-    "cuda/sums.cu",
-}  # they are compiled for dtypes of the arithmetic, and with one column
+# compiled for the dtypes of the arithmetic, with one column
+READ_NO_ROWS = {"socket/selection.cu", "cuda/sums.cu"}
 
 
 def columns_of(file: str, dtype: np.dtype) -> tuple[int, ...]:
-    """Return the numbers of columns that a file is compiled for, of a dtype."""
+    """Return the numbers of columns per lane for which a file is compiled, by dtype."""
     if file in READ_NO_ROWS:
         return (1,) if dtype.itemsize > 2 else ()
     return (2, 4) if file == "socket/kernels.cu" else (1, 2, 4)
@@ -43,18 +39,16 @@ def test_all_files_are_found():
     assert FILES == [
         "bidirectional/kernels.cu",
         "causal/kernels.cu",
+        "cuda/sums.cu",
         "socket/kernels.cu",
         "socket/selection.cu",
         "soft_hash/kernels.cu",
-        "cuda/sums.cu",
     ]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_instance_compiles(architecture):
-    """For every dtype and number of columns; in float32 and 16 bits, with next to nothing spilled
-    to memory.
-    """
+    """For every dtype and number of columns; almost without spills, except in float64."""
     instances = [
         (file, dtype, columns)
         for file in FILES
@@ -74,13 +68,13 @@ def test_every_instance_compiles(architecture):
                 assert max(frames) <= 160, f"{file} in {dtype} with {columns} columns: {log}"
 
 
-def test_the_compiler_is_asked_for_errors():
+def test_compiler_errors_are_raised():
     with pytest.raises(RuntimeError, match="undeclared_thing"):
         nvrtc.compiled("__global__ void f() { undeclared_thing = 1; }", (), "sm_90")
 
 
 def test_no_atomics_and_no_short_offsets():
-    """But counts may be added up atomically: the sum of integers does not depend on the order."""
+    """Except counts: a sum of integers does not depend on the order."""
     for path in OPS.rglob("*.cu*"):
         text = re.sub(r"//.*", "", path.read_text())
         counts = re.findall(r"atomicAdd\((\w+) ", text)
@@ -93,35 +87,35 @@ def test_no_atomics_and_no_short_offsets():
 
 @pytest.mark.parametrize("of_socket", [False, True])
 @pytest.mark.parametrize("watcher", ["address", "thread"])
-def test_sanitizers_have_nothing_to_say(watcher, of_socket):
+def test_sanitizers_report_nothing(watcher, of_socket):
     assert not watched.failure(watcher, of_socket=of_socket)
 
 
-# One change for every kernel and header; mutations.py tries all there are.
+# One mutation for every kernel and header; mutations.py tries all.
 SAMPLE = (
     "sum_keys: add_group(state, phi, phi, ",
     "sum_keys_backward: d_phi[j] += (Real)d_state",
     "read_out_backward: add_group(d_state, d_mass",
-    "walk: masses[i * wide_buckets + s] = before",
-    "walk_queries_backward: if (task.head % repeats",
-    "walk_keys_backward: d_mass[s] += sum",
-    "scan: parts[i * step + offset] = total",
+    "causal_scan: masses[i * padded_buckets + s] = before",
+    "causal_scan_queries_backward: if (task.head % repeats",
+    "causal_scan_keys_backward: d_mass[s] += sum",
+    "scan_segments: parts[i * step + offset] = total",
     "hash: corner >> (hash.n_planes",
     "bound: column + c < rows.width) x[c]",
     "bound: rows.group.kept >> i & 1) || column",
     "bound: if (column >= heads * width) return",
     "hash_keys: n_planes - 1 - first - i",
     "score_keys: code[1] |= above",
-    "select_tokens: rank++ < limit.n_equal",
+    "select_tokens: rank++ < threshold.n_equal",
     "attend_splits: a[r][d] *= factors[row + r];",
     "merge_splits: if (part[1] == 0) continue;",
-    "bound: if (place < left) quads",
+    "bound: if (position < left)",
 )
 
 
-@pytest.mark.parametrize("what", SAMPLE)
-def test_a_changed_kernel_is_noticed(what):
-    change = next(c for c in mutations.changes() if what.partition(": ")[2] in c.old)
+@pytest.mark.parametrize("sample", SAMPLE)
+def test_a_changed_kernel_is_noticed(sample):
+    change = next(c for c in mutations.changes() if sample.partition(": ")[2] in c.old)
     assert mutations.noticed_by(change)
 
 
@@ -192,16 +186,13 @@ def test_a_state_too_large_for_shared_memory(backend, is_causal):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_conversions_of_16_bits(backend, dtype):
-    """Values go through unchanged, and NaN stays NaN: one key, and the answer is its value."""
+    """Values pass unchanged, and NaN stays NaN: with one key, the output is its value."""
     every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
     values = every.reshape(1 << 10, 1, 1, 64)
-    query, key = (
-        np.ones((1 << 10, 1, 1, 4), DTYPES[dtype]),
-        np.ones((1 << 10, 1, 1, 4), DTYPES[dtype]),
-    )
-    lsh = racecore.SoftLSH(
-        np.zeros((1, 1, 4)), 0.0
-    )  # one key has the mass 1/2 in both buckets: nothing is rounded
+    query = np.ones((1 << 10, 1, 1, 4), DTYPES[dtype])
+    key = query.copy()
+    # one key has the mass 1/2 in both buckets: nothing is rounded
+    lsh = racecore.SoftLSH(np.zeros((1, 1, 4)), 0.0)
     out = fetch(racecore.attention(*(put(x, backend) for x in (query, key, values)), lsh)).ravel()
     finite = np.isfinite(every.astype(np.float32))
     normal = finite & (np.abs(every.astype(np.float32)) >= np.finfo(np.float32).tiny * 2)

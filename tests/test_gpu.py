@@ -1,4 +1,4 @@
-"""What only a GPU can show; all of it is skipped, with the reason, where there is none.
+"""Tests that need a GPU; without one all are skipped, with the reason.
 
 RACECORE_REQUIRE_GPU=1 pytest -m gpu also runs every test of the backend "cuda" on the real thing.
 """
@@ -104,9 +104,7 @@ def test_more_heads_than_a_grid_is_wide(cupy):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rows_beyond_two_to_the_31(cupy, dtype):
-    """The last rows of 2^31 + 2^20 elements are those of a short sequence with the same state
-    before it.
-    """
+    """The last rows of 2^31 + 2^20 elements equal those of a short sequence from the same state."""
     heads, dim = 4, 128
     tokens = ((1 << 31) + (1 << 20)) // (heads * dim)
     if cupy.cuda.runtime.memGetInfo()[0] < 5 * tokens * heads * dim * 2:
@@ -126,7 +124,7 @@ def test_rows_beyond_two_to_the_31(cupy, dtype):
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
-def test_compute_sanitizer_has_nothing_to_say(tool):
+def test_compute_sanitizer_reports_nothing(tool):
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -158,9 +156,7 @@ def test_long_sequences_agree_with_the_cpu(cupy):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_agree_with_tensor_cores_and_without(cupy, is_causal, monkeypatch):
-    """What is rounded to bfloat16 in the end differs in its last bit now and then; float64
-    gradients by float32's rounding.
-    """
+    """bfloat16 results may differ in the last bit, float64 gradients by the rounding of float32."""
     device = [put(rows(1 << 17, arrays.dtype_of("bfloat16"), seed), GPU) for seed in range(4)]
     results = []
     for limit in (call.TENSOR_CORES_FROM, 1 << 30):
@@ -210,7 +206,7 @@ def cache(n_tokens, dtype=np.float32, heads=8, kv_heads=2, dim=64):
 
 
 def decoded(arrays, lsh, backend=None, **options):
-    """Return all that a decoded token is made of."""
+    """Return every intermediate and final result of a decoded token."""
     index = racecore.SocketIndex(lsh)
     index.append(arrays[1], arrays[2], backend=backend)
     query, options = (
@@ -230,7 +226,7 @@ def decoded(arrays, lsh, backend=None, **options):
 @pytest.mark.parametrize("selection", ["head", "group"])
 @pytest.mark.parametrize("n_planes", [8, 10])
 def test_a_decoded_token_is_that_of_the_reference(n_planes, selection):
-    """In float64, where no rounding decides about a bit or a token."""
+    """In float64, where rounding decides no bit and no token."""
     host, lsh = cache(5000, np.float64), racecore.SoftLSH.random(64, 20, n_planes, rng=0)
     found = [fetch(x) for x in decoded([put(x, GPU) for x in host], lsh, group_selection=selection)]
     expected = decoded(host, lsh, "reference", group_selection=selection)
@@ -257,8 +253,8 @@ def test_a_decoded_token_over_a_long_cache_is_that_of_the_cpu(dtype):
     assert [x.tobytes() for x in again] == [x.tobytes() for x in found]
 
 
-def test_decoding_waits_for_nothing_and_goes_to_the_current_stream(cupy):
-    """Its rows come from work that the default stream would overtake."""
+def test_decoding_is_asynchronous_on_the_current_stream(cupy):
+    """Its inputs come from work that the default stream would overtake."""
     host, lsh = cache(20_000), racecore.SoftLSH.random(64, 20, 8, rng=0)
     expected = [fetch(x).tobytes() for x in decoded([put(x, GPU) for x in host], lsh)]
     sources = [put(x, GPU) for x in host]
@@ -283,7 +279,7 @@ def test_decoding_waits_for_nothing_and_goes_to_the_current_stream(cupy):
     assert not was_done
 
 
-def test_a_cache_of_torch_is_searched_where_it_is(cupy):
+def test_a_cache_of_torch_is_searched_in_place(cupy):
     torch = pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
     if not torch.cuda.is_available():
         pytest.skip("this build of torch has no CUDA")
@@ -298,9 +294,7 @@ def test_a_cache_of_torch_is_searched_where_it_is(cupy):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_tensors_of_torch_on_its_current_stream(cupy, name):
-    """The same bits as CuPy's arrays give, in memory of PyTorch's pool, behind work that the
-    default stream would overtake.
-    """
+    """The bits of CuPy's arrays, in memory of PyTorch's pool, after work of the current stream."""
     torch = pytest.importorskip("torch", reason="torch is not installed; only its adapter needs it")
     if not torch.cuda.is_available():
         pytest.skip("this build of torch has no CUDA")

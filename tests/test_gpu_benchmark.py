@@ -1,6 +1,4 @@
-"""asv_benchmarks/gpu.py, as far as it goes without a GPU: its checks on the CPU, its arithmetic,
-its table.
-"""
+"""asv_benchmarks/gpu.py without a GPU: its checks on the CPU, its arithmetic, its table."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ import pytest
 from cuda_on_cpu import fake_cupy
 
 import racecore
+from racecore.ops.cuda import call as cuda_call
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def gpu(monkeypatch):
     import gpu
 
     yield gpu
-    for name in ("gpu", "gpu_socket"):
+    for name in ("gpu", "gpu_methods", "gpu_report", "gpu_socket"):
         sys.modules.pop(name, None)
 
 
@@ -31,9 +30,8 @@ def test_its_checks_compare_the_gpu_with_the_host(gpu, is_causal, monkeypatch):
     with fake_cupy.install() as cupy:
         error = gpu._difference(300, np.float32, lsh, is_causal=is_causal)
         assert 0 < error < 1e-5
-        assert (
-            0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3
-        )  # by tensor cores
+        # with tensor cores
+        assert 0 < gpu._difference(100, gpu.stored_dtype(), lsh, is_causal=is_causal) < 5e-3
         monkeypatch.setattr(
             cupy,
             "asarray",
@@ -51,7 +49,7 @@ def test_bytes_are_those_of_the_passes(gpu):
     assert line.startswith("4.80 TB/s: 4.9 ms if every array moved once, 7.4 ms")
 
 
-def test_the_table_tells_where_softmax_is_overtaken(gpu):
+def test_the_table_has_the_length_from_which_softmax_is_slower(gpu):
     rows = [
         gpu.Row("racecore S=8", True, 1 << p, 0.1, 0.3 * 2 ** (p - 12), 0.5, 0.75)
         for p in (12, 13, 14)
@@ -65,7 +63,7 @@ def test_the_table_tells_where_softmax_is_overtaken(gpu):
     assert "with tensor cores" not in printed
 
 
-def test_the_table_tells_what_tensor_cores_bring(gpu):
+def test_the_table_has_the_gain_of_tensor_cores(gpu):
     assert [name for name, _ in gpu.methods()[:5]] == [
         "racecore S=8",
         "racecore S=24",
@@ -77,7 +75,9 @@ def test_the_table_tells_what_tensor_cores_bring(gpu):
     rows += [
         gpu.Row("racecore plain S=64", True, 1 << p, 0.2 * p, 0.9, 0.5, 0.75) for p in (12, 13)
     ]
-    (line,) = gpu.gains(rows)
+    import gpu_report
+
+    (line,) = gpu_report.gains(rows)
     assert line == (
         "racecore S=64, causal, 8,192 tokens, with tensor cores and without: "
         "forward 1.30 and 2.60 ms, both 0.30 and 0.90 ms"
@@ -85,11 +85,11 @@ def test_the_table_tells_what_tensor_cores_bring(gpu):
 
 
 def test_tensor_cores_can_be_switched_off(gpu):
-    before = gpu.cuda_call.TENSOR_CORES_FROM
+    before = cuda_call.TENSOR_CORES_FROM
     with gpu.tensor_cores(False):
-        assert before < 64 < gpu.cuda_call.TENSOR_CORES_FROM
+        assert before < 64 < cuda_call.TENSOR_CORES_FROM
     with gpu.tensor_cores(True):
-        assert before == gpu.cuda_call.TENSOR_CORES_FROM
+        assert before == cuda_call.TENSOR_CORES_FROM
 
 
 def test_without_a_gpu_it_says_why(gpu, monkeypatch, capsys):

@@ -185,12 +185,11 @@ def select_by_scores(
     """
     budgets, shape = np.full(len(scores), budget), (len(scores), min(scores.shape[1], budget + 5))
     if backend == "cuda":
-        from racecore.ops.socket import cuda as operations
+        from racecore.ops.cuda.call import empty
+        from racecore.ops.socket.select.cuda import _write_top_k
 
-        selected = operations.empty(shape, np.int64)
-        operations._pick(
-            *(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected
-        )
+        selected = empty(shape, np.int64)
+        _write_top_k(*(put(x, backend) for x in (scores, lengths, budgets)), (2, 3), 0, 1, selected)
         return fetch(selected)
     from racecore.ops.socket.select import top_k
 
@@ -682,7 +681,9 @@ def test_results_are_on_the_device_of_the_index(backend, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
     """Few blocks, some sequences or rows at a time, scratch in global memory, tables in place."""
-    from racecore.ops.socket import cuda as operations
+    from racecore.ops.socket import cuda_launch
+    from racecore.ops.socket.attend import cuda as attend_cuda
+    from racecore.ops.socket.select import cuda as select_cuda
 
     lengths = np.array([1100, 300])
     query, key, value = make(11, 1100, h=12, d=40, v=36)
@@ -707,15 +708,15 @@ def test_the_same_bits_for_any_grid_and_any_memory(backend, monkeypatch):
 
     expected = everything()
     for changes in (
-        {"_MAX_BLOCKS": 3, "_ENOUGH_BLOCKS": 1},
-        {"_PARTIAL_BYTES": 1 << 15},
-        {"_PARTIAL_BYTES": 1, "_SCORE_BYTES": 1},
-        {"_SHARED_BYTES": 0},
-        {"_SHARED_BYTES": 2000},
+        {(cuda_launch, "MAX_BLOCKS"): 3, (cuda_launch, "ENOUGH_BLOCKS"): 1},
+        {(attend_cuda, "_PARTIAL_BYTES"): 1 << 15},
+        {(attend_cuda, "_PARTIAL_BYTES"): 1, (select_cuda, "_SCORE_BYTES"): 1},
+        {(cuda_launch, "SHARED_BYTES"): 0},
+        {(cuda_launch, "SHARED_BYTES"): 2000},
     ):
         with monkeypatch.context() as patch:
-            for name, number in changes.items():
-                patch.setattr(operations, name, number)
+            for (module, name), number in changes.items():
+                patch.setattr(module, name, number)
             for found, its in zip(everything(), expected, strict=True):
                 assert found.tobytes() == its.tobytes()
 

@@ -1,6 +1,4 @@
-"""Products by tensor cores: bfloat16 arrays and 16 buckets or more go through them, on the CPU
-through their portable twin.
-"""
+"""Tensor cores, for bfloat16 arrays and 16 buckets or more; on the CPU, their portable twin."""
 
 from __future__ import annotations
 
@@ -43,35 +41,34 @@ def launched(monkeypatch):
 
 
 # The instruction
-# ------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 ONE_PRODUCT = """#include "cuda/warp.cuh"
 extern "C" __global__ void one_product(const unsigned* a, const unsigned* b, float* d) {
     int i = lane_id();
     Sum sum = {{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]}};
-    multiply_add(sum, Left{{a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]}}, Right{{b[2 * i], b[2 * i + 1]}});
+    Left left = {{a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]}};
+    multiply_add(sum, left, Right{{b[2 * i], b[2 * i + 1]}});
     for (int j = 0; j < 4; ++j) d[4 * i + j] = sum.x[j];
 }
 """
 
 
-def places(n, row, column):
-    """Return the row and column of the i-th of n numbers of each lane, from the formulas of the PTX
-    ISA.
-    """
+def positions(n, row, column):
+    """Return row and column of each of the n numbers of each lane, from the PTX ISA's formulas."""
     lane, i = np.divmod(np.arange(32 * n), n)
     return row(lane // 4, lane % 4, i), column(lane // 4, lane % 4, i)
 
 
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": groupID, threadID_in_group,
-# i
-OF_A = places(
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type";
+# g = groupID, t = threadID_in_group
+OF_A = positions(
     8,
     lambda g, t, i: np.where((i < 2) | ((i >= 4) & (i < 6)), g, g + 8),
     lambda g, t, i: t * 2 + (i & 1) + 8 * (i >= 4),
 )
-OF_B = places(4, lambda g, t, i: t * 2 + (i & 1) + 8 * (i >= 2), lambda g, t, i: g)
-OF_D = places(4, lambda g, t, i: np.where(i < 2, g, g + 8), lambda g, t, i: t * 2 + (i & 1))
+OF_B = positions(4, lambda g, t, i: t * 2 + (i & 1) + 8 * (i >= 2), lambda g, t, i: g)
+OF_D = positions(4, lambda g, t, i: np.where(i < 2, g, g + 8), lambda g, t, i: t * 2 + (i & 1))
 
 
 def test_fragments_are_those_of_the_ptx_isa(backend):
@@ -122,7 +119,7 @@ def test_other_instances_do_without_it():
 
 
 # Results
-# --------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 STRIDED = ("transposed", "reversed", "contiguous", "strided")
 BASE = {"beta": 1.2, "spread": 1.0}
@@ -214,11 +211,9 @@ def errors(problem, found):
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_near_to_the_oracle_as_float32(backend, name, launched):
-    """What is rounded to bfloat16 in the end by its rounding alone; float64 results by less than 16
-    bits would show.
-    """
+    """bfloat16 results are within their rounding; float64 results show a lost piece of 16 bits."""
     found = run_library(CASES[name], "bfloat16", backend)
-    assert all(launched[kernel] for kernel in launched if kernel != "scan")
+    assert all(launched[kernel] for kernel in launched if kernel != "scan_segments")
     assert len(launched) == 5 if CASES[name].is_causal else 4
     for result, error in errors(CASES[name], found).items():
         limit = 2.4e-3 if found[result].dtype == BFLOAT16 else 2e-5 if result[:2] == "d_" else 1e-6
@@ -245,7 +240,7 @@ def test_the_same_without_them(backend, is_causal, monkeypatch, launched):
 
 
 # Bits
-# -----------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -270,7 +265,7 @@ def test_the_same_bits_for_any_grid_and_any_scratch(backend, is_causal, monkeypa
     expected = run_library(problem, "bfloat16", backend)
     monkeypatch.setattr(call, "_MAX_BLOCKS", 3)
     few_blocks = run_library(problem, "bfloat16", backend)
-    monkeypatch.setattr(call, "_SHARED_BYTES_OF_WARPS", 0)
+    monkeypatch.setattr(call, "_SHARED_BYTES_TENSOR_CORES", 0)
     in_global_memory = run_library(problem, "bfloat16", backend, chunk_size=1)
     for found in (few_blocks, in_global_memory):
         for name, array in expected.items():
@@ -290,13 +285,13 @@ def test_gradients_over_their_inputs_have_the_same_bits(backend, is_causal):
     assert results[0] == results[1]
 
 
-def test_a_bad_token_changes_no_bit_of_what_never_meets_it(backend):
+def test_a_bad_token_changes_no_bit_where_it_is_invisible(backend):
     for problem in (watched.for_tensor_cores()[0], CASES["S=32 packed causal"]):
         assert watched.past_that_changed(problem, backend) == ""
 
 
 # When
-# -----------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def launches(launched, dtype=BFLOAT16, n_planes=3, n_heads=None, heads=2, kv_heads=2):
@@ -316,9 +311,8 @@ def test_when_they_are_used(launched, monkeypatch):
     assert not launches(launched, dtype=np.float32)
     assert launches(launched, kv_heads=1)
     assert launches(launched, n_heads=2)
-    assert not launches(
-        launched, n_heads=2, kv_heads=1
-    )  # gradients of shared keys are added up in float32
+    # gradients of shared keys are added up in float32
+    assert not launches(launched, n_heads=2, kv_heads=1)
     monkeypatch.setattr(cuda, "has_bfloat16_products", lambda: False)
     assert not launches(launched)
 

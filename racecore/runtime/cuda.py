@@ -1,10 +1,10 @@
-"""The one room that knows CuPy: whether a GPU can be used and why not, kernels compiled on first
-use, arrays on the device.
+"""CuPy behind one module: availability of a GPU, compilation of kernels, arrays on the device.
 
-Kernels are written in `.cu` and `.cuh` files beside the Python of their operation. NVRTC, through
-`cupy.RawModule`, compiles a file once per dtype and number of columns per lane; CuPy keeps the
-binaries in its cache folder. Includes are pasted here, so that this cache notices when one of them
-changes. Work goes to CuPy's current stream and memory comes from its pool.
+Kernels are `.cu` and `.cuh` files beside the Python of their operation. NVRTC, through
+`cupy.RawModule`, compiles a file once per dtype and number of columns per lane, at first use; CuPy
+keeps the binaries in its cache folder. Includes are pasted into the source here, so that a change
+of one of them invalidates that cache. Work goes to CuPy's current stream, memory comes from its
+pool.
 """
 
 from __future__ import annotations
@@ -50,22 +50,26 @@ def cupy() -> ModuleType:
 
 
 def is_array(x: Any) -> bool:
-    """Tell whether `x` is a CuPy array, without importing CuPy."""
+    """Return whether `x` is a CuPy array, without importing CuPy."""
     module = sys.modules.get("cupy")
     return module is not None and isinstance(x, module.ndarray)
 
 
 def reason_unavailable() -> str | None:
-    """Return why nothing can be computed on a GPU here, or None where it can."""
+    """Return the reason why no GPU can be used, or None if one can."""
     try:
         library = cupy()
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
-            return "CuPy is not installed: pip install 'racecore[cuda13]', or [cuda12] for a driver of CUDA 12"
+            return (
+                "CuPy is not installed: pip install 'racecore[cuda13]', or [cuda12] for a driver "
+                "of CUDA 12"
+            )
         return f"CuPy is installed but cannot be imported: {error}"
     try:
         count = library.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CUDARuntimeError: no driver, or one too old for this CuPy
+    # CUDARuntimeError: no driver, or one too old for this CuPy
+    except Exception as error:
         return f"CuPy {library.__version__} finds no usable driver: {error}"
     if count == 0:
         return f"CuPy {library.__version__} finds no CUDA device"
@@ -103,12 +107,12 @@ def _pasted(file: str, seen: set[str]) -> str:
 
 
 def has_bfloat16_products() -> bool:
-    """Tell whether the current device has tensor cores that multiply bfloat16."""
+    """Return whether the current device has tensor cores for bfloat16."""
     return int(cupy().cuda.Device().compute_capability) >= 80
 
 
 def most_shared_bytes() -> int:
-    """Return how much shared memory a block of the current device can have if it asks."""
+    """Return the largest shared memory of a block of the current device, with opting in."""
     return _most_shared_bytes(cupy(), cupy().cuda.Device().id)
 
 
@@ -118,9 +122,7 @@ def _most_shared_bytes(library: ModuleType, device: int) -> int:
 
 
 def options(dtype: np.dtype, columns: int, tensor_cores: bool = False) -> tuple[str, ...]:
-    """Return what a file is compiled with for arrays stored as `dtype`, `columns` of a row for each
-    lane.
-    """
+    """Return the compiler options for arrays stored as `dtype`, `columns` columns per lane."""
     real = "double" if dtype.name == "float64" else "float"
     defines = {
         "STORAGE": _STORAGE[dtype.name],
@@ -146,7 +148,7 @@ def kernel(file: str, name: str, dtype: np.dtype, columns: int, tensor_cores: bo
 
 
 def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
-    """Return a C-contiguous copy on the device; an array that is there already stays as it is."""
+    """Return a C-contiguous array on the device, without a copy if it already is one."""
     library = cupy()
     return library.ascontiguousarray(
         library.asarray(array if dtype is None else array.astype(dtype))
@@ -154,9 +156,7 @@ def to_device(array: Any, dtype: DTypeLike | None = None) -> Any:
 
 
 def empty_pinned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Return an uninitialised array in host memory that is locked, so that copies need not wait for
-    the processor.
-    """
+    """Return an uninitialised array in pinned host memory, for asynchronous copies."""
     dtype = np.dtype(dtype)
     n_bytes = math.prod(shape) * dtype.itemsize
     return (
@@ -167,15 +167,16 @@ def empty_pinned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 
 def addresses(array: Any) -> tuple[int, ...]:
-    """Return the address and the strides in elements of an array, zeros for None; four strides."""
+    """Return the address and the four strides (in elements) of an array; zeros for None."""
     if array is None:
         return (0, 0, 0, 0, 0)
     return (array.data.ptr, *(stride // array.itemsize for stride in array.strides))
 
 
 def shadow(array: Any) -> np.ndarray:
-    """Return a NumPy array over the addresses of a device array: for questions of overlap, never to
-    be read.
+    """Return a NumPy array over the addresses of a device array, to test for overlap.
+
+    Its data must never be read.
     """
 
     interface = {
@@ -189,11 +190,10 @@ def shadow(array: Any) -> np.ndarray:
 
 
 def structure(fields: Iterable[tuple[str, int]]) -> np.ndarray:
-    """Return a C structure of 64-bit integers and addresses, shape [1], as a kernel takes it by
-    value.
-    """
+    """Return a C structure of 64-bit integers and addresses, shape [1], to pass by value."""
     named = list(fields)
-    record = np.zeros(1, [(name, np.int64) for name, _ in named])  # refuses a name that comes twice
+    # a structured dtype refuses duplicate names
+    record = np.zeros(1, [(name, np.int64) for name, _ in named])
     for name, value in named:
         record[name] = value
     return record

@@ -1,8 +1,8 @@
-"""How exact products by tensor cores are, on the CPU: python tests/cuda_on_cpu/accuracy.py
+"""The accuracy of tensor-core products, emulated on the CPU: python tests/cuda_on_cpu/accuracy.py
 
-Relative errors, in the root-mean-square sense, against the oracle in float64: of the kernels with
-tensor cores, of those without, and of the plain formulas in float32. The CPU adds as the least
-exact tensor cores may: see `cuda_mma_sum`.
+Root-mean-square relative errors against the oracle in float64: of the kernels with tensor cores, of
+those without, and of the plain formulas in float32. The emulation adds like the least exact tensor
+cores would, see `cuda_mma_sum`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULTS = ("out", "d_query", "d_key", "d_value", "mass", "value_sum", "d_planes"
 
 
 def errors(problem: Problem) -> list[dict[str, float]]:
-    """Return the errors of every result, with tensor cores, without, and of the formulas."""
+    """Return the errors of every result: with tensor cores, without, and of the formulas."""
     with fake_cupy.install():
         found = [run_library(problem, "bfloat16", "cuda")]
         before, call.TENSOR_CORES_FROM = call.TENSOR_CORES_FROM, 1 << 30
@@ -46,10 +46,12 @@ def main() -> None:
                 0, None, 600, 600, 2, 1, 64, 64, n_tables, n_planes, 1.0, 1.0, is_causal=is_causal
             )
             label = f"S={n_tables << n_planes} {'causal' if is_causal else 'bidirectional'}"
-            for how, found in zip(
+            for method, found in zip(
                 ("tensor cores", "without", "float32"), errors(problem), strict=True
             ):
-                print(f"{label:20}{how:14}" + "".join(f"{found[name]:11.1e}" for name in RESULTS))
+                print(
+                    f"{label:20}{method:14}" + "".join(f"{found[name]:11.1e}" for name in RESULTS)
+                )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-// Enough of CUDA to run this project's kernels on a CPU: the unmodified source is compiled by g++ behind this header.
+// The subset of CUDA that this project's kernels use, on a CPU: g++ compiles the unmodified kernel
+// source behind this header.
 //
-// As fibers (the default), one thread runs all CUDA threads of a block in turns; a turn ends at a barrier or at what a warp
-// does together (a shuffle, a vote, a product of tensor cores), so a number that is read before the barrier that should
-// stand in between is not there yet. Barriers that not all threads reach, or not the same way, end the process with a
-// message. With CUDA_ON_CPU_THREADS every CUDA thread is a thread of the system, for the thread sanitiser. Blocks run one
-// after another.
+// Fibers (the default): one system thread runs all CUDA threads of a block in turn. A turn ends at
+// a barrier or at a collective operation of a warp (shuffle, vote, tensor-core product). A value
+// read before the barrier that should separate write and read is therefore still missing. Barriers
+// that not all threads reach in the same way end the process with a message.
 //
-// Not here: inline PTX, cooperative groups, blocks at the same time.
+// With CUDA_ON_CPU_THREADS every CUDA thread is a system thread, for the thread sanitizer. Blocks
+// run one after another.
+//
+// Not supported: inline PTX, cooperative groups, concurrent blocks.
 #pragma once
 
 #include <cmath>
@@ -52,13 +55,14 @@ extern double shared_memory[];
 static thread_local Dim threadIdx;
 static std::barrier<>* cuda_barrier;
 
-// A shuffle waits for its warp, but by relaxed counting: only a barrier orders memory, and the thread sanitiser shall see
-// that.
+// A shuffle waits for its warp by relaxed counting. Only a barrier orders memory, so the thread
+// sanitizer reports a missing one.
 static unsigned long cuda_shuffles[MAX_THREADS / WARP];
 
 inline void cuda_wait(Wait wait) {
     if (wait == SYNCTHREADS) return cuda_barrier->arrive_and_wait();
-    unsigned first = threadIdx.x / WARP * WARP, lanes = blockDim.x - first < WARP ? blockDim.x - first : WARP;
+    unsigned first = threadIdx.x / WARP * WARP,
+             lanes = blockDim.x - first < WARP ? blockDim.x - first : WARP;
     unsigned long* count = cuda_shuffles + first / WARP;
     unsigned long n = __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
     unsigned long all = (n / lanes + 1) * lanes;
@@ -104,7 +108,7 @@ static Fiber fibers[MAX_THREADS];
 static void* main_stack_pointer;
 static void (*fiber_body)();
 
-// Save the registers that a called function must keep, change stacks, and go on there.
+// Save the callee-saved registers, switch stacks, and continue there.
 extern "C" void cuda_switch(void** from, void* to);
 #if defined(__x86_64__)
 asm(R"(
@@ -131,17 +135,22 @@ cuda_switch:
 #error "fibers are written for x86-64: define CUDA_ON_CPU_THREADS"
 #endif
 
-// The fibers of a warp take turns in a ring, so all have come to their n-th wait before any goes on from there. At a
-// barrier, and at the end, a warp hands over to the next one.
+// The fibers of a warp run in a ring, so all reach their n-th wait before any passes it. At a
+// barrier, and at the end, a warp passes control to the next one.
 inline void cuda_next(Wait wait) {
     unsigned me = threadIdx.x, first = me / WARP * WARP, next = me + 1 == blockDim.x ? 0 : me + 1;
     if (wait == SHUFFLE && (next == 0 || next == first + WARP)) next = first;
     fibers[me].n_waits += 1;
     fibers[me].n_barriers += wait != SHUFFLE;
     fibers[me].last = wait;
-    if ((me > first && (fibers[me].n_waits != fibers[first].n_waits || wait != fibers[first].last)) ||
-        (wait != SHUFFLE && (fibers[me].n_barriers != fibers[0].n_barriers || wait != fibers[0].last)))
-        cuda_on_cpu_failed("threads of a block wait at different places: a barrier in a branch that not all of them take");
+    if ((me > first &&
+         (fibers[me].n_waits != fibers[first].n_waits || wait != fibers[first].last)) ||
+        (wait != SHUFFLE &&
+         (fibers[me].n_barriers != fibers[0].n_barriers || wait != fibers[0].last)))
+        cuda_on_cpu_failed(
+            "threads of a block wait at different barriers: a barrier in a branch that not all of "
+            "them take"
+        );
     if (wait == RETURN && next == 0) {
         cuda_switch(&fibers[me].stack_pointer, main_stack_pointer);
         return;
@@ -160,16 +169,21 @@ inline void cuda_fiber() {
 
 template <typename Body>
 void cuda_run_block(const Body& body) {
-    static char* stacks = static_cast<char*>(
-        mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    static char* stacks = static_cast<char*>(mmap(
+        nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
+        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
+    ));
     static const Body* current;
     current = &body;
     fiber_body = [] { (*current)(); };
     for (unsigned i = 0; i < blockDim.x; ++i) {
         void** top = reinterpret_cast<void**>(stacks + (i + 1) * STACK_BYTES);
-        *--top = nullptr;                                  // where the fiber's first function would return to
-        *--top = reinterpret_cast<void*>(&cuda_fiber);     // where the first switch returns to
-        for (int r = 0; r < 6; ++r) *--top = nullptr;      // registers
+        // return address of the fiber's first function
+        *--top = nullptr;
+        // return address of the first switch
+        *--top = reinterpret_cast<void*>(&cuda_fiber);
+        // callee-saved registers
+        for (int r = 0; r < 6; ++r) *--top = nullptr;
         fibers[i] = Fiber{top, 0, 0, SYNCTHREADS};
     }
     threadIdx = Dim{0, 0, 0};
@@ -179,7 +193,7 @@ void cuda_run_block(const Body& body) {
 template <typename Body>
 void cuda_run_grid(size_t shared_bytes, const Body& body) {
     for (unsigned b = 0; b < gridDim.x; ++b) {
-        memset(shared_memory, 0xff, shared_bytes);  // NaN: shared memory starts with anything
+        memset(shared_memory, 0xff, shared_bytes);  // NaN: shared memory is uninitialised
         blockIdx = Dim{b, 0, 0};
         cuda_run_block(body);
     }
@@ -189,8 +203,10 @@ void cuda_run_grid(size_t shared_bytes, const Body& body) {
 
 inline void __syncthreads() { cuda_wait(SYNCTHREADS); }
 
-// Atomic, but no barrier: what it wrote is not there for others before they have met at one.
-inline unsigned atomicAdd(unsigned* place, unsigned value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+// Atomic, but no barrier: other threads may rely on the sum only after one.
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
 
 static double cuda_slots[2][MAX_THREADS];
 #ifdef CUDA_ON_CPU_THREADS
@@ -200,13 +216,14 @@ static int cuda_turns[MAX_THREADS];
 #define cuda_turn cuda_turns[threadIdx.x]
 #endif
 
-// Two sets of slots in turns: nobody writes to a set before all have read what was there.
+// Two sets of slots in alternation: no thread writes to a set before all have read its previous
+// values.
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
     if (mask != ~0u) cuda_on_cpu_failed("a shuffle among some lanes of a warp only");
     double* slots = cuda_slots[cuda_turn ^= 1];
-    double wide = value, received;
-    __atomic_store(slots + threadIdx.x, &wide, __ATOMIC_RELAXED);
+    double slot = value, received;
+    __atomic_store(slots + threadIdx.x, &slot, __ATOMIC_RELAXED);
     cuda_wait(SHUFFLE);
     __atomic_load(slots + (threadIdx.x ^ (unsigned)other), &received, __ATOMIC_RELAXED);
     return (T)received;
@@ -232,8 +249,9 @@ inline float cuda_bfloat16(unsigned pair, int half) {
     return value;
 }
 
-// How tensor cores may add: numbers are cut off at the last bit of the largest of them, and so is the sum. (NVIDIA does not
-// say; measurements of others found this, with up to two bits more.)
+// The least exact addition that tensor cores may have: every term is truncated at the last bit of
+// the largest one, and so is the sum. NVIDIA does not document it; published measurements found
+// this, with up to two bits more.
 inline float cuda_mma_sum(float c, const float (&a)[16], const float (&b)[16]) {
     double terms[17] = {c}, largest = std::fabs((double)c), plain = c;
     for (int k = 0; k < 16; ++k) {
@@ -246,16 +264,16 @@ inline float cuda_mma_sum(float c, const float (&a)[16], const float (&b)[16]) {
     std::frexp(largest, &exponent);
     double unit = std::ldexp(1.0, exponent - 24), per_unit = 1 / unit;
     long long total = 0;
-    for (double term : terms) total += (long long)(term * per_unit);  // towards zero
+    for (double term : terms) total += (long long)(term * per_unit);  // truncation towards zero
     double sum = (double)total * unit;
     float rounded = (float)sum;
     return std::fabs((double)rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0) : rounded;
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a @ b + d, of 16 x 16, 16 x 8 and 16 x 8 numbers. Who holds what
-// is in the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with groupID = lane / 4 and
-// threadID_in_group = lane % 4, for the i-th number of a lane, registers of a and b holding two each, the first in the
-// lower half,
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a @ b + d, of 16 x 16, 16 x 8 and 16 x
+// 8 numbers. The distribution over lanes is in the PTX ISA, "Matrix Fragments for mma.m16n8k16
+// with floating point type". With groupID = lane / 4 and threadID_in_group = lane % 4, for the
+// i-th number of a lane (registers of a and b hold two each, the first in the lower half):
 //   a  row    groupID for i = 0, 1, 4, 5, else groupID + 8
 //      column threadID_in_group * 2 + i % 2, and 8 more for i >= 4
 //   b  row    threadID_in_group * 2 + i % 2, and 8 more for i >= 2
@@ -268,14 +286,17 @@ inline void cuda_mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsig
     for (int r = 0; r < 4; ++r) __atomic_store_n(&all[threadIdx.x][r], a[r], __ATOMIC_RELAXED);
     for (int r = 0; r < 2; ++r) __atomic_store_n(&all[threadIdx.x][4 + r], b[r], __ATOMIC_RELAXED);
     cuda_wait(SHUFFLE);
-    unsigned warp = threadIdx.x / WARP * WARP, group = threadIdx.x % WARP / 4, thread = threadIdx.x % 4;
+    unsigned warp = threadIdx.x / WARP * WARP, group = threadIdx.x % WARP / 4,
+             thread = threadIdx.x % 4;
     auto of_a = [&](unsigned row, unsigned column) {
         unsigned lane = row % 8 * 4 + column % 8 / 2, i = column % 2 + row / 8 * 2 + column / 8 * 4;
         return cuda_bfloat16(__atomic_load_n(&all[warp + lane][i / 2], __ATOMIC_RELAXED), i % 2);
     };
     auto of_b = [&](unsigned row, unsigned column) {
         unsigned lane = column * 4 + row % 8 / 2, i = row % 2 + row / 8 * 2;
-        return cuda_bfloat16(__atomic_load_n(&all[warp + lane][4 + i / 2], __ATOMIC_RELAXED), i % 2);
+        return cuda_bfloat16(
+            __atomic_load_n(&all[warp + lane][4 + i / 2], __ATOMIC_RELAXED), i % 2
+        );
     };
     float rows[2][16], columns[2][16];
     for (unsigned k = 0; k < 16; ++k) {
@@ -297,8 +318,11 @@ void cuda_call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>
 }
 
 template <typename... A>
-void cuda_launch(void (*kernel)(A...), unsigned grid, unsigned block, size_t shared_bytes, void** arguments) {
-    if (block > MAX_THREADS || shared_bytes > SHARED_BYTES) cuda_on_cpu_failed("too many threads or too much shared memory");
+void cuda_launch(
+    void (*kernel)(A...), unsigned grid, unsigned block, size_t shared_bytes, void** arguments
+) {
+    if (block > MAX_THREADS || shared_bytes > SHARED_BYTES)
+        cuda_on_cpu_failed("too many threads or too much shared memory");
     gridDim = Dim{grid, 1, 1};
     blockDim = Dim{block, 1, 1};
 #if defined(__SANITIZE_ADDRESS__)
@@ -306,5 +330,7 @@ void cuda_launch(void (*kernel)(A...), unsigned grid, unsigned block, size_t sha
     char* end = reinterpret_cast<char*>(shared_memory) + shared_bytes;
     ASAN_POISON_MEMORY_REGION(end, SHARED_BYTES - shared_bytes);
 #endif
-    cuda_run_grid(shared_bytes, [&] { cuda_call(kernel, arguments, std::index_sequence_for<A...>()); });
+    cuda_run_grid(shared_bytes, [&] {
+        cuda_call(kernel, arguments, std::index_sequence_for<A...>());
+    });
 }

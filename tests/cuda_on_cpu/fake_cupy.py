@@ -1,8 +1,7 @@
-"""As much of CuPy as racecore uses, over host memory: kernels run on the CPU, arrays refuse
-whatever CuPy's would.
+"""The subset of CuPy that racecore uses, in host memory: kernels run on the CPU.
 
-`install` puts it in the place of the module `cupy`. An array of it is no NumPy array and does not
-become one unasked, so code that would copy to the host on a GPU, or fail there, fails here too.
+`install` replaces the module `cupy`. Its arrays are not NumPy arrays and refuse the same implicit
+conversions as CuPy's, so code that would copy to the host or fail on a GPU fails here too.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["install"]
 
 
 class _Pointer:
-    """What `ndarray.data` is: an address, and the array that owns the memory."""
+    """The type of `ndarray.data`: an address, and the array that owns the memory."""
 
     def __init__(self, owner: np.ndarray, ptr: int) -> None:
         self.owner = owner
@@ -132,7 +131,7 @@ def _wrapped(values: Any) -> ndarray:
 
 
 def _inner(value: Any) -> Any:
-    """Return what NumPy understands; NumPy arrays do not mix with arrays on the device."""
+    """Return a NumPy operand; NumPy arrays do not mix with arrays on the device."""
     if isinstance(value, ndarray):
         return value._values
     if isinstance(value, np.ndarray):
@@ -141,14 +140,14 @@ def _inner(value: Any) -> Any:
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
-    """Return an array full of NaN, or of the least integer."""
+    """Return an array filled with NaN, or with the smallest integer."""
     values = np.empty(shape, dtype)
     values.fill(np.iinfo(values.dtype).min if values.dtype.kind in "iu" else np.nan)
     return _of(values)
 
 
 class _Stream:
-    """Work is done when a call returns, so there is nothing to wait for."""
+    """A stream without asynchronous work: a call returns when its work is done."""
 
     def __init__(self, non_blocking: bool = False) -> None:
         pass
@@ -196,7 +195,7 @@ _MODULE = _module()
 
 @contextmanager
 def install() -> Iterator[ModuleType]:
-    """Let `import cupy` find this in place of CuPy."""
+    """Replace `cupy` in `sys.modules` by this module within the block."""
     before = sys.modules.get("cupy")
     sys.modules["cupy"] = _MODULE
     try:

@@ -1,6 +1,4 @@
-"""Compile a .cu file for the CPU behind cuda_on_cpu.h, and load it: kernels that are called as
-CuPy's are.
-"""
+"""Compile a .cu file for the CPU behind cuda_on_cpu.h, and load it with CuPy's interface."""
 
 from __future__ import annotations
 
@@ -41,11 +39,11 @@ SANITIZER_FLAGS = {
     ),
     "thread": ("-fsanitize=thread", "-DCUDA_ON_CPU_THREADS"),
 }
-_KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^)]*\) )?void (\w+)\(')
+_KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^)]*\)\s+)?void (\w+)\(')
 
 
 class Module:
-    """What stands in for `cupy.RawModule`: the same source and options, compiled by g++."""
+    """A replacement of `cupy.RawModule`: the same source and options, compiled by g++."""
 
     def __init__(self, code: str, options: tuple[str, ...] = ()) -> None:
         defines = tuple(option for option in options if option.startswith("-D"))
@@ -58,9 +56,7 @@ class Module:
 
 
 class Kernel:
-    """A kernel, called as kernel(grid, block, arguments, shared_mem=bytes). It has run when the
-    call returns.
-    """
+    """A kernel, called as kernel(grid, block, arguments, shared_mem=bytes); synchronous."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -79,14 +75,12 @@ class Kernel:
 
 
 def _value(argument: Any) -> np.ndarray:
-    """Return the bytes that a kernel gets for an argument, as CuPy passes it."""
-    if hasattr(argument, "data") and hasattr(
-        argument.data, "ptr"
-    ):  # an array of the device: its address
+    """Return the bytes of a kernel argument, as CuPy passes it."""
+    # an array on the device: its address
+    if hasattr(argument, "data") and hasattr(argument.data, "ptr"):
         return np.array(argument.data.ptr, np.int64)
-    if (
-        isinstance(argument, np.ndarray) and argument.dtype.names and argument.size == 1
-    ):  # a structure
+    # a structure
+    if isinstance(argument, np.ndarray) and argument.dtype.names and argument.size == 1:
         return argument
     if isinstance(argument, np.generic):
         return np.array(argument)

@@ -1,7 +1,8 @@
-"""Break the kernels one line at a time and tell who noticed: python tests/cuda_on_cpu/mutations.py
+"""Mutation tests of the kernels: python tests/cuda_on_cpu/mutations.py
 
-Every barrier is removed in turn, every check of a bound, and some terms of formulas. A change that
-nobody sees stands last. It takes half an hour; test_cuda_kernels.py does so with a few of them.
+Each mutation removes a barrier, removes a check of a bound, or changes a term of a formula. The
+program prints the watcher that failed, or UNSEEN, and exits with the number of unseen mutations. It
+takes half an hour; test_cuda_kernels.py tries a few of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LIMIT = 280.0  # seconds: a changed kernel may never end, which is noticed
 
 
 class Mutation(NamedTuple):
-    """One change of one file: the text at `start` becomes another."""
+    """One change of one file: replace the text `old` at `start` by `new`."""
 
     file: str
     start: int
@@ -48,9 +49,8 @@ def barriers() -> Iterator[Mutation]:
     for path in sorted(_OPS.rglob("*.cu*")):
         for match in re.finditer(re.escape(_BARRIER), path.read_text()):
             line = path.read_text()[: match.start()].rpartition("\n")[2]
-            if "//" not in line and "soft_hash/kernels" not in str(
-                path
-            ):  # attention does not go through that one
+            # attention does not launch the kernels of soft_hash/kernels.cu
+            if "//" not in line and "soft_hash/kernels" not in str(path):
                 yield Mutation(
                     str(path.relative_to(_OPS)), match.start(), _BARRIER, "", ("thread", "results")
                 )
@@ -92,16 +92,20 @@ _BOUNDS = (
         "if (!(rows.group.kept >> i & 1) || column >= rows.width) return quad;",
         "if (!(rows.group.kept >> i & 1)) return quad;",
     ),
-    ("cuda/tensor_cores.cuh", "if (column + c < rows.width) quad", "quad"),
-    ("cuda/tensor_cores.cuh", "if (r == 0 || is_whole) four =", "four ="),
-    ("cuda/tensor_cores.cuh", "if (j % 4 < 2 || is_whole) *place", "*place"),
+    ("cuda/tensor_cores.cuh", "if (column + c < rows.width)\n            quad", "quad"),
+    ("cuda/tensor_cores.cuh", "if (r == 0 || is_whole)\n                    four =", "four ="),
+    ("cuda/tensor_cores.cuh", "if (j % 4 < 2 || is_whole)\n                *target", "*target"),
     ("cuda/tensor_cores.cuh", "row + 8 * r < width - PAD", "true"),
     ("cuda/tensor_cores.cuh", "if (row + j / 2 * 8 < m.n_rows - PAD)", ""),
     ("causal/tensor_scan.cuh", "if (j % 4 < 2 || is_whole)", ""),
 )
 _TERMS = (
-    ("cuda/warp.cuh", "*place = is_first ? total : *place + total;", "*place = total;"),
-    ("cuda/warp.cuh", "*total = is_first ? (double)*place : *total + *place;", "*total = *place;"),
+    ("cuda/warp.cuh", "*target = is_first ? total : *target + total;", "*target = total;"),
+    (
+        "cuda/warp.cuh",
+        "*total = is_first ? (double)*sum : *total + *sum;",
+        "*total = *target;",
+    ),
     ("cuda/warp.cuh", "+ __shfl_xor_sync(~0u, given, WIDTH)", "+ given"),
     ("soft_hash/soft_hash.cuh", "corner >> (hash.n_planes - 1 - p) & 1", "corner >> p & 1"),
     ("soft_hash/soft_hash.cuh", "hash.down[j] * plus - hash.up[j] * minus", "hash.down[j] * plus"),
@@ -110,15 +114,15 @@ _TERMS = (
     ("cuda/readout.cuh", "h[j] * factor + d_den * mass[s]", "h[j] * factor"),
     ("cuda/readout.cuh", "-token_total(sum) * factor", "-sum * factor"),
     ("cuda/readout.cuh", "-rho[j] * h[j] * f * masses.n_tables", "-rho[j] * h[j] * f"),
-    ("bidirectional/kernels.cu", "d_phi[j] += (Real)d_state.mass[j % hash.wide_buckets];", ""),
+    ("bidirectional/kernels.cu", "d_phi[j] += (Real)d_state.mass[j % hash.padded_buckets];", ""),
     ("bidirectional/kernels.cu", "add_group(state, phi, phi, ", "add_group(state, phi + 1, phi, "),
     ("bidirectional/kernels.cu", "add_group(d_state, d_mass, rho, g);", ""),
     (
         "causal/kernels.cu",
-        "masses[i * wide_buckets + s] = before + sum;",
-        "masses[i * wide_buckets + s] = sum;",
+        "masses[i * padded_buckets + s] = before + sum;",
+        "masses[i * padded_buckets + s] = sum;",
     ),
-    ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// What", "}\n}\n\n// What"),
+    ("causal/kernels.cu", "mass[s] += sum;\n    }\n}\n\n// Saved", "}\n}\n\n// Saved"),
     ("causal/kernels.cu", "d_mass[s] += sum;", ""),
     (
         "causal/kernels.cu",
@@ -142,7 +146,7 @@ _TERMS = (
         "parts[i * step + offset] = total + sums[j];",
     ),
     ("cuda/sums.cu", "for (i64 r = 1; r < repeats; ++r) sums[j] += part[r * width];", ""),
-    ("soft_hash/soft_hash.cuh", "sums.beta += sums.shares[warp];", "sums.beta += 0;"),
+    ("soft_hash/soft_hash.cuh", "sums.beta += sums.warp_betas[warp];", "sums.beta += 0;"),
     ("cuda/tensor_cores.cuh", "order >= 0; --order", "order > 0; --order"),
     ("cuda/tensor_cores.cuh", "int order = LAST", "int order = LAST - 1"),
     ("cuda/tensor_cores.cuh", "order - i < M)", "order - i < M && i == 0)"),
@@ -156,7 +160,7 @@ _TERMS = (
         "split(four.x[2], four.x[3], a, r + 2);",
         "split(four.x[3], four.x[2], a, r + 2);",
     ),
-    ("cuda/tensor_cores.cuh", "adds ? *place + sums[j / 4].x[j % 4] : ", ""),
+    ("cuda/tensor_cores.cuh", "adds ? *target + sums[j / 4].x[j % 4] : ", ""),
     (
         "cuda/tensor_cores.cuh",
         "for (int row = 0; row < m.n_rows - PAD; row += 16) {",
@@ -165,25 +169,25 @@ _TERMS = (
     ("cuda/tensor_cores.cuh", "i = 2 * h + r % 2;", "i = 2 * h;"),
     (
         "cuda/tensor_cores.cuh",
-        "{first.x[j % 2], first.x[j % 2 + 2],",
-        "{first.x[j % 2 + 2], first.x[j % 2],",
+        "first.x[j % 2], first.x[j % 2 + 2],",
+        "first.x[j % 2 + 2], first.x[j % 2],",
     ),
     (
         "cuda/tensor_cores.cuh",
-        "split(place[0], place[m.n_rows], b, r);",
-        "split(place[0], place[0], b, r);",
+        "split(source[0], source[m.n_rows], b, r);",
+        "split(source[0], source[0], b, r);",
     ),
     ("cuda/tensor_cores.cuh", "sums[i / 2].x[i % 2 * 2 + j]", "sums[i / 2].x[i % 2 + 2 * j]"),
     ("causal/tensor_scan.cuh", "backward ? j >= i : j <= i", "backward ? j >= i : j < i"),
     ("causal/tensor_scan.cuh", "backward ? j >= i : j <= i", "backward ? j > i : j <= i"),
     (
         "causal/tensor_scan.cuh",
-        "if (!sees(row, column, backward))",
-        "if (sees(column, row, backward))",
+        "if (!is_visible(row, column, backward))",
+        "if (is_visible(column, row, backward))",
     ),
     ("causal/tensor_scan.cuh", "if (__any_sync(~0u, !finite)) {", "if (false) {"),
     ("causal/tensor_scan.cuh", "zero += sum.x[i] * 0;", "zero += 0;"),
-    ("causal/tensor_scan.cuh", "sees(i, token + 1, backward) ?", "true ?"),
+    ("causal/tensor_scan.cuh", "is_visible(i, token + 1, backward) ?", "true ?"),
     (
         "causal/tensor_scan.cuh",
         "split(square.x[1].x[2 * tile], square.x[1].x[2 * tile + 1], b[tile], 1);",
@@ -211,7 +215,7 @@ _TERMS = (
 
 
 def changes() -> Iterator[Mutation]:
-    """Yield the other changes."""
+    """Yield the mutations of bounds and terms."""
     for table, watchers in (
         ((*_BOUNDS, *SOCKET_BOUNDS), ("address", "results")),
         ((*_TERMS, *SOCKET_TERMS), ("results",)),
@@ -224,7 +228,7 @@ def changes() -> Iterator[Mutation]:
 
 
 def noticed_by(mutation: Mutation) -> str | None:
-    """Return the first watcher that fails with the changed kernels, or None."""
+    """Return the first watcher that fails with the mutated kernels, or None."""
     with tempfile.TemporaryDirectory() as folder:
         ops = Path(folder) / "ops"
         shutil.copytree(_OPS, ops, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -236,16 +240,16 @@ def noticed_by(mutation: Mutation) -> str | None:
 
 
 def main() -> None:
-    """Try all, or those whose description contains an argument."""
+    """Try all mutations, or those whose description contains every argument."""
     unnoticed = []
     for mutation in [*changes(), *barriers()]:
         if not all(word in str(mutation) for word in sys.argv[1:]):
             continue
         watcher = noticed_by(mutation)
-        print(f"{watcher or 'NOBODY':8} {mutation}".replace("\n", " "), flush=True)
+        print(f"{watcher or 'UNSEEN':8} {mutation}".replace("\n", " "), flush=True)
         if watcher is None:
             unnoticed.append(mutation)
-    sys.exit(f"{len(unnoticed)} changes that nobody noticed" if unnoticed else 0)
+    sys.exit(f"{len(unnoticed)} mutations were not noticed" if unnoticed else 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ __all__ = ["compiled"]
 
 @cache
 def _library() -> ctypes.CDLL:
-    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):  # where the wheel puts it
+    # the packages of the wheel
+    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
         try:
             found = importlib.util.find_spec(package)
         except ModuleNotFoundError:
@@ -20,7 +21,8 @@ def _library() -> ctypes.CDLL:
         for folder in found.submodule_search_locations or () if found else ():
             for path in sorted(Path(folder, "lib").glob("libnvrtc.so*")):
                 for builtins in Path(folder, "lib").glob("libnvrtc-builtins.so*"):
-                    ctypes.CDLL(str(builtins))  # NVRTC asks for it by name alone
+                    # NVRTC loads it by its bare name
+                    ctypes.CDLL(str(builtins))
                 return ctypes.CDLL(str(path))
     raise ImportError("libnvrtc is not installed: pip install nvidia-cuda-nvrtc==13.0.88")
 
@@ -28,8 +30,7 @@ def _library() -> ctypes.CDLL:
 def compiled(
     code: str, options: tuple[str, ...], architecture: str, kind: str = "CUBIN"
 ) -> tuple[bytes, str]:
-    """Compile to machine code of an architecture such as "sm_90". Return it, or the "PTX" of it,
-    and the compiler's log.
+    """Compile for an architecture such as "sm_90"; return machine code or "PTX", and the log.
 
     Raises
     ------
@@ -58,12 +59,12 @@ def compiled(
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(program: ctypes.c_void_p, what: str) -> bytes:
+def _text(program: ctypes.c_void_p, kind: str) -> bytes:
     size = ctypes.c_size_t()
-    _check(getattr(_library(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    _check(getattr(_library(), f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
-    _check(getattr(_library(), f"nvrtcGet{what}")(program, buffer))
-    return buffer.raw.rstrip(b"\0") if what == "ProgramLog" else buffer.raw
+    _check(getattr(_library(), f"nvrtcGet{kind}")(program, buffer))
+    return buffer.raw.rstrip(b"\0") if kind == "ProgramLog" else buffer.raw
 
 
 def _check(status: int) -> None:

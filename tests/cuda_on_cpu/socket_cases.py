@@ -1,6 +1,4 @@
-"""What the watchers run of SOCKET: a few caches that reach every kernel, all that an index and
-attention over it can do.
-"""
+"""SOCKET's cases for the watchers: caches that reach every kernel, all public operations."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ __all__ = ["run"]
 
 
 class Case(NamedTuple):
-    """A cache of three sequences, the second shorter, the third empty, and queries of it."""
+    """A cache of three sequences, the second shorter, the third empty, and its queries."""
 
     seed: int
     n_tokens: int
@@ -31,7 +29,7 @@ TINY = Case(0, 21, 1, 2, 5, 3, 9, 4)
 CASES = {
     "thread": [
         TINY._replace(n_planes=9, selection="group", group=5),
-        Case(1, 300, 1, 1, 70, 66, 2, 2, "hamming"),  # two warps that select, five shares
+        Case(1, 300, 1, 1, 70, 66, 2, 2, "hamming"),  # two warps that select, five splits
     ],
     "address": [
         TINY,
@@ -57,12 +55,11 @@ def run(watcher: str) -> None:
     """Run the cases of a watcher; "results" compares them with the reference."""
     from problems import DTYPES
 
-    from racecore.ops.socket import cuda as operations
+    from racecore.ops.socket import cuda_launch
 
     if watcher == "thread":
-        operations._MAX_BLOCKS = operations._ENOUGH_BLOCKS = (
-            1  # tasks follow each other in the same shared memory
-        )
+        # one block: tasks follow each other in the same shared memory
+        cuda_launch.MAX_BLOCKS = cuda_launch.ENOUGH_BLOCKS = 1
     for case in CASES[watcher]:
         found = everything(case, "cuda", DTYPES["bfloat16" if watcher == "address" else "float32"])
         if watcher == "results":
@@ -72,7 +69,7 @@ def run(watcher: str) -> None:
 
 
 def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Return all that can be asked of a cache."""
+    """Return every public result of a cache."""
     from devices import fetch, put
 
     import racecore
@@ -87,7 +84,8 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
         rng.standard_normal((3, n, n_heads, case.head_dim)).astype(dtype) for n in (1, 5)
     )
     key[1, -3:], value[1, -3:] = np.nan, np.nan
-    value[:, :2] = 0  # a norm of zero, and one right between two that can be stored
+    # a norm of zero, and one halfway between two stored values
+    value[:, :2] = 0
     value[:, 1, :, 0] = 1 + 3 * 2.0**-11
     lsh = racecore.SoftLSH(
         rng.standard_normal((case.n_kv_heads, case.n_tables, case.n_planes, case.head_dim)), 1.0
@@ -113,10 +111,11 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
     )
     found["sparse"] = racecore.sparse_attention(q, k, v, index, lengths=lengths, **options)
     for name, rows, keys in (("dense", query, key), ("prefill", prompt, key.copy())):
-        keys[0, -2:] = (
-            np.nan if name == "prefill" else keys[0, -2:]
-        )  # the last two queries see it, the others must not
-        n = 2 if name == "prefill" else 3  # an empty sequence has no last five tokens
+        if name == "prefill":
+            # visible to the last two queries only
+            keys[0, -2:] = np.nan
+        # an empty sequence has no last five tokens
+        n = 2 if name == "prefill" else 3
         arrays = (
             put(x[:n], backend) for x in (rows, keys, keys[..., :1].repeat(case.value_dim, axis=3))
         )
@@ -127,9 +126,7 @@ def everything(case: Case, backend: str, dtype: np.dtype) -> dict[str, np.ndarra
 
 
 def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """End this process unless the kernels did what the reference does: of scores the same set, else
-    nearly the same.
-    """
+    """Exit unless the results agree with the reference: selections exactly, numbers closely."""
     from oracle_socket import selected_set
 
     for name in ("codes", "norms"):
@@ -143,8 +140,8 @@ def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.nda
             :, :, -1
         ]
     for b, length in enumerate((case.n_tokens, case.n_tokens - 3, 0)):
-        for row, its in zip(found["selected"][b], scores[b], strict=True):
-            tokens = selected_set(its[:length], 7, 2, 3)
+        for row, score in zip(found["selected"][b], scores[b], strict=True):
+            tokens = selected_set(score[:length], 7, 2, 3)
             if row.tolist() != tokens + [-1] * (len(row) - len(tokens)):
                 sys.exit(f"other tokens are selected in {case}")
     for name in ("scores", "sparse", "dense", "prefill"):
@@ -154,24 +151,23 @@ def compare(case: Case, found: dict[str, np.ndarray], expected: dict[str, np.nda
 
 
 def compare_best() -> None:
-    """End this process unless of a long row with every kind of number the best are chosen."""
+    """Exit unless the top-k of a long row with every kind of number are selected."""
     from devices import fetch, put
     from oracle_socket import selected_set
 
-    from racecore.ops.socket import cuda as operations
+    from racecore.ops.cuda.call import empty
+    from racecore.ops.socket.select.cuda import _write_top_k
 
-    n, budgets = (
-        9000,
-        np.array([5500, 0]),
-    )  # more than a block's threads take at once; half of the zeros
+    # more than the threads of a block take at once; half of the zeros
+    n, budgets = 9000, np.array([5500, 0])
     choices = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 1.0, -1.0], np.float32)
     scores = np.random.default_rng(0).choice(choices, (2, n // 64 * 64 + 64))
     scores[:, n:] = -np.inf
-    selected = operations.empty((2, 5505), np.int64)
-    operations._pick(
+    selected = empty((2, 5505), np.int64)
+    _write_top_k(
         *(put(x, "cuda") for x in (scores, np.full(2, n), budgets)), (2, 3), 0, 1, selected
     )
-    for row, its, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
-        tokens = selected_set(np.where(np.isnan(its[:n]), np.inf, its[:n]), budget, 2, 3)
+    for row, score, budget in zip(fetch(selected).tolist(), scores, budgets, strict=True):
+        tokens = selected_set(np.where(np.isnan(score[:n]), np.inf, score[:n]), budget, 2, 3)
         if row != tokens + [-1] * (len(row) - len(tokens)):
-            sys.exit("other tokens than the best are chosen")
+            sys.exit("the selected tokens are not the top-k")

@@ -1,9 +1,8 @@
-"""Run the kernels on a few problems in a process of its own, watched by a sanitiser or by the
-oracle.
+"""Run the kernels on a few problems in a subprocess, under a watcher: a sanitizer or the oracle.
 
-"results" compares with the oracle; "address" sees accesses outside of arrays and of the shared
-memory that was asked for; "thread", with a thread of the system for every CUDA thread, sees those
-that no barrier orders. `failure` starts it.
+"results" compares with the oracle. "address" reports accesses outside of arrays and of the
+requested shared memory. "thread", with a system thread for every CUDA thread, reports accesses that
+no barrier orders. `failure` starts the subprocess.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _RUNTIMES = {"results": (), "address": ("libasan.so", "libubsan.so"), "thread": 
 def failure(
     watcher: str, ops: Path | None = None, of_socket: bool = False, limit: float | None = None
 ) -> str:
-    """Return what a watcher has to say against the kernels, or against those in a changed copy of
-    racecore/ops.
+    """Return the error report of a watcher, or "".
 
-    Those of attention, or of SOCKET. A limit in seconds is for kernels that may not end.
+    Of the kernels of attention or of SOCKET, in racecore/ops or in the changed copy `ops`. A limit
+    in seconds is for kernels that may not end.
     """
     libraries = [
         subprocess.run(
@@ -51,7 +50,7 @@ def failure(
             command, env=environment, capture_output=True, text=True, timeout=limit, check=False
         )
     except subprocess.TimeoutExpired:
-        return "it did not come to an end"
+        return "timeout"
     return (
         ""
         if done.returncode == 0
@@ -60,24 +59,15 @@ def failure(
 
 
 def problems(watcher: str) -> list:
-    """Return problems that reach every kernel, both readouts, masks, packed sequences and all ways
-    to share heads.
-    """
+    """Return problems that reach every kernel, readout, mask, packing and grouping of heads."""
     from problems import PROBLEMS, Problem
 
     if watcher == "address":
         return [(problem, "bfloat16") for problem in PROBLEMS if problem.n_keys <= 150]
-    tiny = {
-        "batch": None,
-        "head_dim": 5,
-        "value_dim": 3,
-        "n_tables": 3,
-        "n_planes": 2,
-        "beta": 1.2,
-        "spread": 1.0,
-    }
-    # more rows and buckets than four, so that lanes meet numbers of others
-    wide = tiny | {"head_dim": 70, "value_dim": 66}  # four columns for every lane
+    tiny = {"batch": None, "head_dim": 5, "value_dim": 3, "n_tables": 3, "n_planes": 2}
+    tiny |= {"beta": 1.2, "spread": 1.0}
+    # more than four rows and buckets, so lanes exchange numbers; four columns per lane
+    wide = tiny | {"head_dim": 70, "value_dim": 66}
     found = [
         Problem(
             0,
@@ -123,29 +113,34 @@ def problems(watcher: str) -> list:
         ),
     ]
     if watcher == "results":
-        sizes = {
-            "batch": 2,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "head_dim": 33,
-            "value_dim": 40,
-            "n_tables": 3,
-            "n_planes": 3,
-        }
-        sizes |= {"beta": 1.2, "spread": 1.0, "has_initial_state": True, "has_d_state": True}
-        found += [
-            Problem(4, n_queries=1100, n_keys=1100, is_causal=True, mask="random", **sizes),
-            Problem(5, n_queries=600, n_keys=1100, mask="random", **sizes),
-        ]
+        found += _over_segments()
     return [(problem, "float32") for problem in found] + [
         (problem, "bfloat16") for problem in for_tensor_cores()
     ]
 
 
+def _over_segments() -> list:
+    """Return problems of more than one segment, with states and their gradients."""
+    from problems import Problem
+
+    sizes = {
+        "batch": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "head_dim": 33,
+        "value_dim": 40,
+        "n_tables": 3,
+        "n_planes": 3,
+    }
+    sizes |= {"beta": 1.2, "spread": 1.0, "has_initial_state": True, "has_d_state": True}
+    return [
+        Problem(4, n_queries=1100, n_keys=1100, is_causal=True, mask="random", **sizes),
+        Problem(5, n_queries=600, n_keys=1100, mask="random", **sizes),
+    ]
+
+
 def for_tensor_cores() -> list:
-    """Return problems in bfloat16 that tensor cores take: rows and buckets that are no multiples of
-    16, several warps.
-    """
+    """Return problems for tensor cores: rows and buckets not multiples of 16, several warps."""
     from problems import Problem
 
     sizes = {
@@ -196,8 +191,8 @@ def past_that_changed(problem: Any, backend: str = "cuda") -> str:
             results.append(
                 [x[..., :t, :, :] for x in before] + [x[..., t + 1 :, :, :] for x in after]
             )
-            meets = before[1 if poisoned == "d_out" else 0][..., t, :, :].astype(np.float32)
-            if value != 1 and np.isfinite(meets).all():
+            affected = before[1 if poisoned == "d_out" else 0][..., t, :, :].astype(np.float32)
+            if value != 1 and np.isfinite(affected).all():
                 changed.append(f"nothing where {poisoned} becomes {value}")
         changed += [
             f"{poisoned} {i}"
@@ -209,7 +204,7 @@ def past_that_changed(problem: Any, backend: str = "cuda") -> str:
 
 
 def main() -> None:
-    """Run them, and compare where that is what this process is for."""
+    """Run the problems of a watcher; "results" compares with the oracle."""
     from problems import relative_error, run_library, run_oracle
 
     from cuda_on_cpu import fake_cupy, socket_cases
@@ -224,7 +219,8 @@ def main() -> None:
             socket_cases.run(watcher)
         return
     if watcher == "thread":
-        call._MAX_BLOCKS = 1  # so that tasks follow each other in the same shared memory
+        # tasks follow each other in the same shared memory
+        call._MAX_BLOCKS = 1
     with fake_cupy.install():
         for problem, dtype in problems(watcher):
             found = run_library(problem, dtype, "cuda")

@@ -1,1 +1,1 @@
-"""What the CUDA kernels of all operations share: launches, and the headers that kernels include."""
+"""Launches and headers common to the CUDA kernels of all operations."""

@@ -1,4 +1,6 @@
-// The four storage dtypes and their conversions, without NVIDIA's headers, which not every installation has.
+// The four storage dtypes (float16, bfloat16, float32, float64), their conversions, and the
+// elementary functions in both precisions. Written without NVIDIA's headers, which not every
+// installation has.
 #pragma once
 
 struct Half {
@@ -17,17 +19,17 @@ __device__ inline float to_real(Bfloat x) {
     union {
         unsigned bits;
         float value;
-    } wide = {(unsigned)x.bits << 16};
-    return wide.value;
+    } number = {(unsigned)x.bits << 16};
+    return number.value;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN (0x7fc0 is the quiet one).
 __device__ inline Bfloat to_stored(float x, Bfloat) {
     union {
         float value;
         unsigned bits;
-    } wide = {x};
-    unsigned rounded = (wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16;
+    } number = {x};
+    unsigned rounded = (number.bits + 0x7fff + (number.bits >> 16 & 1)) >> 16;
     return Bfloat{(unsigned short)(x == x ? rounded : 0x7fc0)};
 }
 
@@ -43,21 +45,21 @@ __device__ inline Half to_stored(float x, Half) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
     return rounded;
 }
-#else  // the same in plain C++
+#else  // plain C++ twin of the inline PTX, for tests on a CPU
 __device__ inline float to_real(Half x) {
     union {
         unsigned short bits;
         _Float16 value;
-    } narrow = {x.bits};
-    return (float)narrow.value;
+    } number = {x.bits};
+    return (float)number.value;
 }
 
 __device__ inline Half to_stored(float x, Half) {
     union {
         _Float16 value;
         unsigned short bits;
-    } narrow = {(_Float16)x};
-    return Half{narrow.bits};
+    } number = {(_Float16)x};
+    return Half{number.bits};
 }
 #endif
 

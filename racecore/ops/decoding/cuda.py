@@ -1,6 +1,4 @@
-"""One token at a time on a GPU: the kernels that add keys and that read a state out, one after the
-other.
-"""
+"""Decoding one token at a time on a GPU: add the key, then read out, with the chunked kernels."""
 
 from __future__ import annotations
 
@@ -13,15 +11,14 @@ __all__ = ["step"]
 
 
 def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Add the key and value of every sequence that has one to `sketch`, and answer its query into
-    out [B, 1, H, V].
+    """Add the new key and value of each sequence to `sketch`, then read out its query.
 
-    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys
-    that take part. Sequences without a token keep their bits; their rows of `out` are left alone.
+    `out` is [B, 1, H, V]. `sketch` may be float32; the new state is rounded to it before the
+    readout. `lengths` [N] advances by the unmasked keys. Sequences without a token keep their bits,
+    and their rows of `out` stay unchanged.
     """
-    after = Sketch(
-        sketch.flat.astype(np.float64), sketch.n_buckets
-    )  # an interrupt may come between any two launches
+    # in a copy: an interrupt may come between any two launches
+    after = Sketch(sketch.flat.astype(np.float64), sketch.n_buckets)
     sum_keys(part, after)
     rounded = after.flat.astype(sketch.flat.dtype)
     read_out(part, Sketch(rounded.astype(np.float64), sketch.n_buckets), out)

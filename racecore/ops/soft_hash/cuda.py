@@ -1,5 +1,6 @@
-"""The soft hash of rows on a GPU, and its gradient; see `reference`. Attention hashes inside its
-own kernels.
+"""The soft hash of rows on a GPU and its gradient; `reference` is the specification.
+
+Attention computes the hash inside its own kernels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,14 @@ import math
 import numpy as np
 
 from racecore import chunking
-from racecore.ops.cuda.call import Scratch, empty, empty_hash_parts, launch, make_call, scan
+from racecore.ops.cuda.call import (
+    LaunchScratch,
+    empty,
+    empty_hash_parts,
+    launch,
+    make_call,
+    scan_segments,
+)
 from racecore.problem import Problem
 from racecore.runtime import cuda
 
@@ -24,7 +32,7 @@ def soft_hash(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> np.ndarray
     (chunk,) = chunking.chunks(problem, "query")
     out = empty((*x.shape[:-1], problem.n_buckets), x.dtype)
     call = make_call(problem, chunk)
-    launch(_FILE, "hash_rows", call, problem.n_state_heads, Scratch(weights=1), out)
+    launch(_FILE, "hash_rows", call, problem.n_state_heads, LaunchScratch(weights=1), out)
     return out
 
 
@@ -39,7 +47,7 @@ def soft_hash_backward(
     parts = empty_hash_parts(chunk, len(planes), total)
     d_rows = d_x.reshape(1, -1, *x.shape[-2:])
     call = make_call(problem, chunk, d_query=d_rows, hash_width=total.shape[2])
-    scratch = Scratch(weights=2, hash_sums=True)
+    scratch = LaunchScratch(weights=2, hash_sums=True)
     launch(
         _FILE,
         "hash_rows_backward",
@@ -49,12 +57,12 @@ def soft_hash_backward(
         cuda.to_device(d_phi, x.dtype),
         parts,
     )
-    scan(np.zeros_like(chunk[:, 0]), parts, total)
+    scan_segments(np.zeros_like(chunk[:, 0]), parts, total)
     return d_x, total[0, :, :-1].reshape(planes.shape), total[0, :, -1]
 
 
 def _as_problem(x: np.ndarray, planes: np.ndarray, beta: np.ndarray) -> Problem:
-    """Return rows as the queries of a problem that has no keys."""
+    """Return a problem whose queries are the rows and that has no keys."""
     n_rows, n_heads = math.prod(x.shape[:-2]), x.shape[-2]
     return Problem(
         query=x.reshape(1, n_rows, *x.shape[-2:]),
