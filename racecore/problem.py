@@ -1,5 +1,4 @@
-"""The frozen bundle that the operations work on: checked arrays, planes per state head, and the
-table of sequences.
+"""The frozen bundle that operations take: checked arrays, planes per state head, sequences.
 
 Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L
 tables, P planes, R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G,
@@ -32,8 +31,9 @@ BUCKET_MEAN_EPS = 1e-6  # of the readout "bucket_mean"; the value of the authors
 
 
 def changed(instance: Any, **fields: Any) -> Any:
-    """Return a copy of a frozen dataclass with other fields: `dataclasses.replace` in a tenth of
-    its time, unchecked.
+    """Return a copy of a frozen dataclass with other fields.
+
+    This is `dataclasses.replace` without its checks, in a tenth of its time.
     """
     copy = object.__new__(type(instance))
     copy.__dict__.update(instance.__dict__, **fields)
@@ -42,8 +42,8 @@ def changed(instance: Any, **fields: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What to compute. `query` is None where only keys are summed, `key` and `value` where only a
-    state is read.
+    """The arguments of an operation. `query` is None where only keys are summed, `key` and `value`
+    where a state is only read out.
 
     Arrays of tokens are NumPy arrays, or all of them CuPy arrays; planes, beta and sequences are
     NumPy arrays.
@@ -62,13 +62,12 @@ class Problem:
     is_causal: bool
     readout: str  # "ratio" or "bucket_mean"
     dtype: np.dtype  # of the arithmetic
-    chunk_tokens: int | None = (
-        None  # at most so many tokens in flight, rounded up to whole segments
-    )
-    workspace_bytes: int = WORKSPACE_BYTES  # at most so much temporary memory
-    keeps_states: bool = (
-        False  # of all segments for the backward pass, not only those at the boundaries of chunks
-    )
+    # at most so many tokens of a chunk, rounded up to whole segments
+    chunk_tokens: int | None = None
+    # at most so much temporary memory
+    workspace_bytes: int = WORKSPACE_BYTES
+    # forward keeps the states before all segments for backward, not only those before chunks
+    keeps_states: bool = False
 
     @property
     def n_state_heads(self) -> int:
@@ -134,9 +133,7 @@ class Sketch:
         return Sketch(self.flat[first:last], self.n_buckets)
 
     def to_device(self, on_device: bool) -> Sketch:
-        """Return the same states on a GPU or in host memory; a copy only where they are on the
-        other side.
-        """
+        """Return the same states on a GPU or in host memory; a copy only if they are not there."""
         flat = arrays.to_device(self.flat, on_device)
         return self if flat is self.flat else Sketch(flat, self.n_buckets)
 
@@ -145,16 +142,16 @@ class Sketch:
         return Sketch(self.flat.copy(), self.n_buckets)
 
     def rounded(self, dtype: np.dtype) -> Sketch:
-        """Return the same states as float32 or float64: itself where it is that already."""
+        """Return the same states as float32 or float64; itself if that is its dtype."""
         return self if self.flat.dtype == dtype else Sketch(self.flat.astype(dtype), self.n_buckets)
 
 
 @dataclass(eq=False)
 class GradientBuffers:
-    """Where the backward passes write. None means not asked for.
+    """The arrays that backward passes write to. None means not wanted.
 
-    The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the
-    order of their additions, and so their bits, independent of how the work is cut into chunks.
+    The gradients of planes and beta are separate by side (0 queries, 1 keys), which makes the order
+    of their additions, and so their bits, independent of how the work is cut into chunks.
     """
 
     query: np.ndarray | None  # [B, Tq, H, D]

@@ -129,7 +129,7 @@ def attention(
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
         memory_limit=memory_limit,
-        on_device=backends.place(backend),
+        on_device=backends.needs_device(backend),
     )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)
@@ -201,7 +201,7 @@ memory_limit, backend, out
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
         memory_limit=memory_limit,
-        on_device=backends.place(backend),
+        on_device=backends.needs_device(backend),
     )
     check_initial_state(initial_state, problem, lsh)
     chosen = backends.choose(backend, problem.on_device)

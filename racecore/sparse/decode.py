@@ -96,7 +96,7 @@ def sparse_attention(
     (1, 1, 8, 64)
     """
     choice = checks.check_choice(budget, sink, window, group_selection)
-    d = checks.check_decoding(query, key, value, index, lengths, backends.place(backend))
+    d = checks.check_decoding(query, key, value, index, lengths, backends.needs_device(backend))
     on_device = cuda.is_array(d.query)
     operations = backends.choose(backend, on_device).socket
     shape = (*d.query.shape[:3], d.value.shape[3])

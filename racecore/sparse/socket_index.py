@@ -166,7 +166,9 @@ class SocketIndex:
         racecore.errors.BackendUnavailableError
             The backend cannot run here; lists every backend with its reason.
         """
-        key, value, counts = checks.check_append(self, key, value, lengths, backends.place(backend))
+        key, value, counts = checks.check_append(
+            self, key, value, lengths, backends.needs_device(backend)
+        )
         on_device = cuda.is_array(key)
         operations = backends.choose(backend, on_device).socket
         hashed = self._hashed
@@ -192,7 +194,7 @@ class SocketIndex:
             float32, or float64 for a float64 query, in the query's library; -inf behind the end of
             a shorter sequence. Without the batch axis if the query has none.
         """
-        q, had_batch = checks.check_query(self, query, backends.place(backend))
+        q, had_batch = checks.check_query(self, query, backends.needs_device(backend))
         operations, hashed = self._prepared(q, backend)
         tables = operations.query_tables(q, self._planes(hashed.codes.shape[1]), self._scorer)
         scores = operations.scores(tables, hashed, self._scorer.multiplies)
@@ -234,7 +236,7 @@ class SocketIndex:
             library. On a GPU this waits until W is known, as `sparse_attention` does not.
         """
         choice = checks.check_choice(budget, sink, window, group_selection)
-        q, had_batch = checks.check_query(self, query, backends.place(backend))
+        q, had_batch = checks.check_query(self, query, backends.needs_device(backend))
         operations, hashed = self._prepared(q, backend)
         selected = self.chosen(operations, q, hashed, choice)
         if self.on_device and selected.size:  # rows there are as wide as they might have to be
@@ -373,7 +375,7 @@ class SocketIndex:
                 own.n_planes,
             )
             _check_sizes(hashed, path)
-            on_device = bool(backends.place(backend))
+            on_device = bool(backends.needs_device(backend))
             index._hashed = hashed._replace(
                 codes=arrays.to_device(hashed.codes, on_device),
                 norms=arrays.to_device(hashed.norms, on_device),

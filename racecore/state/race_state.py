@@ -212,7 +212,7 @@ class RaceState:
         array, shape [B, Tq, H, V]
             In the query's dtype and library; zeros where nothing was appended.
         """
-        problem = checks.check_attend(self, query, readout, backends.place(backend))
+        problem = checks.check_attend(self, query, readout, backends.needs_device(backend))
         if problem.query is None:
             raise TypeError("query is missing")
         sketch = self._sketch.to_device(problem.on_device)
@@ -278,7 +278,7 @@ class RaceState:
             What does not fit; the state is then unchanged. Whatever is raised in the middle, a step
             is done as a whole or not at all.
         """
-        place = backends.place(backend)
+        place = backends.needs_device(backend)
         problem = checks.check_step(self, query, key, value, key_mask, counts, readout, place)
         stored: Any = problem.query
         had_batch, shape = len(query.shape) == 4, (*stored.shape[:3], self._value_dim)

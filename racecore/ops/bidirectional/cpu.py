@@ -1,5 +1,4 @@
-"""Bidirectional attention through a sketch: Numba kernels, one block of tokens at a time; see
-`reference` for the plain form.
+"""Bidirectional attention through a state, block by block: Numba; see `reference` for the formulas.
 
 No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a few
 blocks are float32 (or the dtype of the arithmetic), sums over those float64.
@@ -235,7 +234,7 @@ def multiply_state(
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
-    """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
+    """Read out `sketch` for every query of `part` into out [B, Tq, H, V]."""
     modes = COPIES._replace(hash=hash_mode(part))
     for chunk in chunking.chunks(part, "query"):
         progress.advance(launch(_read_out, make_call(part, chunk, modes, out=out), sketch.flat))

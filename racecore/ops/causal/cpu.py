@@ -83,7 +83,7 @@ def _scan_chunk_backward(
 ) -> None:
     """Write the gradients of one chunk, from what forward left of the states before it."""
     states = checkpoint
-    if not chunking.have_own_states(part, chunk, len(checkpoint)):
+    if not chunking.has_state_per_segment(part, chunk, len(checkpoint)):
         states = new_sums(part, len(chunk))
         states_before_segments(part, chunk, checkpoint.copy(), states)
     # values and d_out are scanned more than once: they are copied
