@@ -336,9 +336,10 @@ def test_walks(n_buckets, width, n, backward, dtype, tolerance):
     a_t, before_t, after_t = (aligned(r, wide, dtype=dtype) for r in (32, width, width))
     a_t[:, :n_buckets], before_t[:, :n_buckets] = a.T, before.T
     weights = aligned(32, wide, dtype=dtype)
-    for add in (False, True):
+    for mode in (tiles.OVERWRITE, tiles.ADD):
+        c = products.OutputRows(weights.ctypes.data, wide, mode, weights.itemsize)
         compiled(scan_tiles.scan_weights)(
-            before_t, after_t, a_t, x, y, weights, n_buckets, n, backward, add, products.NO_PREFETCH
+            before_t, after_t, a_t, x, y, c, n_buckets, n, backward, products.NO_PREFETCH
         )
     np.testing.assert_allclose(after_t[:, :n_buckets], expected.T, atol=tolerance)
     np.testing.assert_allclose(weights[:n, :n_buckets], 2 * expected_weights, atol=8 * tolerance)
@@ -364,8 +365,9 @@ def test_walks_never_meet_what_is_to_come(backward):
         aligned(16, 16, dtype=np.float32, rng=rng),
     )
     weights = aligned(32, 16, dtype=np.float32)
+    c = products.OutputRows(weights.ctypes.data, 16, tiles.OVERWRITE, 4)
     compiled(scan_tiles.scan_weights)(
-        state_t, state_t.copy(), a_t, x, y, weights, 8, 32, backward, False, products.NO_PREFETCH
+        state_t, state_t.copy(), a_t, x, y, c, 8, 32, backward, products.NO_PREFETCH
     )
     assert np.isfinite(weights[clean, :8]).all()
     assert np.isnan(weights[poisoned, :8]).all()

@@ -1,20 +1,23 @@
-"""Running sums over tokens that never leave the registers: the heart of causal attention.
+"""The causal scan of a block in registers: tokens pass a tile of the state, each added to it and
+read out of it.
 
-A state, a sum of outer products, moves over the tokens of a block, and every token asks it
-something right after it was added:
+A state, a sum of outer products, is updated by one token after the other, and read out right after
+each::
 
-    scan_rows      state += outer(a[:, i], x[i]);  y[i] = b[:, i] @ state          [S] weights in, a row [D] out
-    scan_weights   state += outer(x[i], a[i]);     c[i] = y[i] @ state             a row [D] in, [S] weights out
+    scan_rows      state += outer(a[:, i], x[i]);  y[i] = b[:, i] @ state    weights in, rows out
+    scan_weights   state += outer(x[i], a[i]);     c[i] = y[i] @ state       rows in, weights out
 
-for i from the first token of a block to the last, or back. Why it is written by hand: as two
-products with the state, plus the corrections for pairs of tokens inside a block, this is half as
-much work again, and where a block is short against the number of buckets several times. Here a tile
-of the state (8 x 2 vectors) stays in registers while the tokens walk past it, and a token meets
-only what came before it, by construction.
+for i from the first token of a block to the last, or back. Weights are [S], rows [D]; the two lines
+are the plain twins of the functions below.
 
-The plain twins are the two lines above. The second form has the state transposed, buckets in vector
-lanes, so that its sums over D need no sum across lanes. Coefficients a, b of the first form are
-stored [S, BLOCK], of the second [BLOCK, S].
+Why it is written by hand: as two products with the state, plus the corrections for pairs of tokens
+inside a block, this is half as much work again, and where a block is short against the number of
+buckets several times. Here a tile of the state (8 x 2 vectors) stays in registers while all tokens
+of the block pass it, and a token reads only earlier ones and itself, by construction.
+
+How: the second form has the state transposed, buckets in vector lanes, so that its sums over D need
+no sum across lanes. Coefficients a, b of the first form are stored [S, BLOCK], of the second
+[BLOCK, S].
 """
 
 from __future__ import annotations
@@ -23,11 +26,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from racecore.chunking import BLOCK
-from racecore.ops.simd.emitter import Emitter
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.ops.simd.products import InputRows, OutputRows, PrefetchRows, prefetch_rows
 from racecore.ops.simd.tile_sums import ADD, OVERWRITE, kept, load_row, store_rows
 from racecore.ops.simd.vectors import lanes
@@ -35,11 +36,8 @@ from racecore.runtime.jit import helper
 
 __all__ = ["scan_rows", "scan_weights"]
 
-_ROWS = 8  # rows of the state that a tile holds
-
-
-def _emitter(builder: Any, like: Any) -> Emitter:
-    return Emitter(builder, ir.DoubleType() if like == types.float64 else ir.FloatType())
+# Columns of a tile of `scan_weights`: with 8 x 2 vectors the state takes 16 of 32 registers.
+_WEIGHTS_ROWS = 8
 
 
 class _Chains:
@@ -49,7 +47,7 @@ class _Chains:
 
     def __init__(self, emit: Emitter, start: list[Any], n_rows: int) -> None:
         self.emit = emit
-        zero = ir.Constant(start[0].type, [0.0] * start[0].type.count)
+        zero = emit.zeros(start[0].type)
         self.chains = [[value, zero] if n_rows >= 4 else [value] for value in start]
 
     def add(self, r: int, factor: Any, state: list[Any]) -> None:
@@ -64,97 +62,89 @@ class _Chains:
         ]
 
 
-def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
-    """Return the tile of `scan_rows` that holds n_rows buckets and n_vectors vectors of columns; x
-    is bfloat16 if `is_bfloat16`.
+class _StateTile:
+    """The vectors of a state that a tile holds, n_rows x n_vectors, loaded and stored."""
 
-    Strides count elements, but that of z bytes. The state is read at `source` and written to
-    `target`. What the tokens ask is written to z, by the `mode` of the tiles of products, and y is
-    added where `keep` is 1.
+    def __init__(self, emit: Emitter, n_rows: int, n_vectors: int, stride: Any) -> None:
+        self.emit = emit
+        self.stride = stride
+        self.positions = [(r, v) for r in range(n_rows) for v in range(n_vectors)]
+
+    def _address(self, base: Any, r: int, v: int) -> Any:
+        return self.emit.address(base, self.emit.times(self.stride, r), v * self.emit.lanes)
+
+    def load(self, base: Any, kind: Any) -> list[Any]:
+        return [self.emit.load(self._address(base, r, v), kind) for r, v in self.positions]
+
+    def store(self, values: list[Any], base: Any) -> None:
+        for (r, v), value in zip(self.positions, values, strict=True):
+            self.emit.store(value, self._address(base, r, v))
+
+
+def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
+    """Return the tile of `scan_rows` that holds n_rows buckets and n_vectors vectors of columns.
+
+    The rows x are bfloat16 if `is_bfloat16`. The state is read at `source` and written to `target`.
+    In plain Python, for every column d of the tile::
+
+        for i in range(count):
+            for r in range(n_rows):
+                state[r, d] += a[r * BLOCK + i * a_step] * x[i * x_step + d]
+            total = sum(b[r * BLOCK + i * a_step] * state[r, d] for r in range(n_rows))
+            z[i * z_step + d] = (y[i * y_step + d] if keep == ADD else 0) + total
+
+    Strides count elements, but that of z bytes; z is written by `mode`, as products are.
     """
 
-    @intrinsic
+    @codegen(name=f"scan_rows_{n_rows}x{n_vectors}" + "_bfloat16" * is_bfloat16)
     def tile(
-        typing_context,
-        source,
-        target,
-        state_row,
-        a,
-        b,
-        a_step,
-        x,
-        x_step,
-        y,
-        y_step,
-        z,
-        z_step,
-        count,
-        keep,
-        mode,
-        like,
-    ):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            (
-                source,
-                target,
-                state_row,
-                a,
-                b,
-                a_step,
-                x,
-                x_step,
-                y,
-                y_step,
-                z,
-                z_step,
-                count,
-                keep,
-                mode,
-                _,
-            ) = arguments
-            emit = _emitter(builder, like)
-            places = [(r, v) for r in range(n_rows) for v in range(n_vectors)]
+        emit: Emitter,
+        source: Any,
+        target: Any,
+        state_row: Any,
+        a: Any,
+        b: Any,
+        a_step: Any,
+        x: Any,
+        x_step: Any,
+        y: Any,
+        y_step: Any,
+        z: Any,
+        z_step: Any,
+        count: Any,
+        keep: Any,
+        mode: Any,
+        like: Any,
+    ) -> None:
+        state_tile = _StateTile(emit, n_rows, n_vectors, state_row)
 
-            def place(base: Any, r: int, v: int) -> Any:
-                return emit.address(base, emit.times(state_row, r), v * emit.lanes)
+        def token(addresses: list[Any], state: list[Any]) -> list[Any]:
+            a, b, x, y, z = addresses  # of this token's column or row
+            columns = [v * emit.lanes for v in range(n_vectors)]
+            row = [load_row(emit, x, d, emit.vector, is_bfloat16) for d in columns]
+            old = [emit.load(emit.address(y, d), emit.vector) for d in columns]
+            state = list(state)  # [n_rows, n_vectors]
+            chains = _Chains(emit, [kept(emit, keep, value) for value in old], n_rows)
+            for r in range(n_rows):
+                weight = emit.splat(emit.load(emit.address(a, r * BLOCK), emit.element))
+                for v in range(n_vectors):
+                    state[r * n_vectors + v] = emit.fma(weight, row[v], state[r * n_vectors + v])
+                # read out after the token was added: it is part of its own result
+                weight = emit.splat(emit.load(emit.address(b, r * BLOCK), emit.element))
+                chains.add(r, weight, state)
+            store_rows(emit, [chains.sums()], z, z_step, mode)
+            return state
 
-            def token(addresses: list[Any], state: list[Any]) -> list[Any]:
-                a, b, x, y, z = addresses
-                row = [
-                    load_row(emit, x, v * emit.lanes, emit.vector, is_bfloat16)
-                    for v in range(n_vectors)
-                ]
-                old = [
-                    emit.load(emit.address(y, v * emit.lanes), emit.vector)
-                    for v in range(n_vectors)
-                ]
-                state = list(state)
-                chains = _Chains(emit, [kept(emit, keep, value) for value in old], n_rows)
-                for r in range(n_rows):
-                    weight = emit.splat(emit.load(emit.address(a, r * BLOCK), emit.element))
-                    for v in range(n_vectors):
-                        state[r * n_vectors + v] = emit.fma(
-                            weight, row[v], state[r * n_vectors + v]
-                        )
-                    chains.add(
-                        r, emit.splat(emit.load(emit.address(b, r * BLOCK), emit.element)), state
-                    )
-                store_rows(emit, [chains.sums()], z, z_step, mode)
-                return state
-
-            start = [emit.load(place(source, r, v), emit.vector) for r, v in places]
-            steps = [emit.times(step, emit.size) for step in (a_step, a_step)]
-            steps += [
-                emit.times(x_step, 2 if is_bfloat16 else emit.size),
-                emit.times(y_step, emit.size),
-                z_step,
-            ]
-            end = emit.loop(count, start, [a, b, x, y, z], steps, token)
-            for (r, v), value in zip(places, end, strict=True):
-                emit.store(value, place(target, r, v))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 15, like), code
+        start = state_tile.load(source, emit.vector)
+        weight_step = emit.times(a_step, emit.size)
+        steps = [
+            weight_step,
+            weight_step,
+            emit.times(x_step, 2 if is_bfloat16 else emit.size),
+            emit.times(y_step, emit.size),
+            z_step,
+        ]
+        state_tile.store(emit.loop(count, start, [a, b, x, y, z], steps, token), target)
 
     return tile
 
@@ -163,75 +153,71 @@ def _weights_tile(n_halves: int) -> Any:
     """Return the tile of `scan_weights` that holds 8 columns and n_halves half vectors of buckets,
     1, 2 or 4.
 
-    Strides count elements. The state is read at `source` and written to `target`; c is added to
-    where `keep` is 1 and overwritten where it is 0.
+    The state is read at `source` and written to `target`. In plain Python, for every bucket s of
+    the tile::
+
+        for i in range(count):
+            for r in range(8):
+                state[r, s] += x[i * x_step + r] * a[i * a_step + s]
+            total = sum(y[i * y_step + r] * state[r, s] for r in range(8))
+            c[i * a_step + s] = (c[i * a_step + s] if keep == ADD else 0) + total
+
+    Strides count elements.
     """
+    n_vectors = max(1, n_halves // 2)
 
-    @intrinsic
+    @codegen(name=f"scan_weights_{n_halves}halves")
     def tile(
-        typing_context,
-        source,
-        target,
-        state_row,
-        a,
-        a_step,
-        x,
-        x_step,
-        y,
-        y_step,
-        c,
-        count,
-        keep,
-        like,
-    ):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, target, state_row, a, a_step, x, x_step, y, y_step, c, count, keep, _ = (
-                arguments
-            )
-            emit = _emitter(builder, like)
-            kind = emit.vector if n_halves > 1 else ir.VectorType(emit.element, emit.lanes // 2)
-            n_vectors = max(1, n_halves // 2)
-            places = [(r, v) for r in range(_ROWS) for v in range(n_vectors)]
+        emit: Emitter,
+        source: Any,
+        target: Any,
+        state_row: Any,
+        a: Any,
+        a_step: Any,
+        x: Any,
+        x_step: Any,
+        y: Any,
+        y_step: Any,
+        c: Any,
+        count: Any,
+        keep: Any,
+        like: Any,
+    ) -> None:
+        kind = emit.vector if n_halves > 1 else ir.VectorType(emit.element, emit.lanes // 2)
+        state_tile = _StateTile(emit, _WEIGHTS_ROWS, n_vectors, state_row)
 
-            def place(base: Any, r: int, v: int) -> Any:
-                return emit.address(base, emit.times(state_row, r), v * emit.lanes)
-
-            def token(addresses: list[Any], state: list[Any]) -> list[Any]:
-                a, x, y, c = addresses
-                weights = [
-                    emit.load(emit.address(a, v * emit.lanes), kind) for v in range(n_vectors)
-                ]
-                old = [emit.load(emit.address(c, v * emit.lanes), kind) for v in range(n_vectors)]
-                state = list(state)
-                chains = _Chains(emit, [kept(emit, keep, value) for value in old], _ROWS)
-                for r in range(_ROWS):
-                    added = emit.splat(emit.load(emit.address(x, r), emit.element), kind)
-                    for v in range(n_vectors):
-                        state[r * n_vectors + v] = emit.fma(
-                            added, weights[v], state[r * n_vectors + v]
-                        )
-                    chains.add(
-                        r, emit.splat(emit.load(emit.address(y, r), emit.element), kind), state
+        def token(addresses: list[Any], state: list[Any]) -> list[Any]:
+            a, x, y, c = addresses  # of this token's row
+            buckets = [v * emit.lanes for v in range(n_vectors)]
+            weights = [emit.load(emit.address(a, s), kind) for s in buckets]
+            old = [emit.load(emit.address(c, s), kind) for s in buckets]
+            state = list(state)  # [8 columns, n_vectors of buckets]
+            chains = _Chains(emit, [kept(emit, keep, value) for value in old], _WEIGHTS_ROWS)
+            for r in range(_WEIGHTS_ROWS):
+                number = emit.splat(emit.load(emit.address(x, r), emit.element), kind)
+                for v in range(n_vectors):
+                    state[r * n_vectors + v] = emit.fma(
+                        number, weights[v], state[r * n_vectors + v]
                     )
-                for v, value in enumerate(chains.sums()):
-                    emit.store(value, emit.address(c, v * emit.lanes))
-                return state
+                # read out after the token was added: it is part of its own result
+                number = emit.splat(emit.load(emit.address(y, r), emit.element), kind)
+                chains.add(r, number, state)
+            for s, value in zip(buckets, chains.sums(), strict=True):
+                emit.store(value, emit.address(c, s))
+            return state
 
-            start = [emit.load(place(source, r, v), kind) for r, v in places]
-            steps = [emit.times(step, emit.size) for step in (a_step, x_step, y_step, a_step)]
-            end = emit.loop(count, start, [a, x, y, c], steps, token)
-            for (r, v), value in zip(places, end, strict=True):
-                emit.store(value, place(target, r, v))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 12, like), code
+        start = state_tile.load(source, kind)
+        steps = [emit.times(step, emit.size) for step in (a_step, x_step, y_step, a_step)]
+        state_tile.store(emit.loop(count, start, [a, x, y, c], steps, token), target)
 
     return tile
 
 
+# Buckets x vectors of columns: 8 x 2 of the state are 16 registers of the 32 of AVX-512.
 _rows_8x2, _rows_4x2, _rows_1x2 = (_rows_tile(rows, 2) for rows in (8, 4, 1))
 _rows_8x2_bfloat16 = _rows_tile(8, 2, is_bfloat16=True)
 _rows_8x1, _rows_4x1, _rows_1x1 = (_rows_tile(rows, 1) for rows in (8, 4, 1))
+# Half vectors of buckets: few buckets would waste most lanes of a whole vector.
 _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2, 1))
 
 
@@ -248,40 +234,52 @@ def scan_rows(
     backward: bool,
     next_rows: PrefetchRows,
 ) -> None:
-    """Walk over n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from
-    `source` to `target`.
+    """Scan n tokens: state [S, D] += outer(a[:, i], x[i]), y[i] = b[:, i] @ state, from `source` to
+    `target`.
 
-    a, b [S, BLOCK]; x, y [BLOCK, D], D whole vectors; x may be bfloat16 if S is 8 and D a multiple
-    of 32. `backward` goes from the last token to the first. The rows y go to where `written` says;
-    if that is elsewhere, y is for use meanwhile.
+    Parameters
+    ----------
+    source, target : [S, D]
+        The state before and after; both may be one array.
+    a, b : [S, BLOCK]
+        Weights, tokens last.
+    x, y : [BLOCK, D]
+        Rows in and out; D is padded to whole vectors. x may be bfloat16 if S is a multiple of 8 and
+        D of 32.
+    written : OutputRows
+        Where the rows y go; y itself holds partial sums if that is elsewhere.
+    backward : bool
+        From the last token to the first.
     """
     size, like = y.itemsize, y.dtype.type(0)
     step_d = lanes(y)
     n_rows, width, row = source.shape[0], y.shape[1], source.shape[1]
     first, step = (n - 1, -1) if backward else (0, 1)
     d = 0
+    # columns outside, buckets inside: each pass scans all tokens for a tile of the state
     while d < width:
-        two = d + 2 * step_d <= width
+        two = d + 2 * step_d <= width  # vectors
+        # as much of the next rows as this pass is of the columns
         prefetch_rows(next_rows, n * d // width, n * min(d + 2 * step_d, width) // width)
-        xd, yd = (
-            x.address + x.size * (first * x.row + d),
-            y.ctypes.data + size * (first * width + d),
-        )
+        xd = x.address + x.size * (first * x.row + d)
+        yd = y.ctypes.data + size * (first * width + d)
         s = 0
         while s < n_rows:
             left = n_rows - s
             rows = 8 if left >= 8 else (4 if left >= 4 else 1)
+            # partial sums stay in y; the last tile of a column writes what leaves
             z, z_row, mode = yd, size * width, OVERWRITE
             if left == rows:
                 z = written.address + written.size * (first * written.row + d)
                 z_row, mode = written.size * written.row, written.mode
-            offset, weight = size * (s * row + d), size * (s * BLOCK + first)
+            state_offset = size * (s * row + d)
+            weight_offset = size * (s * BLOCK + first)
             arguments = (
-                source.ctypes.data + offset,
-                target.ctypes.data + offset,
+                source.ctypes.data + state_offset,
+                target.ctypes.data + state_offset,
                 row,
-                a.ctypes.data + weight,
-                b.ctypes.data + weight,
+                a.ctypes.data + weight_offset,
+                b.ctypes.data + weight_offset,
                 step,
                 xd,
                 step * x.row,
@@ -290,7 +288,7 @@ def scan_rows(
                 z,
                 step * z_row,
                 n,
-                1 if s > 0 or written.mode == ADD else 0,
+                ADD if s > 0 or written.mode == ADD else OVERWRITE,
                 mode,
                 like,
             )
@@ -321,18 +319,29 @@ def scan_weights(
     a: np.ndarray,
     x: np.ndarray,
     y: np.ndarray,
-    c: np.ndarray,
+    c: OutputRows,
     n_buckets: int,
     n: int,
     backward: bool,
-    add: bool,
     next_rows: PrefetchRows,
 ) -> None:
-    """Walk over n tokens: state [D, S] += outer(x[i], a[i]), c[i] = y[i] @ state, from `source` to
+    """Scan n tokens: state [D, S] += outer(x[i], a[i]), c[i] = y[i] @ state, from `source` to
     `target`.
 
-    a, c [BLOCK, S], S padded to whole vectors; x, y [BLOCK, D], D a multiple of 8. `backward` goes
-    from the last token to the first; `add` adds to c.
+    Parameters
+    ----------
+    source, target : [D, S]
+        The state before and after, S padded to whole vectors; both may be one array.
+    a : [BLOCK, S]
+        Weights.
+    x, y : [BLOCK, D]
+        Rows; D is a multiple of 8.
+    c : OutputRows of a scratch array [BLOCK, S]
+        The weights read out, added to or overwritten.
+    n_buckets : int
+        Buckets before padding.
+    backward : bool
+        From the last token to the first.
     """
     size, like = x.itemsize, x.dtype.type(0)
     half = lanes(x) // 2
@@ -340,26 +349,27 @@ def scan_weights(
     first, step = (n - 1, -1) if backward else (0, 1)
     s = 0
     while s < n_buckets:
-        left = -(-(n_buckets - s) // half)
-        ac = size * (first * row + s)
-        for d in range(0, width, 8):
+        left = -(-(n_buckets - s) // half)  # half vectors
+        weight_offset = size * (first * row + s)
+        # buckets outside, columns inside: c is a sum over tiles of 8 columns
+        for d in range(0, width, _WEIGHTS_ROWS):
             if s == 0:
-                prefetch_rows(next_rows, n * d // width, n * (d + 8) // width)
-            xy = size * (first * width + d)
-            offset = size * (d * row + s)
+                prefetch_rows(next_rows, n * d // width, n * (d + _WEIGHTS_ROWS) // width)
+            row_offset = size * (first * width + d)
+            state_offset = size * (d * row + s)
             arguments = (
-                source.ctypes.data + offset,
-                target.ctypes.data + offset,
+                source.ctypes.data + state_offset,
+                target.ctypes.data + state_offset,
                 row,
-                a.ctypes.data + ac,
+                a.ctypes.data + weight_offset,
                 step * row,
-                x.ctypes.data + xy,
+                x.ctypes.data + row_offset,
                 step * width,
-                y.ctypes.data + xy,
+                y.ctypes.data + row_offset,
                 step * width,
-                c.ctypes.data + ac,
+                c.address + weight_offset,
                 n,
-                1 if add or d > 0 else 0,
+                ADD if d > 0 else c.mode,
                 like,
             )
             if left >= 4:

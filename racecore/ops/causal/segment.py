@@ -252,9 +252,8 @@ def _read_out_backward(
     # o[j] = sum_s rho[s, j] * value_sum[s], after token j was added
     n_buckets = w.rho.shape[0]
     prefetch_rows(next_v, 0, n // 2)
-    scan_weights(
-        before_t, after_t, w.weights_t, w.v, w.g, w.products_t, n_buckets, n, False, False, next_g
-    )
+    c = output_rows(w.products_t, False)
+    scan_weights(before_t, after_t, w.weights_t, w.v, w.g, c, n_buckets, n, False, next_g)
     transpose(w.products_t, TOKENS, n_buckets, w.d_phi)
     prefetch_rows(next_v, n // 2, n)
     # rho = weigh(phi_q, mass)
@@ -343,9 +342,8 @@ def _add_queries(
     after, after_t = (state, state_t) if r == 0 else (ws.spare.after, ws.spare.after_t)
     # value_sum[s] += phi_k[s, j] * v[j], read with rho by this query and all later ones
     scan_rows(before, after, rho, input_rows(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
-    scan_weights(
-        before_t, after_t, w.weights_t, w.g, w.v, w.products_t, n_buckets, n, True, r > 0, next_g
-    )
+    c = output_rows(w.products_t, r > 0)
+    scan_weights(before_t, after_t, w.weights_t, w.g, w.v, c, n_buckets, n, True, next_g)
     if r > 0:
         _add(after, state)
         _add(after_t, state_t)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.ops.simd.half_precision import (
     LANES,
     from_bfloat16,
@@ -41,14 +41,10 @@ def code_of(array: np.ndarray) -> int:
     return BFLOAT16 if size == 2 and arrays.is_bfloat16(array.dtype) else _CODES[size]
 
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+@codegen(types.voidptr)
+def _pointer(emit: Emitter, address: Any) -> Any:
     """Turn an address into a pointer."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), code
+    return emit.builder.inttoptr(address, ir.IntType(8).as_pointer())
 
 
 @helper

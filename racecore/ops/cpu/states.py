@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from racecore.chunking import BLOCK, TOKENS
+from racecore.ops.simd.accumulators import load_rounded, widen_add
 from racecore.ops.simd.memory import clear_columns, clear_rows, cleared_matrices, matrices
 from racecore.ops.simd.products import InputRows, PrefetchRows, accumulate, padded, transpose
 from racecore.ops.simd.vectors import (
     fma,
     lanes,
     load_lanes,
-    load_rounded,
     splat,
     store_lanes,
     total,
-    widen_add,
 )
 from racecore.runtime.jit import helper
 

@@ -21,10 +21,11 @@ from racecore.ops.cpu.readout import weigh
 from racecore.ops.cpu.row_io import KEY, OUT, QUERY, VALUE, describe, load_rows, store_rows
 from racecore.ops.cpu.scratch import task_of
 from racecore.ops.cpu.states import load_keep
+from racecore.ops.simd.accumulators import add_at
 from racecore.ops.simd.memory import clear_columns, cleared_matrices, matrices
 from racecore.ops.simd.products import NO_PREFETCH, input_rows, output_rows, padded
 from racecore.ops.simd.tiles import fence
-from racecore.ops.simd.vectors import add_at, fma, lanes, load_lanes, splat, store_lanes
+from racecore.ops.simd.vectors import fma, lanes, load_lanes, splat, store_lanes
 from racecore.ops.soft_hash.cpu import Hash, hash_block, new_hash_arrays
 from racecore.problem import Problem, Sketch
 from racecore.runtime import progress

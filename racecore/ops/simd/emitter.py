@@ -99,13 +99,15 @@ def _result_type(returns: Any, by_name: dict[str, Any]) -> Any:
 
 
 def _element(names: Sequence[str], arguments: Sequence[Any]) -> Any:
-    """Return the element type to emit code for: that of `like`, else of the first vector, else
-    float32.
+    """Return the element type to emit code for: that of `like`, else of the first vector, else of
+    the first floating-point number, else float32.
     """
+    kinds = [value.type for value in arguments]
     if "like" in names:
-        return arguments[names.index("like")].type
-    vectors = (value.type for value in arguments if isinstance(value.type, ir.VectorType))
-    return next((kind.element for kind in vectors), ir.FloatType())
+        return kinds[names.index("like")]
+    elements = [kind.element for kind in kinds if isinstance(kind, ir.VectorType)]
+    numbers = [kind for kind in kinds if isinstance(kind, (ir.FloatType, ir.DoubleType))]
+    return [*elements, *numbers, ir.FloatType()][0]
 
 
 class Emitter:
@@ -146,6 +148,10 @@ class Emitter:
                 scaled = self.builder.mul(offset, self.constant(self.size))
             base = self.builder.add(base, scaled)
         return base
+
+    def cast(self, value: Any, source: Any, target: Any) -> Any:
+        """Return a number of one Numba type as one of another."""
+        return self.context.cast(self.builder, value, source, target)
 
     def times(self, stride: Any, factor: int) -> Any:
         return self.builder.mul(stride, self.constant(factor))

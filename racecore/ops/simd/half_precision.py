@@ -103,12 +103,12 @@ def round_pair_to_bfloat16(emit: Emitter, first: Any, second: Any, by_instructio
     if by_instruction:
         kind = ir.FunctionType(halves, [w.floats, w.floats])
         return emit.builder.asm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", [first, second], False)
-    high = [
+    first, second = (
         emit.builder.bitcast(_round_bfloat16(w, w.as_words(value)), halves)
         for value in (first, second)
-    ]
+    )
     # little-endian: the upper halves of the words are the odd ones of the halves
-    return emit.shuffle(*high, range(1, 4 * LANES, 2))
+    return emit.shuffle(first, second, range(1, 4 * LANES, 2))
 
 
 def _widen_bfloat16(w: _Words, bits: Any) -> Any:

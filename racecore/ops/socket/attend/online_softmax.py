@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from racecore.ops.simd.accumulators import scale_add
 from racecore.ops.simd.elementary import exp_of_nonpositive
 from racecore.ops.simd.vectors import (
     VECTOR_BYTES,
@@ -24,7 +25,6 @@ from racecore.ops.simd.vectors import (
     load_number,
     load_vector,
     maximum,
-    scale_add,
     second_interleaved,
     size_of,
     splat,

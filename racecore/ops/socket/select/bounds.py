@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from racecore.ops.simd.emitter import Emitter
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.ops.simd.vectors import (
+    Vector,
     address_of,
     highest,
     lanes,
@@ -83,35 +83,25 @@ def can_bound(tables: np.ndarray, high_bits: int, n_tokens: int) -> bool:
     return fits and n_tokens >= _FEWEST_TOKENS and processor.has("avx512vbmi")
 
 
-def _pick(builder: Any, table: list[Any], codes: Any) -> Any:
+def _pick(emit: Emitter, table: list[Any], codes: Any) -> Any:
     """Return table[code] for 64 codes, of a table of 256 bytes in four registers."""
-    is_high = builder.icmp_signed("<", codes, ir.Constant(_BYTES, [0] * BLOCK_TOKENS))
-    halves = [_pick_of_128(builder, table[i], table[i + 1], codes) for i in (2, 0)]
-    return builder.select(is_high, *halves)
+    # a byte is negative from 128 on
+    is_high = emit.builder.icmp_signed("<", codes, ir.Constant(_BYTES, [0] * BLOCK_TOKENS))
+    halves = [_pick_of_128(emit, table[i], table[i + 1], codes) for i in (2, 0)]
+    return emit.builder.select(is_high, *halves)
 
 
-def _pick_of_128(builder: Any, low: Any, high: Any, codes: Any) -> Any:
+def _pick_of_128(emit: Emitter, low: Any, high: Any, codes: Any) -> Any:
     """Return table[code & 127] for 64 codes."""
-    return _call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [low, codes, high])
+    return emit.call("llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [low, codes, high])
 
 
-def _odd_bytes(builder: Any, values: Any) -> Any:
+def _odd_bytes(emit: Emitter, values: Any) -> Any:
     """Return the upper byte of every 16 bits: a product with (0, 1), as picks and shifts compete
     for the same units.
     """
-    return _call(
-        builder,
-        "llvm.x86.avx512.pmaddubs.w.512",
-        _HALVES,
-        [values, ir.Constant(_BYTES, [0, 1] * 32)],
-    )
-
-
-def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    kind = ir.FunctionType(result, [value.type for value in arguments])
-    return builder.call(
-        builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments
-    )
+    odd = ir.Constant(_BYTES, [0, 1] * 32)
+    return emit.call("llvm.x86.avx512.pmaddubs.w.512", _HALVES, [values, odd])
 
 
 def _bound_tile(n_blocks: int) -> Any:
@@ -119,89 +109,86 @@ def _bound_tile(n_blocks: int) -> Any:
 
         for i in range(64 * n_blocks):
             code = [codes[i // 64 * block + 64 * l + i % 64] for l in range(2 * pairs)]
-            high, low = (sum(planes[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2))
+            high, low = (
+                sum(planes[512 * l + 256 * p + code[l]] for l in range(2 * pairs)) for p in range(2)
+            )
             out[i] = ((128 * high + low) * step + offset) * from_norm16(norms[i])
 
     Tables come in pairs: two numbers of seven bits are added before they are widened. 16 bits hold
     the sum of all bytes times (1, 256), modulo 2^16, and that of the odd bytes.
     """
 
-    @intrinsic
-    def tile(typing_context, codes, block, norms, planes, pairs, step, offset, out):
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            codes, block, norms, planes, pairs, step, offset, out = arguments
-            emit = Emitter(builder, ir.FloatType())
+    @codegen(name=f"bounds_{n_blocks}_blocks", step=types.float32, offset=types.float32)
+    def tile(
+        emit: Emitter,
+        codes: Any,
+        block: Any,
+        norms: Any,
+        planes: Any,
+        pairs: Any,
+        step: Any,
+        offset: Any,
+        out: Any,
+    ) -> None:
+        builder = emit.builder
 
-            def load(address: Any, offset: int) -> Any:
-                place = builder.add(address, ir.Constant(emit.word, offset))
-                return builder.load(builder.inttoptr(place, _BYTES.as_pointer()), align=1)
+        def load(address: Any, offset: int) -> Any:
+            return emit.load(builder.add(address, emit.constant(offset)), _BYTES, align=1)
 
-            def add_pair(addresses: list[Any], sums: list[Any]) -> list[Any]:
-                first, table = addresses
-                new = list(sums)
-                for i in range(n_blocks):  # of the blocks that come next
-                    place = builder.add(first, emit.times(block, n_blocks + i))
-                    for k in range(2):
-                        emit.prefetch(builder.add(place, ir.Constant(emit.word, BLOCK_TOKENS * k)))
-                for p in range(_PLANES):  # one after the other, or the registers would not do
-                    registers = [
-                        [load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)]
-                        for k in range(2)
-                    ]
-                    for i in range(n_blocks):
-                        place = builder.add(first, emit.times(block, i))
-                        both = builder.add(
-                            *(
-                                _pick(builder, registers[k], load(place, BLOCK_TOKENS * k))
-                                for k in range(2)
-                            )
-                        )
-                        j = 2 * (_PLANES * i + p)
-                        new[j] = builder.add(sums[j], builder.bitcast(both, _HALVES))
-                        new[j + 1] = builder.add(sums[j + 1], _odd_bytes(builder, both))
-                return new
-
-            zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PLANES * n_blocks)
-            steps = [
-                ir.Constant(emit.word, 2 * BLOCK_TOKENS),
-                ir.Constant(emit.word, 2 * _PLANES * _CODES),
-            ]
-            sums = emit.loop(pairs, zeros, [codes, planes], steps, add_pair)
+        def add_pair(addresses: list[Any], sums: list[Any]) -> list[Any]:
+            first, table = addresses
+            new = list(sums)
+            # prefetch the same codes of the next n_blocks blocks
             for i in range(n_blocks):
-                norm = norms_of(
-                    builder, builder.add(norms, ir.Constant(emit.word, 2 * BLOCK_TOKENS * i))
-                )
-                high, low = (
-                    _in_order(builder, *sums[2 * j : 2 * j + 2])
-                    for j in (_PLANES * i, _PLANES * i + 1)
-                )
-                for v in range(4):
-                    seven = ir.Constant(high[v].type, [7] * 16)
-                    whole = builder.sitofp(
-                        builder.add(builder.shl(high[v], seven), low[v]), emit.vector
-                    )
-                    value = emit.fma(whole, emit.splat(step), emit.splat(offset))
-                    emit.store(
-                        builder.fmul(value, norm[v]), emit.address(out, BLOCK_TOKENS * i + 16 * v)
-                    )
-            return context.get_dummy_value()
+                line = builder.add(first, emit.times(block, n_blocks + i))
+                for k in range(2):
+                    emit.prefetch(builder.add(line, emit.constant(BLOCK_TOKENS * k)))
+            # one plane after the other: the tables of both would not fit the registers
+            for p in range(_PLANES):
+                registers = [
+                    [load(table, 512 * k + _CODES * p + 64 * i) for i in range(4)] for k in range(2)
+                ]
+                for i in range(n_blocks):
+                    start = builder.add(first, emit.times(block, i))
+                    numbers = [
+                        _pick(emit, registers[k], load(start, BLOCK_TOKENS * k)) for k in range(2)
+                    ]
+                    both = builder.add(*numbers)
+                    j = 2 * (_PLANES * i + p)
+                    new[j] = builder.add(sums[j], builder.bitcast(both, _HALVES))
+                    new[j + 1] = builder.add(sums[j + 1], _odd_bytes(emit, both))
+            return new
 
-        return types.void(*[types.int64] * 5, types.float32, types.float32, types.int64), code
+        zeros = [ir.Constant(_HALVES, [0] * 32)] * (2 * _PLANES * n_blocks)
+        steps = [emit.constant(2 * BLOCK_TOKENS), emit.constant(2 * _PLANES * _CODES)]
+        sums = emit.loop(pairs, zeros, [codes, planes], steps, add_pair)
+        for i in range(n_blocks):
+            norm = norms_of(emit, builder.add(norms, emit.constant(2 * BLOCK_TOKENS * i)))
+            high, low = (
+                _in_order(emit, *sums[2 * j : 2 * j + 2]) for j in (_PLANES * i, _PLANES * i + 1)
+            )
+            for v in range(4):
+                seven = ir.Constant(high[v].type, [7] * 16)
+                total = builder.add(builder.shl(high[v], seven), low[v])
+                value = emit.fma(
+                    builder.sitofp(total, emit.vector), emit.splat(step), emit.splat(offset)
+                )
+                target = emit.address(out, BLOCK_TOKENS * i + 16 * v)
+                emit.store(builder.fmul(value, norm[v]), target)
 
     return tile
 
 
-def _in_order(builder: Any, total: Any, odd: Any) -> list[Any]:
+def _in_order(emit: Emitter, total: Any, odd: Any) -> list[Any]:
     """Return the sums of 64 bytes, four vectors of 32 bits, from those of (odd byte * 256 + even
     byte) and of odd bytes.
     """
+    builder = emit.builder
     even = builder.sub(total, builder.shl(odd, ir.Constant(_HALVES, [8] * 32)))
     words = ir.VectorType(ir.IntType(32), 16)
+    # lanes of even and odd in turn, 16 for each of the four vectors
     picks = [[8 * v + i // 2 + 32 * (i % 2) for i in range(16)] for v in range(4)]
-    return [
-        builder.zext(builder.shuffle_vector(even, odd, ir.Constant(words, pick)), words)
-        for pick in picks
-    ]
+    return [builder.zext(emit.shuffle(even, odd, pick), words) for pick in picks]
 
 
 _some, _one = _bound_tile(_AT_ONCE), _bound_tile(1)
@@ -307,27 +294,19 @@ def _cut(worth: np.ndarray, lows: np.ndarray, step: float, planes: np.ndarray) -
             )
 
 
-@intrinsic
-def _store_halves(typing_context, value, high, low):
-    """Cut off what is behind the point, and write the bits above the lowest seven of every lane to
-    bytes, and those seven.
+@codegen(value=Vector)
+def _store_halves(emit: Emitter, value: Any, high: Any, low: Any) -> None:
+    """Truncate every lane to an integer; write the bits above its lowest seven to bytes from the
+    address `high` on, and those seven to `low`.
     """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        words, size = (
-            ir.VectorType(ir.IntType(32), value.lanes),
-            ir.VectorType(ir.IntType(8), value.lanes),
-        )
-        whole = builder.fptosi(arguments[0], words)
-        above = builder.lshr(whole, ir.Constant(words, [7] * value.lanes))
-        lowest = builder.and_(whole, ir.Constant(words, [127] * value.lanes))
-        for part, address in ((above, arguments[1]), (lowest, arguments[2])):
-            builder.store(
-                builder.trunc(part, size), builder.inttoptr(address, size.as_pointer()), align=1
-            )
-        return context.get_dummy_value()
-
-    return types.void(value, types.int64, types.int64), code
+    builder = emit.builder
+    words = ir.VectorType(ir.IntType(32), value.type.count)
+    size = ir.VectorType(ir.IntType(8), value.type.count)
+    whole = builder.fptosi(value, words)
+    above = builder.lshr(whole, ir.Constant(words, [7] * value.type.count))
+    lowest = builder.and_(whole, ir.Constant(words, [127] * value.type.count))
+    for part, address in ((above, high), (lowest, low)):
+        emit.store(builder.trunc(part, size), address, align=1)
 
 
 @kernel

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from racecore.ops.simd.vectors import splat_ir
+from racecore.ops.simd.emitter import Emitter, codegen
 from racecore.runtime import processor
 from racecore.runtime.jit import helper, kernel
 
@@ -158,7 +157,7 @@ def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
         if _CAN_COMPRESS:
             found += _append_reaching(address, bits, scores[0], t, tokens.ctypes.data + 8 * found)
         else:
-            who = _reaching(address, bits, scores[0])
+            who = _mask_reaching(address, bits, scores[0])
             while who != 0:
                 tokens[found] = t + _lowest(who)
                 found += 1
@@ -172,63 +171,52 @@ def _note(scores: np.ndarray, n: int, bar: int, tokens: np.ndarray) -> int:
     return found
 
 
-def _who_reaches(builder: Any, address: Any, bar: Any, size: int) -> Any:
-    """Return for each of the 16 numbers from an address on: is it NaN, or at least that of the bits
-    `bar`?
+def _reaching(emit: Emitter, address: Any, threshold: Any) -> Any:
+    """Return a bit for each of the 16 numbers from an address on: whether it is NaN, or at least
+    the number of the bits `threshold`.
     """
-    element = ir.DoubleType() if size == 64 else ir.FloatType()
-    kind = ir.VectorType(element, _LANES)
-    values = builder.load(builder.inttoptr(address, kind.as_pointer()), align=size // 8)
-    number = builder.bitcast(builder.trunc(bar, ir.IntType(32)) if size == 32 else bar, element)
-    return builder.fcmp_unordered(">=", values, splat_ir(builder, number, kind))
+    # scores come as integers of the same bits
+    bits = emit.element
+    kind = ir.DoubleType() if bits.width == 64 else ir.FloatType()
+    values = emit.load(address, ir.VectorType(kind, _LANES))
+    number = emit.builder.bitcast(
+        emit.builder.trunc(threshold, bits) if bits.width == 32 else threshold, kind
+    )
+    # unordered: NaN compares true
+    return emit.builder.fcmp_unordered(">=", values, emit.splat(number, values.type))
 
 
-@intrinsic
-def _reaching(typing_context, address, bar, like):
-    """Return a bit for each of 16 numbers, see `_who_reaches`."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        reaches = _who_reaches(builder, arguments[0], arguments[1], like.bitwidth)
-        return builder.zext(builder.bitcast(reaches, ir.IntType(_LANES)), ir.IntType(64))
-
-    return types.int64(types.int64, types.int64, like), code
+@codegen(types.int64)
+def _mask_reaching(emit: Emitter, address: Any, threshold: Any, like: Any) -> Any:
+    """Return the bits of `_reaching`, the first number's lowest."""
+    reaches = _reaching(emit, address, threshold)
+    return emit.builder.zext(emit.builder.bitcast(reaches, ir.IntType(_LANES)), emit.word)
 
 
-@intrinsic
-def _append_reaching(typing_context, address, bar, like, first, out):
-    """Write first + i for those of 16 numbers that reach the bar, then anything, 16 int64 in all;
-    return how many do.
+@codegen(types.int64)
+def _append_reaching(
+    emit: Emitter, address: Any, threshold: Any, like: Any, first: Any, out: Any
+) -> Any:
+    """Write first + i for those of 16 numbers that reach the threshold; return how many do.
+
+    All 16 int64 of `out` are written, the rest with anything.
     """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, bar, _, first, out = arguments
-        reaches = _who_reaches(builder, address, bar, like.bitwidth)
-        places = ir.VectorType(ir.IntType(32), _LANES)
-        kind = ir.FunctionType(places, [places, places, reaches.type])
-        name = "llvm.x86.avx512.mask.compress.v16i32"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        numbers = ir.Constant(places, list(range(_LANES)))
-        wide = builder.zext(
-            builder.call(function, [numbers, numbers, reaches]),
-            ir.VectorType(ir.IntType(64), _LANES),
-        )
-        tokens = builder.add(wide, splat_ir(builder, first, wide.type))
-        builder.store(tokens, builder.inttoptr(out, tokens.type.as_pointer()), align=8)
-        return builder.zext(
-            builder.ctpop(builder.bitcast(reaches, ir.IntType(_LANES))), ir.IntType(64)
-        )
-
-    return types.int64(types.int64, types.int64, like, types.int64, types.int64), code
+    builder = emit.builder
+    reaches = _reaching(emit, address, threshold)
+    indices = ir.VectorType(ir.IntType(32), _LANES)
+    numbers = ir.Constant(indices, list(range(_LANES)))
+    name = "llvm.x86.avx512.mask.compress.v16i32"
+    compressed = emit.call(name, indices, [numbers, numbers, reaches])
+    wide = builder.zext(compressed, ir.VectorType(emit.word, _LANES))
+    emit.store(builder.add(wide, emit.splat(first, wide.type)), out, align=8)
+    mask = builder.bitcast(reaches, ir.IntType(_LANES))
+    return builder.zext(builder.ctpop(mask), emit.word)
 
 
-@intrinsic
-def _lowest(typing_context, bits):
-    """Return the place of the lowest set bit."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), code
+@codegen(types.int64)
+def _lowest(emit: Emitter, bits: Any) -> Any:
+    """Return the index of the lowest set bit."""
+    return emit.builder.cttz(bits, ir.Constant(ir.IntType(1), 1))
 
 
 @helper
