@@ -1,6 +1,4 @@
-"""Which implementation runs: reference (plain NumPy), cpu (Numba) or cuda, and the reason for each
-that cannot.
-"""
+"""The choice of an implementation: reference (plain NumPy), cpu (Numba) or cuda; and why not."""
 
 from __future__ import annotations
 
@@ -14,16 +12,14 @@ from types import ModuleType
 from racecore.errors import BackendUnavailableError
 from racecore.runtime import cuda
 
-__all__ = ["NAMES", "Backend", "available", "choose", "place"]
+__all__ = ["NAMES", "Backend", "available", "choose", "needs_device"]
 
 NAMES = ("reference", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every operation: modules with the same functions, whichever backend it
-    is.
-    """
+    """One implementation of every operation: modules with the same functions in every backend."""
 
     name: str
     soft_hash: ModuleType
@@ -33,7 +29,7 @@ class Backend:
 
     @property
     def socket(self) -> ModuleType:
-        """The operations of sparse decoding, imported when first asked for."""
+        """The operations of sparse decoding, imported at the first use."""
         return importlib.import_module(f"racecore.ops.socket.{self.name}")
 
 
@@ -63,8 +59,8 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 }
 
 
-def place(name: str | None) -> bool | None:
-    """Return whether a backend needs its arrays on a GPU; None means that it works where they are.
+def needs_device(name: str | None) -> bool | None:
+    """Return True if a backend needs its arrays on a GPU, else None: it leaves them where they are.
 
     Raises
     ------
@@ -75,13 +71,12 @@ def place(name: str | None) -> bool | None:
 
 
 def choose(name: str | None, on_device: bool = False) -> Backend:
-    """Return the backend called `name`; None means the fastest that runs here for arrays in host
-    memory or on a GPU.
+    """Return the backend called `name`; None means the fastest that runs here for these arrays.
 
     Raises
     ------
     ValueError
-        There is no backend of that name, or it cannot work where the arrays are.
+        There is no backend of that name, or it cannot work on the device of the arrays.
     racecore.errors.BackendUnavailableError
         It cannot run here; the message lists every backend with its reason.
     """

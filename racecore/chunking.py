@@ -1,6 +1,6 @@
 """How a problem is cut: sequences into parts, parts into chunks, chunks into segments.
 
-A *segment* is up to 1,024 tokens of one sequence. Segments start at fixed places, whatever the
+A *segment* is up to 1,024 tokens of one sequence. Segments start at fixed tokens, whatever the
 limits are, and every sum over tokens adds whole segments in their order: that is why results keep
 their bits for any chunk size, memory limit and number of threads. A *chunk* is a run of segments
 whose temporary results fit the workspace. A *part* is a run of whole sequences that share one
@@ -25,7 +25,7 @@ __all__ = [
     "can_keep_states",
     "chunks",
     "count_blocks",
-    "have_own_states",
+    "has_state_per_segment",
     "parts",
     "segment_bytes",
     "smallest_workspace",
@@ -34,30 +34,28 @@ __all__ = [
 SEGMENT = 1024  # tokens; the unit of parallel work and of float64 summation
 BLOCK = 32  # tokens that a kernel treats at once; a segment is a whole number of blocks
 KEPT_BYTES = 32 << 20  # at most, of states that forward keeps for backward
-DEVICE_KEPT_BYTES = 1 << 30  # likewise on a GPU, where a pass over the keys costs more than room
-TOKENS = np.int64(
-    BLOCK
-)  # the same where Numba should see any integer: literals are types of their own, compiled apart
+DEVICE_KEPT_BYTES = 1 << 30  # likewise on a GPU, where a pass over the keys costs more than memory
+# BLOCK where Numba should see any integer: a literal is a type of its own, compiled separately
+TOKENS = np.int64(BLOCK)
 
 
 def segment_bytes(problem: Problem) -> tuple[int, int]:
     """Return the workspace that the backward pass needs per segment and, on top, per block of its
     tokens.
 
-    A segment needs the state before it, the gradient of the state after it, and its share of the
-    gradients of planes and beta; a causal block needs numbers that its second pass reads again: per
-    token two for every query head and bucket, and one for every state head and plane.
+    A segment needs the state before it, the gradient of the state after it, and partial sums of the
+    gradients of planes and beta, for queries and for keys; a causal block needs numbers that its
+    second pass reads again: per token two for every query head and bucket, and one for every state
+    head and plane.
     """
     n_rows = problem.planes.shape[1] * problem.planes.shape[2]
     head_dim = problem.planes.shape[3]
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
-    hash_share = problem.n_state_heads * (n_rows * head_dim + 1) * 8
-    numbers = (
-        2 * problem.n_heads * problem.n_buckets + problem.n_state_heads * n_rows
-        if problem.is_causal
-        else 0
-    )
-    return 2 * state + 2 * hash_share, numbers * BLOCK * problem.dtype.itemsize
+    hash_parts = problem.n_state_heads * (n_rows * head_dim + 1) * 8
+    numbers = 0
+    if problem.is_causal:
+        numbers = 2 * problem.n_heads * problem.n_buckets + problem.n_state_heads * n_rows
+    return 2 * state + 2 * hash_parts, numbers * BLOCK * problem.dtype.itemsize
 
 
 def smallest_workspace(problem: Problem) -> int:
@@ -72,9 +70,8 @@ def parts(problem: Problem) -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     lengths = _lengths(problem)
-    per_segment, per_block = (
-        segment_bytes(problem) if problem.key is not None else (0, 0)
-    )  # reading takes no workspace
+    # reading a state takes no workspace
+    per_segment, per_block = segment_bytes(problem) if problem.key is not None else (0, 0)
     costs = -(-lengths // SEGMENT) * per_segment + -(-lengths // BLOCK) * per_block
     first = bytes_used = tokens_used = 0
     for index, (cost, length) in enumerate(zip(costs.tolist(), lengths.tolist(), strict=True)):
@@ -105,14 +102,10 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
         index, first token, token after the last, and the number of blocks of this chunk that come
         before it.
     """
-    begin, end = (
-        (part.sequences[:, 1], part.sequences[:, 2])
-        if side == "query"
-        else (part.sequences[:, 3], part.sequences[:, 4])
-    )
-    if (
-        len(begin) == 1 and 0 < end[0] - begin[0] <= SEGMENT
-    ):  # as when decoding: saves 20 microseconds
+    first = 1 if side == "query" else 3
+    begin, end = part.sequences[:, first], part.sequences[:, first + 1]
+    # one segment, as when decoding: saves 20 microseconds
+    if len(begin) == 1 and 0 < end[0] - begin[0] <= SEGMENT:
         return [np.array([[0, part.sequences[0, 0], begin[0], end[0], 0]])]
     counts = -(-(end - begin) // SEGMENT)
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -123,40 +116,40 @@ def chunks(part: Problem, side: str) -> list[np.ndarray]:
     table[:, 2] = begin[owner] + index * SEGMENT
     table[:, 3] = np.minimum(table[:, 2] + SEGMENT, end[owner])
     step = len(table) if len(counts) > 1 else _segments_per_chunk(part)
-    pieces = [table[start : start + step] for start in range(0, len(table), max(step, 1))] or [
-        table
-    ]
-    for piece in pieces:
-        n_blocks = -(-(piece[:, 3] - piece[:, 2]) // BLOCK)
-        piece[:, 4] = np.cumsum(n_blocks) - n_blocks
-    return pieces
+    starts = range(0, len(table), max(step, 1))
+    result = [table[start : start + step] for start in starts] or [table]
+    for chunk in result:
+        n_blocks = -(-(chunk[:, 3] - chunk[:, 2]) // BLOCK)
+        chunk[:, 4] = np.cumsum(n_blocks) - n_blocks
+    return result
 
 
 def are_whole(chunk: np.ndarray, n_sequences: int) -> bool:
-    """Tell whether segment i is all that a chunk has of sequence i, for every sequence of the part."""
+    """Return whether every sequence of a part is one segment of the chunk, in order."""
     return len(chunk) == n_sequences and (
         n_sequences == 1 or bool((chunk[:, 0] == np.arange(n_sequences)).all())
     )
 
 
-def have_own_states(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
-    """Tell whether state i is that before segment i: all were kept, or every sequence is one
-    segment.
+def has_state_per_segment(part: Problem, chunk: np.ndarray, n_states: int) -> bool:
+    """Return whether a checkpoint of so many states has that before each segment of the chunk.
+
+    It has if all were kept, or if every sequence is one segment.
     """
     return len(chunk) == n_states if len(part.sequences) == 1 else are_whole(chunk, n_states)
 
 
 def can_keep_states(problem: Problem) -> bool:
-    """Tell whether to keep the states before all segments for the backward pass, which else sums
-    the keys again.
+    """Return whether to keep the states before all segments: else the backward pass sums the keys
+    again.
 
     They may need a sixteenth of the memory of the inputs, but never more than `KEPT_BYTES` (more on
-    a GPU): what a call needs must not grow with the length.
+    a GPU): the memory of a call must not grow with the length.
     """
     head_dim, itemsize = problem.planes.shape[3], problem.dtype.itemsize
-    inputs = (
-        problem.n_heads + problem.n_kv_heads
-    ) * head_dim + problem.n_kv_heads * problem.value_dim
+    # numbers of one token: queries and keys, and values
+    inputs = (problem.n_heads + problem.n_kv_heads) * head_dim
+    inputs += problem.n_kv_heads * problem.value_dim
     state = problem.n_state_heads * problem.n_buckets * (1 + problem.value_dim) * 8
     n_segments = int((-(-_lengths(problem) // SEGMENT)).sum())
     most = DEVICE_KEPT_BYTES if problem.on_device else KEPT_BYTES
@@ -175,6 +168,6 @@ def _segments_per_chunk(part: Problem) -> int:
 
 
 def _lengths(problem: Problem) -> np.ndarray:
-    """Tokens of every sequence, the longer side where queries and keys differ in number."""
+    """Return the tokens of every sequence, the larger number where queries and keys differ."""
     _, q_begin, q_end, k_begin, k_end = problem.sequences.T
     return np.maximum(q_end - q_begin, k_end - k_begin)

@@ -1,5 +1,4 @@
-"""The frozen bundle that the operations work on: checked arrays, planes per state head, and the
-table of sequences.
+"""The frozen bundle that operations take: checked arrays, planes per state head, sequences.
 
 Letters: B batch, Tq and Tk tokens, H query heads, G key/value heads, D head dim, V value dim, L
 tables, P planes, R = 2^P buckets, S = L*R. There is one state per *state head*; M of them: M = G,
@@ -155,8 +154,8 @@ class Sketch:
 class GradientBuffers:
     """Arrays for the gradients; None for those that are not wanted.
 
-    The gradients of planes and beta are kept apart by side (0 queries, 1 keys), which makes the
-    order of their additions, and so their bits, independent of how the work is cut into chunks.
+    The gradients of planes and beta are separate by side (0 queries, 1 keys), which makes the order
+    of their additions, and so their bits, independent of how the work is cut into chunks.
     """
 
     query: np.ndarray | None  # [B, Tq, H, D]

@@ -119,7 +119,7 @@ def attention(
     >>> attention(q, k, v, is_causal=True).shape
     (1000, 2, 16)
     """
-    passed = Passed.resolve(query, key, value, backends.place(backend))
+    passed = Passed.resolve(query, key, value, backends.needs_device(backend))
     problem, lsh = inputs.check_attention(
         passed,
         lsh_of(lsh, initial_state),
@@ -185,7 +185,7 @@ def attention_forward(
         As for `attention`.
     """
     wanted = gradient_inputs.check_wrt(wrt, initial_state is not None)
-    passed = Passed.resolve(query, key, value, backends.place(backend))
+    passed = Passed.resolve(query, key, value, backends.needs_device(backend))
     problem, lsh = inputs.check_attention(
         passed,
         lsh_of(lsh, initial_state),

@@ -702,6 +702,27 @@ def test_grouped_queries_equal_repeated_keys(
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("n_tables", [2, 1])
+def test_bfloat16_keys_that_state_heads_share(is_causal: bool, n_tables: int) -> None:
+    """Sizes at which products read bfloat16 in place: a second state head found no copy to read."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    shapes = [(1, 70, 4, 32), (1, 70, 2, 32), (1, 70, 2, 32), (1, 70, 4, 32)]
+    arrays = [x.astype(ml_dtypes.bfloat16) for x in rows(0, *shapes)]
+    # four planes, or eight buckets
+    lsh = racecore.SoftLSH.random(32, n_tables, 4 // n_tables, rng=0, n_heads=4)
+    if n_tables == 1:
+        lsh = racecore.SoftLSH.random(32, 1, 3, rng=0, n_heads=4)
+    found, expected = (
+        forward_backward(
+            *(x.astype(dtype) for x in arrays), lsh, is_causal=is_causal, backend="cpu"
+        )
+        for dtype in (ml_dtypes.bfloat16, np.float32)
+    )
+    for name in ("out", "query", "key", "value", "planes", "beta"):
+        assert relative_error(found[name].astype(np.float64), expected[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_more_heads_than_16_bits_count(is_causal: bool) -> None:
     """Batch times heads above 65,535, the largest grid of many launchers."""
     batch, heads = 257, 256

@@ -1,6 +1,4 @@
-"""What the reference implementations share: tokens as plain arrays by state head, and the weights
-of the readouts.
-"""
+"""What the reference implementations share: rows of tokens by state head, weights of readouts."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ __all__ = [
 def key_rows(
     problem: Problem, batch: int, begin: int, end: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return keys [t, M, D], values [t, M, V] and keep [t] (0 where masked; those rows are zeros)."""
+    """Return keys [t, M, D], values [t, M, V] and keep [t]: 0 where masked, and those rows zero."""
     if problem.key is None or problem.value is None:
         raise TypeError("this problem has no keys")
     repeats = problem.n_state_heads // problem.n_kv_heads
@@ -38,9 +36,7 @@ def key_rows(
 def query_rows(
     problem: Problem, array: np.ndarray | None, batch: int, begin: int, end: int
 ) -> np.ndarray:
-    """Return rows of `array` [B, T, H, X] as [t, H/M, M, X]: one slice per query head of a state
-    head.
-    """
+    """Return rows of `array` [B, T, H, X] as [t, H/M, M, X], by query head of a state head."""
     if array is None:
         raise TypeError("this problem has no queries")
     rows = array[batch, begin:end].astype(problem.dtype, order="C")
@@ -56,9 +52,7 @@ def store_query_rows(
 
 
 def store_key_rows(target: np.ndarray, batch: int, begin: int, end: int, rows: np.ndarray) -> None:
-    """Write [t, M, X] into target [B, T, G, X], summed over the state heads that share a key/value
-    head.
-    """
+    """Write [t, M, X] into target [B, T, G, X], summed over state heads of a key/value head."""
     n_kv_heads = target.shape[2]
     target[batch, begin:end] = rows.reshape(len(rows), n_kv_heads, -1, rows.shape[-1]).sum(axis=2)
 

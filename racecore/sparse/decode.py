@@ -95,7 +95,7 @@ def sparse_attention(
     (1, 1, 8, 64)
     """
     choice = checks.check_choice(budget, sink, window, group_selection)
-    passed = Passed.resolve(query, key, value, backends.place(backend))
+    passed = Passed.resolve(query, key, value, backends.needs_device(backend))
     d = checks.check_decoding(passed, checks.described(index), lengths)
     on_device = cuda.is_array(d.query)
     operations = backends.choose(backend, on_device).socket

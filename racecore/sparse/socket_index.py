@@ -170,7 +170,7 @@ class SocketIndex:
             The backend cannot run here; lists every backend with its reason.
         """
         key, value, counts = checks.check_append(
-            self.description, key, value, lengths, backends.place(backend)
+            self.description, key, value, lengths, backends.needs_device(backend)
         )
         on_device = cuda.is_array(key)
         operations = backends.choose(backend, on_device).socket
@@ -197,7 +197,7 @@ class SocketIndex:
             float32, or float64 for a float64 query, in the query's library; -inf past the end of a
             shorter sequence. Without the batch axis if the query has none.
         """
-        q, passed = checks.check_query(self.description, query, backends.place(backend))
+        q, passed = checks.check_query(self.description, query, backends.needs_device(backend))
         operations, hashed = self._prepared(q, backend)
         # [B, H, L, N, 16]: a score for every value of each digit of a code
         tables = operations.query_tables(q, self._planes(hashed.codes.shape[1]), self._scorer)
@@ -240,7 +240,7 @@ class SocketIndex:
             library. On a GPU this waits until W is known, as `sparse_attention` does not.
         """
         choice = checks.check_choice(budget, sink, window, group_selection)
-        q, passed = checks.check_query(self.description, query, backends.place(backend))
+        q, passed = checks.check_query(self.description, query, backends.needs_device(backend))
         operations, hashed = self._prepared(q, backend)
         selected = self.chosen(operations, q, hashed, choice)
         if self.on_device and selected.size:
@@ -327,7 +327,7 @@ class SocketIndex:
         saved = read_index(path, lsh)
         hashed = saved.hashed
         if hashed is not None:
-            on_device = bool(backends.place(backend))
+            on_device = bool(backends.needs_device(backend))
             codes, norms = (arrays.to_device(x, on_device) for x in (hashed.codes, hashed.norms))
             hashed = hashed._replace(codes=codes, norms=norms)
         return cls._from(saved._replace(hashed=hashed))

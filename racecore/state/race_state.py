@@ -182,7 +182,9 @@ class RaceState:
         array, shape [B, Tq, H, V]
             In the query's dtype and library; zeros if nothing was appended.
         """
-        problem, passed = checks.check_attend(self._sizes, query, readout, backends.place(backend))
+        problem, passed = checks.check_attend(
+            self._sizes, query, readout, backends.needs_device(backend)
+        )
         sketch = self.sketch.to_device(problem.on_device)
         # A host array that backend="cuda" copied to the GPU does not move the state there.
         if passed.on_device == problem.on_device:
@@ -245,7 +247,7 @@ class RaceState:
             Arguments that do not fit; the state is then unchanged. If anything is raised later, a
             step is done as a whole or not at all.
         """
-        passed = Passed.resolve(query, key, value, backends.place(backend))
+        passed = Passed.resolve(query, key, value, backends.needs_device(backend))
         problem = self._problem_of_step(passed, key_mask, counts, readout)
         contents = self._contents
         on_device = problem.on_device

@@ -1,3 +1,1 @@
-"""Every query sees every key: sum the keys into a sketch, then read the sketch out; and both
-gradients.
-"""
+"""Every query sees every key: keys are summed into a state, which is read out; both gradients."""

@@ -1,5 +1,4 @@
-"""Bidirectional attention through a sketch: Numba kernels, one block of tokens at a time; see
-`reference` for the plain form.
+"""Bidirectional attention through a state, block by block: Numba; see `reference` for the formulas.
 
 No array of a block is longer than a block: probabilities of all tokens never exist. Sums over a few
 blocks are float32 (or the dtype of the arithmetic), sums over those float64.
@@ -138,7 +137,7 @@ def sum_segments(part: Problem, chunk: np.ndarray, sums: np.ndarray) -> int:
 
 
 def _call_of_sums(part: Problem, chunk: np.ndarray) -> Call:
-    return make_call(part, chunk, COPIES._replace(hash=hash_mode(part), value=add_mode(part)))
+    return make_call(part, chunk, ReadModes(hash_mode(part), add_mode(part), COPIES.d_out))
 
 
 @kernel
@@ -235,8 +234,8 @@ def multiply_state(
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
-    """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
-    modes = COPIES._replace(hash=hash_mode(part))
+    """Read out `sketch` for every query of `part` into out [B, Tq, H, V]."""
+    modes = ReadModes(hash_mode(part), COPIES.value, COPIES.d_out)
     for chunk in chunking.chunks(part, "query"):
         progress.advance(launch(_read_out, make_call(part, chunk, modes, out=out), sketch.flat))
 

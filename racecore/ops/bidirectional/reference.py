@@ -1,6 +1,4 @@
-"""Bidirectional attention through a sketch, in plain NumPy, each gradient right under what it
-inverts.
-"""
+"""Bidirectional attention through a state, in plain NumPy; each gradient under what it inverts."""
 
 from __future__ import annotations
 
@@ -65,7 +63,7 @@ def sum_keys_backward(part: Problem, d_sketch: Sketch, grads: GradientBuffers) -
 
 
 def read_out(part: Problem, sketch: Sketch, out: np.ndarray) -> None:
-    """Answer every query of `part` from `sketch` into out [B, Tq, H, V]."""
+    """Read out `sketch` for every query of `part` into out [B, Tq, H, V]."""
     for chunk in chunking.chunks(part, "query"):
         for n, batch, begin, end, _ in chunk.tolist():
             q = query_rows(part, part.query, batch, begin, end)

@@ -1,3 +1,1 @@
-"""Every query sees the keys up to and including its own token: one walk along the tokens, and its
-gradient.
-"""
+"""Every query sees the keys up to and including its own token: a causal scan, and its gradient."""

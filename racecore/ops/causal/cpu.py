@@ -22,7 +22,7 @@ from racecore.ops.causal.segmented import (
 )
 from racecore.ops.causal.serial import serial_scan, serial_scan_backward
 from racecore.ops.cpu.call import make_call, serial_calls
-from racecore.ops.cpu.read_modes import COPIES, add_mode, hash_mode
+from racecore.ops.cpu.read_modes import COPIES, ReadModes, add_mode, hash_mode
 from racecore.problem import GradientBuffers, Problem, Sketch
 
 __all__ = ["causal_scan", "causal_scan_backward"]
@@ -44,7 +44,7 @@ def causal_scan(
     # several query heads of a state head scan the same values: these are copied
     one_scan = part.n_heads == part.n_state_heads
     value_mode = add_mode(part) if one_scan else COPIES.value
-    modes = COPIES._replace(hash=hash_mode(part), value=value_mode)
+    modes = ReadModes(hash_mode(part), value_mode, COPIES.d_out)
     for chunk in chunking.chunks(part, "key"):
         if keep_checkpoints:
             checkpoints.append(new_sums(part, len(chunk)) if keep_all else sketch.flat.copy())
@@ -83,11 +83,11 @@ def _scan_chunk_backward(
 ) -> None:
     """Write the gradients of one chunk, from what forward left of the states before it."""
     states = checkpoint
-    if not chunking.have_own_states(part, chunk, len(checkpoint)):
+    if not chunking.has_state_per_segment(part, chunk, len(checkpoint)):
         states = new_sums(part, len(chunk))
         states_before_segments(part, chunk, checkpoint.copy(), states)
     # values and d_out are scanned more than once: they are copied
-    modes = COPIES._replace(hash=hash_mode(part, grads.hash))
+    modes = ReadModes(hash_mode(part, grads.hash), COPIES.value, COPIES.d_out)
     call = make_call(
         part,
         chunk,

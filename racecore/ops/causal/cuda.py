@@ -84,7 +84,7 @@ def causal_scan_backward(
         for chunk, checkpoint in zip(
             reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True
         ):
-            has_states = chunking.have_own_states(part, chunk, len(checkpoint))
+            has_states = chunking.has_state_per_segment(part, chunk, len(checkpoint))
             states = checkpoint if has_states else _states_before(part, chunk, checkpoint.copy())
             stash = empty((stash_numbers(part, chunk),), part.dtype)
             d_states = _scan_queries_backward(part, chunk, states, d_out, d_sketch, grads, stash)

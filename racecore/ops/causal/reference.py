@@ -1,6 +1,4 @@
-"""Causal attention token by token, in plain NumPy: add the token's key to the state, then read the
-state out.
-"""
+"""Causal attention token by token, in plain NumPy: add the key to the state, then read it out."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ __all__ = ["causal_scan", "causal_scan_backward"]
 def causal_scan(
     part: Problem, sketch: Sketch, out: np.ndarray, keep_checkpoints: bool
 ) -> list[np.ndarray]:
-    """Answer every query from the keys up to its own, into out [B, T, H, V]; `sketch` moves from
-    first to final state.
+    """Write the output of every query, from keys up to its own, to out [B, T, H, V]; `sketch` moves
+    from first to final state.
 
     Returns
     -------
@@ -89,10 +87,10 @@ def _read_backward(
     end: int,
     _: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Walk forward again, inverting the read-out of every token.
+    """Scan forward again, inverting the read-out of every token.
 
-    Returns what it adds to the gradients of earlier states, rho and d_mass [t, H/M, M, S], and to
-    those of planes and beta.
+    Returns rho and d_mass [t, H/M, M, S], of which sums are the gradients of earlier states, and
+    the gradients of planes and beta.
     """
     k, v, keep = key_rows(part, batch, begin, end)
     q = query_rows(part, part.query, batch, begin, end)
@@ -130,7 +128,7 @@ def _add_backward(
     end: int,
     _: int,
 ) -> None:
-    """Walk backward, inverting the addition of every token's key and value."""
+    """Scan from the last token, inverting the addition of every token's key and value."""
     k, v, keep = key_rows(part, batch, begin, end)
     g = query_rows(part, d_out, batch, begin, end)
     phi_k = soft_hash(k, part.planes, part.beta) * keep[:, None, None]

@@ -87,7 +87,11 @@ class SpareState(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """The arrays of one launch."""
+    """The arrays of one launch.
+
+    Unpacked once per segment, not per block: all references in it would be counted each time, half
+    a microsecond by atomic additions.
+    """
 
     scratch: Scratch
     state: RoundedState  # of the heads of a task: the state, or its gradient
@@ -107,7 +111,13 @@ def new_workspace(call: Call) -> Workspace:
 
 @piece
 def scan_block(
-    call: Call, position: tuple[int, int, int], n: int, i: int, ws: Workspace
+    call: Call,
+    position: tuple[int, int, int],
+    n: int,
+    i: int,
+    state: RoundedState,
+    spare: SpareState,
+    w: Scratch,
 ) -> InputRows:
     """Add n tokens from (b, t) on to the state of state head m, the task's i-th, and write the
     outputs of its query heads; position = (b, t, m).
@@ -115,19 +125,18 @@ def scan_block(
     Returns the values. The keys' probabilities stay in phi_k.
     """
     b, t, m = position
-    w = ws.scratch
     repeats = call.n_heads // call.beta.shape[0]
     keys = read_keys(call, position, n, TOKENS, True, w)
     hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
     drop_masked(call.mask, w.keep, n, w.phi_k)
-    prefix_mass(w.phi_k, ws.state.mass[i], w.weights_t, w.products_t, w.mass)
-    before = ws.state.value_sum[i]
+    prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.products_t, w.mass)
+    before = state.value_sum[i]
     for h in range(m * repeats, (m + 1) * repeats):
         q, next_q = read_query(call, (b, t, h), n, TOKENS, w)
         hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
         weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
         # the last query head leaves the state after the block
-        after = before if h % repeats == repeats - 1 else ws.spare.after
+        after = before if h % repeats == repeats - 1 else spare.after
         o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
         # value_sum[s] += phi_k[s, j] * v[j], then o[j] = sum_s rho[s, j] * value_sum[s]
         scan_rows(before, after, w.phi_k, keys.v, w.rho, w.o, o, n, False, keys.next_v)
@@ -189,7 +198,7 @@ def queries_backward(
     The state is that before the segment. What the segment adds to the gradients of earlier states
     is added to d_sums [m1 - m0, S*(1+V)], and gradients of the hash to d_hash [M, ...].
     """
-    w, state = ws.scratch, ws.state
+    w, state, spare, partial = ws
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows = _sizes(call)
     for t in range(begin, end, BLOCK):
@@ -203,7 +212,7 @@ def queries_backward(
             prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.products_t, w.mass)
             for r in range(repeats):
                 h = m * repeats + r
-                after_t = state.value_sum_t[i] if r == repeats - 1 else ws.spare.after_t
+                after_t = state.value_sum_t[i] if r == repeats - 1 else spare.after_t
                 q = _read_out_backward(
                     call, (b, t, h), n, state.value_sum_t[i], after_t, keys.next_v, w
                 )
@@ -211,7 +220,7 @@ def queries_backward(
                 copy(w.rho, _stashed(stash, block, i, row, n_buckets))
                 copy(w.d_mass, _stashed(stash, block, i, row + n_buckets, n_buckets))
                 # sums of these are the gradients that earlier keys and values of the sequence get
-                add_block(w.d_mass, w.rho, input_rows(w.g), n, i, ws.partial, NO_PREFETCH)
+                add_block(w.d_mass, w.rho, input_rows(w.g), n, i, partial, NO_PREFETCH)
                 # phi_q = hash_block(q)
                 d_q = rows_to_write(
                     call.table, D_QUERY, (b, t, h), call.head_dim, w.d_q, True, False
@@ -219,7 +228,7 @@ def queries_backward(
                 hash_block_backward(hash_of(call, m, w), w.d_phi, q, n, w.phi_q, d_q, d_hash[m])
                 store_rows(call.table, D_QUERY, (b, t, h), n, call.head_dim, w.d_q, d_q)
             if group_ends(t, begin, end):
-                flush(ws.partial, i, d_sums[i])
+                flush(partial, i, d_sums[i])
 
 
 @helper
@@ -278,7 +287,7 @@ def keys_backward(
     The workspace has the gradient of the state after the segment. Gradients of the hash are added
     to d_hash [M, ...].
     """
-    w, d_state = ws.scratch, ws.state
+    w, d_state, spare, _ = ws
     _, b, begin, end, _ = call.segments[index]
     repeats, n_buckets, n_rows = _sizes(call)
     heads = call.beta.shape[0] // call.n_kv_heads  # state heads that share a key/value head
@@ -301,7 +310,7 @@ def keys_backward(
                 rho = _stashed(stash, block, i, row, n_buckets)
                 if r > 0 or of_group > 0:
                     d_v = output_rows(w.d_v, True)
-                _add_queries(rho, i, r, d_v, n, keys.next_v, next_g, ws)
+                _add_queries(rho, i, r, d_v, n, keys.next_v, next_g, d_state, spare, w)
             # mass += phi_k, and queries from this token on divide by it
             for r in range(repeats):
                 row = n_rows + (2 * r + 1) * n_buckets
@@ -327,7 +336,9 @@ def _add_queries(
     n: int,
     next_v: PrefetchRows,
     next_g: PrefetchRows,
-    ws: Workspace,
+    d_state: RoundedState,
+    spare: SpareState,
+    w: Scratch,
 ) -> None:
     """Add a block of query head r to the gradient of state i, token by token from the last, and
     read it out into d_v and products_t (of d_phi).
@@ -335,11 +346,11 @@ def _add_queries(
     The first query head continues from the gradient of the state. Each other one begins from zero,
     since a sum is linear, and is added to the gradient at the end.
     """
-    w, n_buckets = ws.scratch, rho.shape[0]
+    n_buckets = rho.shape[0]
     transpose(rho, n_buckets, TOKENS, w.weights_t)
-    state, state_t = ws.state.value_sum[i], ws.state.value_sum_t[i]
-    before, before_t = (state, state_t) if r == 0 else (ws.spare.zero, ws.spare.zero_t)
-    after, after_t = (state, state_t) if r == 0 else (ws.spare.after, ws.spare.after_t)
+    state, state_t = d_state.value_sum[i], d_state.value_sum_t[i]
+    before, before_t = (state, state_t) if r == 0 else (spare.zero, spare.zero_t)
+    after, after_t = (state, state_t) if r == 0 else (spare.after, spare.after_t)
     # value_sum[s] += phi_k[s, j] * v[j], read with rho by this query and all later ones
     scan_rows(before, after, rho, input_rows(w.g), w.phi_k, w.d_v, d_v, n, True, next_v)
     c = output_rows(w.products_t, r > 0)

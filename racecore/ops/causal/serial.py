@@ -45,8 +45,7 @@ def _scan(call: Call, first: int, last: int, kept: np.ndarray, carry: np.ndarray
     """Scan runs of segments; the state before the first is in carry [N, M, S*(1+V)], which moves
     along.
     """
-    ws = new_workspace(call)
-    w, state, partial = ws.scratch, ws.state, ws.partial
+    w, state, spare, partial = new_workspace(call)
     # [heads, S*(1+V)]: the sum of one segment
     sums = matrices(1, partial.mass.shape[0], carry.shape[2], np.float64)[0]
     for task in range(first, last):
@@ -61,7 +60,7 @@ def _scan(call: Call, first: int, last: int, kept: np.ndarray, carry: np.ndarray
                 n = min(BLOCK, end - t)
                 for m in range(m0, m1):
                     i = m - m0
-                    v = scan_block(call, (b, t, m), n, i, ws)
+                    v = scan_block(call, (b, t, m), n, i, state, spare, w)
                     add_block(w.phi_k, w.phi_k, v, n, i, partial, NO_PREFETCH)
                     if group_ends(t, begin, end):
                         flush(partial, i, sums[i])

@@ -65,7 +65,11 @@ class Call(NamedTuple):
     value_dim: int  # V
     kv_heads_per_task: int
     bucket_mean: bool  # which readout
-    modes: ReadModes
+    # read modes of inputs, see ops.cpu.read_modes; not a tuple in the tuple: Numba takes two
+    # microseconds of a call to unpack that
+    hash_mode: int
+    value_mode: int
+    d_out_mode: int
 
 
 @register_jitable
@@ -117,7 +121,9 @@ def new_call(
         value_dim=part.value_dim,
         kv_heads_per_task=kv_heads_per_task,
         bucket_mean=part.readout == "bucket_mean",
-        modes=modes,
+        hash_mode=modes.hash,
+        value_mode=modes.value,
+        d_out_mode=modes.d_out,
     )
 
 

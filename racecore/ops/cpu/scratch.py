@@ -147,8 +147,8 @@ def read_keys(
     g, first = m // heads, m % heads == 0
     at = (b, t, g)
     keep, d, v_dim = w.keep[0], call.head_dim, call.value_dim
-    k_mode = _block_mode(call, call.modes.hash, n, True)
-    v_mode = _block_mode(call, call.modes.value, n, True)
+    k_mode = _block_mode(call, call.hash_mode, n, True)
+    v_mode = _block_mode(call, call.value_mode, n, True)
     if not first:
         k = rows_to_read(call.table, KEY, at, n, d, w.k, k_mode)
         v = rows_to_read(call.table, VALUE, at, n, v_dim, w.v, v_mode)
@@ -168,7 +168,7 @@ def read_query(
 ) -> tuple[InputRows, PrefetchRows]:
     """Return n queries at (b, t, h), and those `step` tokens on to prefetch."""
     b, t, h = position
-    mode = _block_mode(call, call.modes.hash, n, False)
+    mode = _block_mode(call, call.hash_mode, n, False)
     rows = read(call.table, QUERY, position, n, call.head_dim, w.q, w.ones, mode)
     return rows, rows_to_prefetch(call.table, QUERY, (b, t + step, h), call.head_dim)
 
@@ -179,7 +179,7 @@ def read_d_out(
 ) -> tuple[InputRows, PrefetchRows]:
     """Return n rows of d_out at (b, t, h), and those `step` tokens on to prefetch."""
     b, t, h = position
-    mode = _block_mode(call, call.modes.d_out, n, False)
+    mode = _block_mode(call, call.d_out_mode, n, False)
     rows = read(call.table, D_OUT, position, n, call.value_dim, w.g, w.ones, mode)
     return rows, rows_to_prefetch(call.table, D_OUT, (b, t + step, h), call.value_dim)
 

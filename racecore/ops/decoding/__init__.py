@@ -1,3 +1,3 @@
-"""One token for every sequence of a batch: add its key to the state and answer its query, in one
-pass over the state.
+"""One token for every sequence of a batch: its key is added to the state, which is then read out
+for its query, in one pass over the state.
 """

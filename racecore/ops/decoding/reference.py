@@ -1,4 +1,4 @@
-"""One token at a time, in plain NumPy: the key and value are added, then the query asks."""
+"""One token at a time, in plain NumPy: add the key and value to the state, then read it out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ __all__ = ["step"]
 
 
 def step(part: Problem, sketch: Sketch, lengths: np.ndarray, out: np.ndarray) -> None:
-    """Add the key and value of every sequence that has one to `sketch`, and answer its query into
-    out [B, 1, H, V].
+    """Add the key and value of every sequence that has one to `sketch`, then write the output of
+    its query to out [B, 1, H, V].
 
-    `sketch` may be float32, and is rounded to it before it is asked. `lengths` [N] counts the keys
-    that take part. Sequences without a token keep their bits; their rows of `out` are left alone.
+    `sketch` may be float32, and is rounded to it before it is read out. `lengths` [N] counts the
+    keys that take part. Sequences without a token keep their bits; their rows of `out` are not
+    written.
     """
     progress.advance(len(part.sequences))
     before = sketch.flat.copy(), lengths.copy()

@@ -36,15 +36,7 @@ from racecore.ops.soft_hash.planes import pad_planes
 from racecore.runtime.jit import helper, kernel
 from racecore.runtime.threads import run
 
-__all__ = [
-    "Hash",
-    "hash_again",
-    "hash_block",
-    "hash_block_backward",
-    "new_hash_arrays",
-    "soft_hash",
-    "soft_hash_backward",
-]
+__all__ = ["soft_hash", "soft_hash_backward"]
 
 _BLOCKS_PER_LAUNCH = 64
 

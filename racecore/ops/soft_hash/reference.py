@@ -1,6 +1,4 @@
-"""The soft hash as the paper defines it, in plain NumPy: a softmax over all corners of the cube
-{-1, +1}^P.
-"""
+"""The soft hash as the paper defines it, in plain NumPy: softmax over corners of {-1, +1}^P."""
 
 from __future__ import annotations
 
