@@ -119,11 +119,11 @@ def _rows_tile(n_rows: int, n_vectors: int, is_bfloat16: bool = False) -> Any:
         state_tile = _StateTile(emit, n_rows, n_vectors, state_row)
 
         def token(addresses: list[Any], state: list[Any]) -> list[Any]:
-            a, b, x, y, z = addresses
+            a, b, x, y, z = addresses  # of this token's column or row
             columns = [v * emit.lanes for v in range(n_vectors)]
             row = [load_row(emit, x, d, emit.vector, is_bfloat16) for d in columns]
             old = [emit.load(emit.address(y, d), emit.vector) for d in columns]
-            state = list(state)
+            state = list(state)  # [n_rows, n_vectors]
             chains = _Chains(emit, [kept(emit, keep, value) for value in old], n_rows)
             for r in range(n_rows):
                 weight = emit.splat(emit.load(emit.address(a, r * BLOCK), emit.element))
@@ -187,11 +187,11 @@ def _weights_tile(n_halves: int) -> Any:
         state_tile = _StateTile(emit, _WEIGHTS_ROWS, n_vectors, state_row)
 
         def token(addresses: list[Any], state: list[Any]) -> list[Any]:
-            a, x, y, c = addresses
+            a, x, y, c = addresses  # of this token's row
             buckets = [v * emit.lanes for v in range(n_vectors)]
             weights = [emit.load(emit.address(a, s), kind) for s in buckets]
             old = [emit.load(emit.address(c, s), kind) for s in buckets]
-            state = list(state)
+            state = list(state)  # [8 columns, n_vectors of buckets]
             chains = _Chains(emit, [kept(emit, keep, value) for value in old], _WEIGHTS_ROWS)
             for r in range(_WEIGHTS_ROWS):
                 number = emit.splat(emit.load(emit.address(x, r), emit.element), kind)
@@ -213,9 +213,11 @@ def _weights_tile(n_halves: int) -> Any:
     return tile
 
 
+# Buckets x vectors of columns: 8 x 2 of the state are 16 registers of the 32 of AVX-512.
 _rows_8x2, _rows_4x2, _rows_1x2 = (_rows_tile(rows, 2) for rows in (8, 4, 1))
 _rows_8x2_bfloat16 = _rows_tile(8, 2, is_bfloat16=True)
 _rows_8x1, _rows_4x1, _rows_1x1 = (_rows_tile(rows, 1) for rows in (8, 4, 1))
+# Half vectors of buckets: few buckets would waste most lanes of a whole vector.
 _weights_4, _weights_2, _weights_1 = (_weights_tile(halves) for halves in (4, 2, 1))
 
 
@@ -254,8 +256,10 @@ def scan_rows(
     n_rows, width, row = source.shape[0], y.shape[1], source.shape[1]
     first, step = (n - 1, -1) if backward else (0, 1)
     d = 0
+    # columns outside, buckets inside: each pass scans all tokens for a tile of the state
     while d < width:
-        two = d + 2 * step_d <= width
+        two = d + 2 * step_d <= width  # vectors
+        # as much of the next rows as this pass is of the columns
         prefetch_rows(next_rows, n * d // width, n * min(d + 2 * step_d, width) // width)
         xd = x.address + x.size * (first * x.row + d)
         yd = y.ctypes.data + size * (first * width + d)
@@ -347,6 +351,7 @@ def scan_weights(
     while s < n_buckets:
         left = -(-(n_buckets - s) // half)  # half vectors
         weight_offset = size * (first * row + s)
+        # buckets outside, columns inside: c is a sum over tiles of 8 columns
         for d in range(0, width, _WEIGHTS_ROWS):
             if s == 0:
                 prefetch_rows(next_rows, n * d // width, n * (d + _WEIGHTS_ROWS) // width)

@@ -47,6 +47,7 @@ def load_rounded(emit: Emitter, address: Any, like: Any) -> Any:
 def widen_add(emit: Emitter, a: Any, address: Any) -> None:
     """Add the lanes, as float64, to the float64 numbers from an address on."""
     wide = _widened(emit, a)
+    # rows of a state begin at any float64: 8 bytes are all the alignment there is
     old = emit.load(address, wide.type, align=8)
     emit.store(emit.builder.fadd(old, wide), address, align=8)
 
@@ -69,6 +70,7 @@ def add_at(emit: Emitter, a: Any, address: Any, like: Any) -> Any:
 
     Sums are float64, and rounded once where the numbers are float32.
     """
+    # as many numbers as a has lanes, of either type
     stored = ir.VectorType(like.type, a.type.count)
     old = _widened(emit, emit.load(address, stored))
     value = _converted(emit, emit.builder.fadd(old, _widened(emit, a)), stored)

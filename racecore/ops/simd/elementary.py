@@ -1,8 +1,8 @@
 """exp, tanh and sigmoids of vectors.
 
 The C library's versions cost 2 to 8 ns a number, because calls to them stay scalar inside compiled
-loops. In float32 these polynomials err by about 1e-7 relative and cost a few instructions for 16
-numbers; in float64 the C library's are used, lane by lane. The plain twins are `numpy.exp` and
+loops. In float32 these polynomials have relative errors of about 1e-7 and cost a few instructions
+for 16 numbers; float64 uses the C library's, lane by lane. The plain twins are `numpy.exp` and
 `numpy.tanh`.
 """
 
@@ -32,10 +32,13 @@ from racecore.runtime.jit import inlined
 __all__ = ["exp_of_nonpositive", "sigmoids", "tanh"]
 
 _LOG2_E = np.float32(1.44269504)
-_LN2_HIGH = np.float32(0.693359375)  # 9 bits: its product with a small integer is exact
+# ln(2) in two parts. The high one has 9 bits: its product with a small integer is exact.
+_LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
-_TANH_LIMIT = np.float32(7.90531110763549805)
-_LOWEST = np.float32(-87.0)  # exp of this is just above the smallest normal number
+# The end of the range of the rational approximation of tanh.
+_TANH_RANGE = np.float32(7.90531110763549805)
+# exp of this is just above the smallest normal number.
+_LOWEST = np.float32(-87.0)
 
 
 @inlined
@@ -44,7 +47,8 @@ def _exp32(x: Any) -> Any:
     x = maximum(x, splat(_LOWEST))
     n = floor(fma(x, splat(_LOG2_E), splat(np.float32(0.5))))
     r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
-    p = splat(np.float32(1.9875691500e-4))  # coefficients: Cephes' expf
+    # coefficients: Cephes' expf
+    p = splat(np.float32(1.9875691500e-4))
     p = fma(p, r, splat(np.float32(1.3981999507e-3)))
     p = fma(p, r, splat(np.float32(8.3334519073e-3)))
     p = fma(p, r, splat(np.float32(4.1665795894e-2)))
@@ -55,17 +59,19 @@ def _exp32(x: Any) -> Any:
 
 @inlined
 def _tanh32(x: Any) -> Any:
-    """Return tanh(x) = x * p(x^2) / q(x^2), where |x| is less than 7.9; then 1 - 2e-7, and from 9
-    on 1.
-    """
-    one, limit, far = splat(np.float32(1.0)), splat(_TANH_LIMIT), splat(np.float32(9.0))
+    """Return tanh(x) = x * p(x^2) / q(x^2) for |x| < 7.9, 1 - 2e-7 up to 9, then 1."""
+    one = splat(np.float32(1.0))
+    end = splat(_TANH_RANGE)
+    far = splat(np.float32(9.0))
+    # clamped by comparisons that are false for NaN, so that NaN stays
     y = select(
-        at_least(x, limit),
-        limit,
-        select(at_least(splat(-_TANH_LIMIT), x), splat(-_TANH_LIMIT), x),
+        at_least(x, end),
+        end,
+        select(at_least(splat(-_TANH_RANGE), x), splat(-_TANH_RANGE), x),
     )
     s = y * y
-    p = splat(np.float32(-2.76076847742355e-16))  # coefficients: Eigen's fast tanh
+    # coefficients: Eigen's fast tanh
+    p = splat(np.float32(-2.76076847742355e-16))
     p = fma(p, s, splat(np.float32(2.00018790482477e-13)))
     p = fma(p, s, splat(np.float32(-8.60467152213735e-11)))
     p = fma(p, s, splat(np.float32(5.12229709037114e-08)))

@@ -1,7 +1,7 @@
-"""Memory inside kernels: scratch, and rows of matrices cleared, copied and added.
+"""Scratch memory of kernels, and rows of matrices cleared, copied and added.
 
-Loops, where an assignment to a slice would say the same: Numba takes a tenth of a second to compile
-each of those.
+These are loops and not assignments to slices, because Numba takes a tenth of a second to compile
+each assignment.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from racecore.runtime.jit import helper
 
 __all__ = ["add_rows", "clear_columns", "clear_rows", "cleared_matrices", "copy_rows", "matrices"]
 
-_LINE = 64  # bytes
-_SLACK = 16  # rows past the end: a transposition reads and writes whole squares of a vector's lanes
+# Bytes of a cache line, and of a vector.
+_LINE = 64
+# Rows past the end: a transposition reads and writes whole squares of a vector's lanes.
+_SLACK = 16
 
 
 @helper
 def matrices(count: int, rows: int, columns: int, dtype: Any) -> np.ndarray:
-    """Return uninitialised matrices [count, rows, columns] that begin on a cache line, so that no
-    vector crosses one.
+    """Return uninitialised matrices [count, rows, columns] that begin on a cache line.
 
-    The memory goes on for some rows past the last matrix.
+    The memory extends for 16 rows past the last matrix.
     """
     size = count * rows * columns
-    room = np.empty(size + _SLACK * columns + _LINE, dtype)
-    first = -room.ctypes.data % _LINE // room.itemsize
-    return room[first : first + size].reshape((count, rows, columns))
+    # aligned by hand: a vector that crosses a cache line costs two accesses
+    buffer = np.empty(size + _SLACK * columns + _LINE, dtype)
+    first = -buffer.ctypes.data % _LINE // buffer.itemsize
+    return buffer[first : first + size].reshape((count, rows, columns))
 
 
 @helper
 def cleared_matrices(count: int, rows: int, columns: int, dtype: Any) -> np.ndarray:
-    """Return matrices full of zeros, otherwise as `matrices` does."""
+    """Return `matrices` of zeros."""
     result = matrices(count, rows, columns, dtype)
     for i in range(count):
         clear_rows(result[i], 0, rows)

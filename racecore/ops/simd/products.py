@@ -1,7 +1,7 @@
-"""The small matrix products that everything else is made of.
+"""The small matrix products inside a block of tokens.
 
-Inside a block of tokens all work is one of these, on C-contiguous scratch arrays that stay in the
-nearest caches:
+All of a block's work but the element-wise is one of these, on C-contiguous scratch arrays that stay
+in the nearest caches:
 
     project         C = M @ X.T       projections on planes                               [K, n]
     project_wide    C.T = X @ M.T     the same from a transposed M: better for many rows  [n, K]
@@ -42,8 +42,10 @@ __all__ = [
     "transpose",
 ]
 
-_PADDING = 16  # columns: a vector of float32, two of float64
-_HALF = 8  # of them
+# Columns: a vector of float32, two of float64.
+_PADDING = 16
+# The narrowest tile of `project_wide`: half a vector of float32.
+_HALF = 8
 
 
 @register_jitable
@@ -54,37 +56,39 @@ def padded(width: int) -> int:
 
 @helper
 def is_wide(n_rows: int) -> bool:
-    """Tell whether `project_wide` beats `project`: it needs no sums across lanes, but rounds rows
-    up to half vectors.
+    """Return whether `project_wide` beats `project` for so many rows of M.
+
+    It needs no sums across lanes, but rounds rows up to half vectors: it pays while the padding is
+    less than half of the rows.
     """
     return n_rows >= _HALF and -n_rows % _HALF * 2 < n_rows
 
 
 class InputRows(NamedTuple):
-    """Where a product reads rows: scratch, or straight from an input."""
+    """Rows that a product reads: scratch, or an input in place."""
 
     address: Any  # of the first row, int64
     row: int  # from a row to the next, in elements
-    size: int  # of an element; 2, of bfloat16, only where a product says that it can
+    size: int  # bytes of an element; 2, bfloat16, only where a product allows it
 
 
 @helper
 def input_rows(x: np.ndarray) -> InputRows:
-    """Return where the rows of a scratch array are."""
+    """Return the rows of a scratch array, to be read."""
     return InputRows(np.int64(x.ctypes.data), x.shape[1], x.itemsize)
 
 
 class PrefetchRows(NamedTuple):
     """Rows of an input that the next block of tokens will read.
 
-    A core has few requests to memory under way at a time, so asking for all of them at once would
-    stall it. Products ask for a few rows between their tiles: then memory works while the core
+    A core has few requests to memory under way at a time, so prefetching all of them at once would
+    stall it. Products prefetch a few rows between their tiles: then memory works while the core
     calculates.
     """
 
-    address: int
+    address: int  # of the first row
     row: int  # bytes from a row to the next
-    lines: int  # cache lines of a row; 0: there is nothing to ask for
+    lines: int  # cache lines of a row; 0: nothing to prefetch
 
 
 NO_PREFETCH = PrefetchRows(0, 0, 0)
@@ -92,7 +96,7 @@ NO_PREFETCH = PrefetchRows(0, 0, 0)
 
 @helper
 def prefetch_rows(next_rows: PrefetchRows, first: int, last: int) -> None:
-    """Ask for rows first ... last - 1."""
+    """Prefetch rows first ... last - 1."""
     for i in range(first, last):
         for line in range(next_rows.lines):
             tiles.prefetch(next_rows.address + i * next_rows.row + line * VECTOR_BYTES)
@@ -102,12 +106,13 @@ def prefetch_rows(next_rows: PrefetchRows, first: int, last: int) -> None:
 def project(
     m: np.ndarray, x: InputRows, n_rows: int, n: int, c: np.ndarray, next_rows: PrefetchRows
 ) -> None:
-    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n. Rows x may be bfloat16 if both are multiples
-    of 4.
+    """c[k, i] = <m[k], x[i]> for k < n_rows and i < n.
+
+    Rows x may be bfloat16 if both n_rows and n are multiples of 4.
     """
     size, like = m.itemsize, m.dtype.type(0)
     m_row, c_row = m.shape[1], c.shape[1]
-    count = m.shape[1] * size // VECTOR_BYTES
+    count = m.shape[1] * size // VECTOR_BYTES  # vectors of a row
     k = 0
     while k < n_rows:
         i = 0
@@ -126,6 +131,7 @@ def project(
             else:
                 tiles.dot_1x1(mk, m_row, xi, x.row, ci, c_row, count, like)
             step = 4 if i + 4 <= n else 1
+            # the rows x are read once for every four rows of m; one pass prefetches all the next
             if k == 0:
                 prefetch_rows(next_rows, i, i + step)
             i += step
@@ -138,21 +144,22 @@ def project_wide(
 ) -> None:
     """c_t[i, k] = <x[i], m_t[:, k]> for k < n_rows and i < n.
 
-    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: they must
-    be there. So rows are read from an input only in blocks of a multiple of 8 tokens; beyond its
-    last row there may be no memory at all.
+    Columns up to the next half vector and tokens up to a multiple of 8 are computed too: scratch
+    has memory for them. Rows of an input are read in place only in blocks of a multiple of 8
+    tokens: beyond its last row there may be no memory at all.
     """
     size, like = m_t.itemsize, m_t.dtype.type(0)
     half = lanes(m_t) // 2
     m_row, c_row, count = m_t.shape[1], c_t.shape[1], m_t.shape[0]
     k = 0
     while k < n_rows:
-        left = -(-(n_rows - k) // half)
+        left = -(-(n_rows - k) // half)  # half vectors
         mk = m_t.ctypes.data + size * k
         for i in range(0, n, 8):
             if k == 0:
                 prefetch_rows(next_rows, i, min(i + 8, n))
-            xi, ci = x.address + size * i * x.row, c_t.ctypes.data + size * (i * c_row + k)
+            xi = x.address + size * i * x.row
+            ci = c_t.ctypes.data + size * (i * c_row + k)
             if left >= 4:
                 tiles.outer_8x2(xi, x.row, 1, mk, m_row, ci, c_row, count, tiles.OVERWRITE, like)
             elif left >= 2:
@@ -164,9 +171,7 @@ def project_wide(
 
 @helper
 def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarray) -> None:
-    """target = source.T, square by square: both must have room for whole squares of a vector's
-    lanes.
-    """
+    """target = source.T, by squares of a vector's lanes: both have memory for whole squares."""
     size, like, step = source.itemsize, source.dtype.type(0), lanes(source)
     row, target_row = source.shape[1], target.shape[1]
     for r in range(0, n_rows, step):
@@ -181,31 +186,49 @@ def transpose(source: np.ndarray, n_rows: int, n_columns: int, target: np.ndarra
 
 
 class OutputRows(NamedTuple):
-    """Where a product writes its rows: scratch, or straight to an output."""
+    """Rows that a product writes: scratch, or an output in place."""
 
     address: Any  # of the first row, int64
     row: int  # from a row to the next, in elements
-    mode: int  # ADD, OVERWRITE, STREAM, or NARROW if columns are a multiple of 32
-    size: int  # of an element
+    mode: int  # ADD, OVERWRITE, STREAM, or STREAM_BFLOAT16 if columns are a multiple of 32
+    size: int  # bytes of an element
 
 
 @helper
 def output_rows(x: np.ndarray, add: bool) -> OutputRows:
-    """Return where the rows of a scratch array are, to be added to or overwritten."""
+    """Return the rows of a scratch array, to be added to or overwritten."""
     return OutputRows(
         np.int64(x.ctypes.data), x.shape[1], tiles.ADD if add else tiles.OVERWRITE, x.itemsize
     )
 
 
+class _Factors(NamedTuple):
+    """Coefficients of a product: number [r, k] is at address + itemsize * (r * row + k * step)."""
+
+    address: Any
+    row: int  # in elements
+    step: int  # in elements
+
+
+class _Sums(NamedTuple):
+    """Rows that a product writes; their mode is an argument, so that a literal one stays known to
+    the compiler.
+    """
+
+    address: Any
+    row: int  # in elements
+    size: int  # bytes of an element
+
+
 @helper
 def expand(c: np.ndarray, m: np.ndarray, n_rows: int, n: int, x: OutputRows) -> None:
     """x[i] = sum_k c[k, i] * m[k] over k < n_rows, for every i < n."""
-    a, b, y = (
-        (c.ctypes.data, 1, c.shape[1]),
-        (m.ctypes.data, m.shape[1], m.itemsize),
-        (x.address, x.row, x.size),
-    )
-    _product(a, b, y, n, n_rows, m.shape[1], x.mode, m.dtype.type(0), m.itemsize, NO_PREFETCH)
+    # addresses are taken here, since passing an array to a function counts a reference
+    c_t = _Factors(c.ctypes.data, 1, c.shape[1])  # [n, n_rows]
+    m_rows = InputRows(m.ctypes.data, m.shape[1], m.itemsize)
+    x_rows = _Sums(x.address, x.row, x.size)
+    like = m.dtype.type(0)
+    _product(c_t, m_rows, x_rows, n, n_rows, m.shape[1], x.mode, like, m.itemsize, NO_PREFETCH)
 
 
 @helper
@@ -216,55 +239,61 @@ def accumulate(
 
     Rows x may be bfloat16 if there are a multiple of 4 rows k and of 32 columns.
     """
-    a, b, y = (
-        (c.ctypes.data, c.shape[1], 1),
-        (x.address, x.row, x.size),
-        (m.ctypes.data, m.shape[1], m.itemsize),
-    )
-    _product(a, b, y, n_rows, n, m.shape[1], tiles.ADD, m.dtype.type(0), m.itemsize, next_rows)
+    factors = _Factors(c.ctypes.data, c.shape[1], 1)
+    sums = _Sums(m.ctypes.data, m.shape[1], m.itemsize)
+    like = m.dtype.type(0)
+    _product(factors, x, sums, n_rows, n, m.shape[1], tiles.ADD, like, m.itemsize, next_rows)
 
 
 @helper
-def _product(a, b, c, n_rows, count, width, mode, like, size, next_rows):
+def _product(
+    a: _Factors,
+    b: InputRows,
+    c: _Sums,
+    n_rows: int,
+    count: int,
+    width: int,
+    mode: int,
+    like: Any,
+    size: int,
+    next_rows: PrefetchRows,
+) -> None:
     """c[r, d] = sum_k a[r, k] * b[k, d] for r < n_rows, k < count, d < width, whole vectors; `mode`
     as for a tile.
 
-    a, b and c are (address, strides in elements): of rows and columns for a; of rows for b and c,
-    and the size of an element.
+    `like` is a number of the type of a and of the sums, `size` its bytes.
     """
     step = VECTOR_BYTES // size
     r = 0
-    while (
-        r < n_rows
-    ):  # rows outside, columns inside: what is streamed out leaves a whole row at a time
+    # rows outside, columns inside: rows that are streamed leave whole
+    while r < n_rows:
         left, d = n_rows - r, 0
         while d < width:
-            two = d + 2 * step <= width
+            two = d + 2 * step <= width  # vectors
             if r == 0:
-                prefetch_rows(
-                    next_rows, count * d // width, count * min(d + 2 * step, width) // width
-                )
+                next_d = min(d + 2 * step, width)
+                prefetch_rows(next_rows, count * d // width, count * next_d // width)
             tile = (
-                a[0] + size * r * a[1],
-                a[1],
-                a[2],
-                b[0] + b[2] * d,
-                b[1],
-                c[0] + c[2] * (r * c[1] + d),
-                c[1],
+                a.address + size * r * a.row,
+                a.row,
+                a.step,
+                b.address + b.size * d,
+                b.row,
+                c.address + c.size * (r * c.row + d),
+                c.row,
                 count,
                 mode,
                 like,
             )
             if left >= 8:
-                if b[2] < size:
+                if b.size < size:
                     tiles.outer_8x2_bfloat16(*tile)
                 elif two:
                     tiles.outer_8x2(*tile)
                 else:
                     tiles.outer_8x1(*tile)
             elif left >= 4:
-                if b[2] < size:
+                if b.size < size:
                     tiles.outer_4x2_bfloat16(*tile)
                 elif two:
                     tiles.outer_4x2(*tile)

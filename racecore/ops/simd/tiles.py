@@ -90,6 +90,7 @@ def _outer_tile(n_rows: int, n_halves: int, is_bfloat16: bool = False) -> Any:
         like: Any,
     ) -> None:
         kind = emit.vector if n_halves > 1 else ir.VectorType(emit.element, emit.lanes // 2)
+        # [n_rows, n_vectors] addresses, flattened, as all lists of sums here
         targets = [
             emit.address(c, emit.times(c_row, r), v * emit.lanes)
             for r in range(n_rows)
@@ -102,6 +103,7 @@ def _outer_tile(n_rows: int, n_halves: int, is_bfloat16: bool = False) -> Any:
                 load_row(emit, row_of_b, v * emit.lanes, kind, is_bfloat16)
                 for v in range(n_vectors)
             ]
+            # one row of b serves n_rows sums, one number of a n_vectors of them
             new = []
             for r in range(n_rows):
                 number = emit.load(emit.address(column_of_a, emit.times(a_row, r)), emit.element)
@@ -156,7 +158,7 @@ def _dot_tile(n_rows: int, n_columns: int, is_bfloat16: bool = False) -> Any:
                 emit.load(emit.address(addresses[0], emit.times(m_row, r)), emit.vector)
                 for r in range(n_rows)
             ]
-            new = list(sums)
+            new = list(sums)  # [n_rows, n_columns], each a vector whose lanes are added at the end
             for i in range(n_columns):
                 start = emit.builder.add(addresses[1], emit.times(x_row, i * x_size))
                 column = load_row(emit, start, 0, emit.vector, is_bfloat16)

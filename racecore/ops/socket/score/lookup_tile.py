@@ -53,6 +53,7 @@ def _lookup(emit: Emitter, table: Any, digits: Any) -> Any:
         return emit.call("llvm.x86.avx512.permvar.sf.512", table.type, [table, digits])
     if processor.has("avx2"):
         return _lookup_by_halves(emit, table, digits)
+    # no table lookup in registers: one lane after the other
     result = ir.Constant(table.type, ir.Undefined)
     for i in range(_LANES):
         lane = ir.Constant(_INDEX, i)
@@ -149,7 +150,8 @@ def score_tile(n_heads: int, n_digits: int, multiplies: bool) -> Any:
                 digits.append(codes_above(index))
             if n_digits > 3:
                 digits.append(_shifted(emit, digits[2], _constant(4)))
-            new = []
+            new = []  # [n_heads, 4] vectors of 16 keys
+            # digits are prepared once for all heads
             for h in range(n_heads):
                 start = emit.address(addresses[1], emit.times(table_head, h))
                 table = [
