@@ -38,7 +38,7 @@ OPERATORS = {
 }
 # Under this decorator a function writes LLVM code: its parameters are those of the generated one,
 # and there is no array or bundle that could hold registers.
-GENERATOR = "intrinsic"
+GENERATORS = {"intrinsic", "codegen"}
 FRAMEWORKS = ("torch", "jax", "jaxlib", "transformers", "dask")
 
 # What a layer may import of racecore besides itself; everything else is above it.
@@ -204,8 +204,10 @@ def arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def writes_code(module: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    names = [node.id for node in function.decorator_list if isinstance(node, ast.Name)]
-    return within(module, "racecore.ops") and GENERATOR in names
+    # @codegen(...) is a call, @intrinsic a name
+    decorators = [getattr(node, "func", node) for node in function.decorator_list]
+    names = {node.id for node in decorators if isinstance(node, ast.Name)}
+    return within(module, "racecore.ops") and bool(GENERATORS & names)
 
 
 def test_functions_take_few_arguments():

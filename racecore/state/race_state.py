@@ -182,9 +182,8 @@ class RaceState:
         array, shape [B, Tq, H, V]
             In the query's dtype and library; zeros if nothing was appended.
         """
-        problem, passed = checks.check_attend(
-            self._sizes, query, readout, backends.needs_device(backend)
-        )
+        on_device = backends.needs_device(backend)
+        problem, passed = checks.check_attend(self._sizes, query, readout, on_device)
         sketch = self.sketch.to_device(problem.on_device)
         # A host array that backend="cuda" copied to the GPU does not move the state there.
         if passed.on_device == problem.on_device:

@@ -198,7 +198,7 @@ class Emitter:
         return self.builder.shuffle_vector(a, b, ir.Constant(index, list(lanes)))
 
     def splat(self, number: Any, kind: Any = None) -> Any:
-        """Return a vector with the same number in every lane."""
+        """Broadcast a number to all lanes of a vector."""
         kind = kind or self.vector
         undefined = ir.Constant(kind, ir.Undefined)
         one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # STREAM writes whole vectors around the caches, STREAM_BFLOAT16 whole cache lines of bfloat16:
-# outputs that nobody reads again soon need not be read into the cache before they are written.
+# outputs that are not read again soon need not be read into the cache before they are written.
 OVERWRITE, ADD, STREAM, STREAM_BFLOAT16 = 0, 1, 2, 3
 
 

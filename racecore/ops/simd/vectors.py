@@ -142,7 +142,7 @@ def size_of(emit: Emitter, like: Any) -> Any:
 
 @codegen(lambda number: Vector(number), number=types.Float)
 def splat(emit: Emitter, number: Any) -> Any:
-    """Return a vector with the same number in every lane."""
+    """Broadcast a number to all lanes of a vector."""
     return emit.splat(number)
 
 
