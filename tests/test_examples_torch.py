@@ -175,8 +175,8 @@ def test_every_kind_of_attention_starts_from_the_same_weights(monkeypatch):
 
 
 def test_markup_is_taken_out(data_sets):
-    wikitext = """{{Infobox|a={{b|c}}}}'''Ants''' are [[Insect|insects]]<ref name="x">Smith</ref> of the \
-[[family|clan]]
+    wikitext = """{{Infobox|a={{b|c}}}}'''Ants''' are [[Insect|insects]]\
+<ref name="x">Smith</ref> of the [[family|clan]]
 [[File:Ant.jpg|thumb|An [[ant]] at work]] Formicidae.<!-- sic -->
 == Size ==
 {| class="x"

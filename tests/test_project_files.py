@@ -1,4 +1,4 @@
-"""The files of the project that no import reaches: workflows, templates, citation, gallery, changelog.
+"""Files that no import reaches: workflows, templates, citation, gallery, changelog.
 
 Needs neither racecore nor a network, so that it can run where racecore cannot. YAML is parsed where
 PyYAML is installed; pip's `test` extra does not install it.
