@@ -67,7 +67,7 @@ __all__ = [
     "keys_backward",
     "new_workspace",
     "queries_backward",
-    "scan_block",
+    "scan_segment",
     "stash_of_task",
     "stash_rows",
 ]
@@ -110,38 +110,37 @@ def new_workspace(call: Call) -> Workspace:
 
 
 @piece
-def scan_block(
-    call: Call,
-    position: tuple[int, int, int],
-    n: int,
-    i: int,
-    state: RoundedState,
-    spare: SpareState,
-    w: Scratch,
-) -> InputRows:
-    """Add n tokens from (b, t) on to the state of state head m, the task's i-th, and write the
-    outputs of its query heads; position = (b, t, m).
+def scan_segment(call: Call, index: int, m0: int, m1: int, sums: np.ndarray, ws: Workspace) -> None:
+    """Write the outputs of a segment; the workspace has the state before it.
 
-    Returns the values. The keys' probabilities stay in phi_k.
+    The segment's sum is added to sums [m1 - m0, S*(1+V)], unless that is empty.
     """
-    b, t, m = position
+    w, state, spare, partial = ws
+    _, b, begin, end, _ = call.segments[index]
     repeats = call.n_heads // call.beta.shape[0]
-    keys = read_keys(call, position, n, TOKENS, True, w)
-    hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
-    drop_masked(call.mask, w.keep, n, w.phi_k)
-    prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.products_t, w.mass)
-    before = state.value_sum[i]
-    for h in range(m * repeats, (m + 1) * repeats):
-        q, next_q = read_query(call, (b, t, h), n, TOKENS, w)
-        hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
-        weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
-        # the last query head leaves the state after the block
-        after = before if h % repeats == repeats - 1 else spare.after
-        o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
-        # value_sum[s] += phi_k[s, j] * v[j], then o[j] = sum_s rho[s, j] * value_sum[s]
-        scan_rows(before, after, w.phi_k, keys.v, w.rho, w.o, o, n, False, keys.next_v)
-        store_rows(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
-    return keys.v
+    for t in range(begin, end, BLOCK):
+        n = min(BLOCK, end - t)
+        for m in range(m0, m1):
+            i = m - m0
+            keys = read_keys(call, (b, t, m), n, TOKENS, True, w)
+            hash_block(hash_of(call, m, w), keys.k, n, w.phi_k, keys.next_k)
+            drop_masked(call.mask, w.keep, n, w.phi_k)
+            prefix_mass(w.phi_k, state.mass[i], w.weights_t, w.products_t, w.mass)
+            before = state.value_sum[i]
+            for h in range(m * repeats, (m + 1) * repeats):
+                q, next_q = read_query(call, (b, t, h), n, TOKENS, w)
+                hash_block(hash_of(call, m, w), q, n, w.phi_q, next_q)
+                weigh(w.phi_q, w.mass, call.n_tables, call.bucket_mean, w.factor, w.rho)
+                # the last query head leaves the state after the block
+                after = before if h % repeats == repeats - 1 else spare.after
+                o = rows_to_write(call.table, OUT, (b, t, h), call.value_dim, w.o, True, False)
+                # value_sum[s] += phi_k[s, j] * v[j], then o[j] = sum_s rho[s, j] * value_sum[s]
+                scan_rows(before, after, w.phi_k, keys.v, w.rho, w.o, o, n, False, keys.next_v)
+                store_rows(call.table, OUT, (b, t, h), n, call.value_dim, w.o, o)
+            if sums.shape[0] > 0:
+                add_block(w.phi_k, w.phi_k, keys.v, n, i, partial, NO_PREFETCH)
+                if group_ends(t, begin, end):
+                    flush(partial, i, sums[i])
 
 
 # The stash

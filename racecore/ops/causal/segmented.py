@@ -18,7 +18,7 @@ from racecore.ops.causal.segment import (
     keys_backward,
     new_workspace,
     queries_backward,
-    scan_block,
+    scan_segment,
     stash_of_task,
     stash_rows,
 )
@@ -57,15 +57,12 @@ def segmented_scan(part: Problem, call: Call, kept: np.ndarray, sketch: Sketch) 
 @kernel
 def _scan(call: Call, first: int, last: int, states: np.ndarray) -> None:
     """Scan each segment from the state before it, states [n, M, S*(1+V)]."""
-    w, state, spare, _ = new_workspace(call)
+    ws = new_workspace(call)
+    no_sums = np.empty((0, 0), np.float64)
     for task in range(first, last):
         index, m0, m1 = task_of(call, task)
-        _, b, begin, end, _ = call.segments[index]
-        round_states(states[index], m0, m1, False, state)
-        for t in range(begin, end, BLOCK):
-            n = min(BLOCK, end - t)
-            for m in range(m0, m1):
-                scan_block(call, (b, t, m), n, m - m0, state, spare, w)
+        round_states(states[index], m0, m1, False, ws.state)
+        scan_segment(call, index, m0, m1, no_sums, ws)
     fence()
 
 

@@ -13,15 +13,14 @@ from racecore.ops.causal.segment import (
     keys_backward,
     new_workspace,
     queries_backward,
-    scan_block,
+    scan_segment,
     stash_of_task,
     stash_rows,
 )
 from racecore.ops.cpu.call import Call, add_hash_parts, launch, new_hash_parts
 from racecore.ops.cpu.scratch import task_of
-from racecore.ops.cpu.states import add_block, flush, group_ends, round_states
+from racecore.ops.cpu.states import round_states
 from racecore.ops.simd.memory import add_rows, clear_rows, copy_rows, matrices
-from racecore.ops.simd.products import NO_PREFETCH
 from racecore.ops.simd.tiles import fence
 from racecore.problem import Problem, Sketch
 from racecore.runtime import progress
@@ -45,25 +44,18 @@ def _scan(call: Call, first: int, last: int, kept: np.ndarray, carry: np.ndarray
     """Scan runs of segments; the state before the first is in carry [N, M, S*(1+V)], which moves
     along.
     """
-    w, state, spare, partial = new_workspace(call)
+    ws = new_workspace(call)
     # [heads, S*(1+V)]: the sum of one segment
-    sums = matrices(1, partial.mass.shape[0], carry.shape[2], np.float64)[0]
+    sums = matrices(1, ws.partial.mass.shape[0], carry.shape[2], np.float64)[0]
     for task in range(first, last):
         run, m0, m1 = task_of(call, task)
         for index in range(call.runs[run, 0], call.runs[run, 1]):
-            sequence, b, begin, end, _ = call.segments[index]
+            sequence = call.segments[index, 0]
             if kept.shape[0] > 0:
                 copy_rows(carry[sequence], m0, m1, kept[index])
-            round_states(carry[sequence], m0, m1, False, state)
+            round_states(carry[sequence], m0, m1, False, ws.state)
             clear_rows(sums, 0, m1 - m0)
-            for t in range(begin, end, BLOCK):
-                n = min(BLOCK, end - t)
-                for m in range(m0, m1):
-                    i = m - m0
-                    v = scan_block(call, (b, t, m), n, i, state, spare, w)
-                    add_block(w.phi_k, w.phi_k, v, n, i, partial, NO_PREFETCH)
-                    if group_ends(t, begin, end):
-                        flush(partial, i, sums[i])
+            scan_segment(call, index, m0, m1, sums, ws)
             add_rows(sums, m0, m1, carry[sequence])
     fence()
 

@@ -220,21 +220,6 @@ def _fills_lines(
 
 
 @helper
-def _can_read_in_place(
-    table: np.ndarray, array: int, n: int, width: int, block: np.ndarray, mode: int
-) -> bool:
-    """Return whether a product can read n rows of an input in place, in a read mode: if they need
-    no padding, and no conversion that its tiles cannot do.
-    """
-    code = table[array, _CODE]
-    whole = table[array, _D] == 1 and width == block.shape[1]
-    same = mode & IN_PLACE != 0 and item_bytes(code) == block.itemsize
-    # tiles that widen bfloat16 have no remainders: only whole blocks of whole cache lines
-    widens = mode & WIDENED != 0 and code == BFLOAT16 and block.itemsize == 4
-    return whole and (same or (widens and n == BLOCK and width % _PAIR == 0))
-
-
-@helper
 def rows_to_read(
     table: np.ndarray,
     array: int,
@@ -242,14 +227,29 @@ def rows_to_read(
     n: int,
     width: int,
     block: np.ndarray,
+    keep: np.ndarray,
     mode: int,
+    load: bool,
 ) -> InputRows:
-    """Return n rows of an input for a product: in place if it can read them there, else `block`,
-    into which they have been loaded.
+    """Return n rows of an input for a product, in place if it can read them there in this mode.
+
+    It can if they need no padding, and no conversion that its tiles cannot do. Else they are read
+    from `block`, and are loaded there first if `load`; if not, they have been.
     """
-    if _can_read_in_place(table, array, n, width, block, mode):
-        address = _address(table, array, position)
-        return InputRows(address, table[array, _T], item_bytes(table[array, _CODE]))
+    code, whole = table[array, _CODE], table[array, _D] == 1 and width == block.shape[1]
+    same = mode & IN_PLACE != 0 and item_bytes(code) == block.itemsize
+    # tiles that widen bfloat16 have no remainders: only whole blocks of whole cache lines
+    widens = (
+        mode & WIDENED != 0
+        and code == BFLOAT16
+        and block.itemsize == 4
+        and n == BLOCK
+        and width % _PAIR == 0
+    )
+    if whole and (same or widens):
+        return InputRows(_address(table, array, position), table[array, _T], item_bytes(code))
+    if load:
+        load_rows(table, array, position, n, width, block, keep)
     return input_rows(block)
 
 
@@ -264,12 +264,8 @@ def read(
     keep: np.ndarray,
     mode: int,
 ) -> InputRows:
-    """Return n rows of an input for a product, and load them into `block` unless it can read them
-    in place.
-    """
-    if not _can_read_in_place(table, array, n, width, block, mode):
-        load_rows(table, array, position, n, width, block, keep)
-    return rows_to_read(table, array, position, n, width, block, mode)
+    """Return n rows of an input for a product, in place or loaded into `block`: `rows_to_read`."""
+    return rows_to_read(table, array, position, n, width, block, keep, mode, True)
 
 
 @helper

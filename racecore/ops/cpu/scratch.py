@@ -145,21 +145,21 @@ def read_keys(
     b, t, m = position
     heads = call.beta.shape[0] // call.n_kv_heads
     g, first = m // heads, m % heads == 0
-    at = (b, t, g)
-    keep, d, v_dim = w.keep[0], call.head_dim, call.value_dim
-    k_mode = _block_mode(call, call.hash_mode, n, True)
-    v_mode = _block_mode(call, call.value_mode, n, True)
+    if first:
+        load_keep(call.mask, b, t, n, w.keep)
+    mode = _block_mode(call, call.hash_mode, n, True)
+    d = call.head_dim
+    load = first and needs_k
+    k = rows_to_read(call.table, KEY, (b, t, g), n, d, w.k, w.keep[0], mode, load)
+    mode = _block_mode(call, call.value_mode, n, True)
+    d = call.value_dim
+    v = rows_to_read(call.table, VALUE, (b, t, g), n, d, w.v, w.keep[0], mode, first)
     if not first:
-        k = rows_to_read(call.table, KEY, at, n, d, w.k, k_mode)
-        v = rows_to_read(call.table, VALUE, at, n, v_dim, w.v, v_mode)
         return Keys(k, v, NO_PREFETCH, NO_PREFETCH)
-    load_keep(call.mask, b, t, n, w.keep)
-    v = read(call.table, VALUE, at, n, v_dim, w.v, keep, v_mode)
-    next_v = rows_to_prefetch(call.table, VALUE, (b, t + step, g), v_dim)
-    if not needs_k:
-        return Keys(rows_to_read(call.table, KEY, at, n, d, w.k, k_mode), v, NO_PREFETCH, next_v)
-    k = read(call.table, KEY, at, n, d, w.k, keep, k_mode)
-    return Keys(k, v, rows_to_prefetch(call.table, KEY, (b, t + step, g), d), next_v)
+    next_k = NO_PREFETCH
+    if needs_k:
+        next_k = rows_to_prefetch(call.table, KEY, (b, t + step, g), call.head_dim)
+    return Keys(k, v, next_k, rows_to_prefetch(call.table, VALUE, (b, t + step, g), d))
 
 
 @helper
