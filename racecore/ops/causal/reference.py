@@ -68,12 +68,12 @@ def causal_scan_backward(
         reversed(chunking.chunks(part, "key")), reversed(checkpoints), strict=True
     ):
         states = Sketch(checkpoint.copy(), part.n_buckets)
-        read = [_read_backward(part, states, d_out, grads, *segment) for segment in chunk.tolist()]
+        read = [_read_backward(part, states, d_out, grads, segment) for segment in chunk.tolist()]
         for segment, (rho, d_mass, d_planes, d_beta) in zip(
             reversed(chunk.tolist()), reversed(read), strict=True
         ):
             add_hash_gradient(None if grads.hash is None else grads.hash[0], d_planes, d_beta)
-            _add_backward(part, rho, d_mass, d_out, d_sketch, grads, *segment)
+            _add_backward(part, rho, d_mass, d_out, d_sketch, grads, segment)
 
 
 def _read_backward(
@@ -81,17 +81,14 @@ def _read_backward(
     states: Sketch,
     d_out: np.ndarray,
     grads: GradientBuffers,
-    n: int,
-    batch: int,
-    begin: int,
-    end: int,
-    _: int,
+    segment: list[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Scan forward again, inverting the read-out of every token.
 
     Returns rho and d_mass [t, H/M, M, S], of which sums are the gradients of earlier states, and
     the gradients of planes and beta.
     """
+    n, batch, begin, end, _ = segment
     k, v, keep = key_rows(part, batch, begin, end)
     q = query_rows(part, part.query, batch, begin, end)
     g = query_rows(part, d_out, batch, begin, end)
@@ -122,13 +119,10 @@ def _add_backward(
     d_out: np.ndarray,
     d_sketch: Sketch,
     grads: GradientBuffers,
-    n: int,
-    batch: int,
-    begin: int,
-    end: int,
-    _: int,
+    segment: list[int],
 ) -> None:
     """Scan from the last token, inverting the addition of every token's key and value."""
+    n, batch, begin, end, _ = segment
     k, v, keep = key_rows(part, batch, begin, end)
     g = query_rows(part, d_out, batch, begin, end)
     phi_k = soft_hash(k, part.planes, part.beta) * keep[:, None, None]

@@ -8,7 +8,7 @@ past a block's last token hold anything, and where that matters `states.clear_af
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,7 +110,7 @@ _TOKENS_AT_ONCE = 8  # that `project_wide` reads: in place, they must not reach 
 
 
 @helper
-def _block_mode(call: Call, mode: int, n: int, may_be_masked: bool) -> int:
+def _block_mode(call: Call, mode: int, n: int, may_be_masked: bool) -> Any:
     """Return the read mode of a block: that of its call, unless a mask or its last tokens need a
     copy.
     """
