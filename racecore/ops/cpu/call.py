@@ -214,7 +214,7 @@ def _keep_threads_busy(lengths: np.ndarray, n_groups: int, n_threads: int) -> bo
     total = int(lengths.sum()) * n_groups
     time: float
     if longest * n_tasks == total:  # equal lengths: rounds of tasks
-        time = -(-n_tasks // n_threads) * longest
+        time: float = -(-n_tasks // n_threads) * longest
     else:  # at most: a thread begins the longest as the others end
         time = (total + (n_threads - 1) * longest) / n_threads
     return time * n_threads * _BUSY <= total

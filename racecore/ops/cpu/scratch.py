@@ -110,7 +110,7 @@ _TOKENS_AT_ONCE = 8  # that `project_wide` reads: in place, they must not reach 
 
 
 @helper
-def _block_mode(call: Call, mode: Any, n: int, may_be_masked: bool) -> Any:
+def _block_mode(call: Call, mode: int, n: int, may_be_masked: bool) -> Any:
     """Return the read mode of a block: that of its call, unless a mask or its last tokens need a
     copy.
     """
