@@ -212,7 +212,6 @@ def _keep_threads_busy(lengths: np.ndarray, n_groups: int, n_threads: int) -> bo
     n_tasks = len(lengths) * n_groups
     longest = int(lengths.max(initial=0))
     total = int(lengths.sum()) * n_groups
-    time: float
     if longest * n_tasks == total:  # equal lengths: rounds of tasks
         time: float = -(-n_tasks // n_threads) * longest
     else:  # at most: a thread begins the longest as the others end
