@@ -40,8 +40,8 @@ def sequences(
         axis=1
     )  # [B, N_KEYS], position at which each key is first stated
     seen = np.arange(length) > np.take_along_axis(first, keys, 1)
-    asks = seen & (rng.random(keys.shape) < 0.5)
-    return keys, np.where(asks, N_VALUES, truth), np.where(asks, truth, -1)
+    queried = seen & (rng.random(keys.shape) < 0.5)
+    return keys, np.where(queried, N_VALUES, truth), np.where(queried, truth, -1)
 
 
 def new_parameters(rng: np.random.Generator) -> dict[str, jax.Array]:
@@ -96,11 +96,11 @@ def loss(
     kind: str, p: dict[str, jax.Array], keys: jax.Array, values: jax.Array, answers: jax.Array
 ) -> tuple:
     """Return the mean cross-entropy over the query tokens, and the fraction of correct answers."""
-    asks, scores = answers >= 0, logits(kind, p, keys, values)
+    queried, scores = answers >= 0, logits(kind, p, keys, values)
     right = jnp.take_along_axis(jax.nn.log_softmax(scores), answers[..., None], -1)[..., 0]
-    return -(right * asks).sum() / asks.sum(), (
-        (scores.argmax(-1) == answers) & asks
-    ).sum() / asks.sum()
+    return -(right * queried).sum() / queried.sum(), (
+        (scores.argmax(-1) == answers) & queried
+    ).sum() / queried.sum()
 
 
 @partial(jax.jit, static_argnums=0)

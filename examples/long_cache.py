@@ -83,10 +83,12 @@ def decode(
     """Search for a random token in every step, and yield the measurements."""
     rng, wanted = np.random.default_rng(0), np.zeros(len(in_memory(key)), bool)
     for _ in range(n_steps):
-        place = int(rng.integers(index.n_tokens))
+        token = int(rng.integers(index.n_tokens))
         query = (
             3
-            * made_up(index.n_tokens)[0][place : place + 1].repeat(HEADS // KV_HEADS, axis=1)[None]
+            * made_up(index.n_tokens)[0][token : token + 1].repeat(HEADS // KV_HEADS, axis=1)[
+                None
+            ]
         )  # [1, 1, H, D]
         before, started = in_memory(key).sum() + in_memory(value).sum(), time.perf_counter()
         racecore.sparse_attention(query, key, value, index, **CHOICE)
@@ -102,7 +104,7 @@ def decode(
             seconds,
             2 * int((more & ~wanted).sum()),
             read,
-            bool((selected == place).any(axis=1).all()),
+            bool((selected == token).any(axis=1).all()),
         )
         wanted |= more
 

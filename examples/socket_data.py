@@ -52,8 +52,8 @@ def clusters(n_tokens: int, n_queries: int, seed: int, n_clusters: int = 64) -> 
         value[0, :, g] = norm[:, None] * (
             0.6 * centre_of_values[member] + 0.8 * _normal(rng, n_tokens, DIM)
         )
-        asked = rng.integers(n_clusters, size=n_queries)
-        query[0, 0, g] = 1.5 * (0.6 * centre[asked] + 0.8 * _normal(rng, n_queries, DIM))
+        matched = rng.integers(n_clusters, size=n_queries)
+        query[0, 0, g] = 1.5 * (0.6 * centre[matched] + 0.8 * _normal(rng, n_queries, DIM))
     return Cache(query.reshape(1, 1, -1, DIM), key, value)
 
 

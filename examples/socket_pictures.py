@@ -95,12 +95,12 @@ def draw_sizes(axes: Any, rows: list[Row], benches: list[str]) -> None:
 
 def draw_needles(axes: Any, found: list[Needles]) -> None:
     """Draw the fraction of needles with the smallest cosine among the top n tokens."""
-    places = 2 ** np.arange(0, 17, 2)
+    budgets = 2 ** np.arange(0, 17, 2)
     lines = {}
     for needles in found:
         if needles.method in DRAWN:
             ranks = needles.ranks[needles.likeness == needles.likeness.min()]
-            lines[needles.method] = [(int(n), float((ranks <= n).mean())) for n in places]
+            lines[needles.method] = [(int(n), float((ranks <= n).mean())) for n in budgets]
     ordered = {name: lines[name] for name in DRAWN}
     pictures.curves(axes, ordered, ("tokens attended to", "share of needles found"))
-    pictures.scale(axes, places.tolist())
+    pictures.scale(axes, budgets.tolist())

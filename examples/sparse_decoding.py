@@ -31,8 +31,8 @@ def main(n_tokens: int = 60_000, n_steps: int = 20) -> None:
     """Fill a cache, decode some tokens; print the error and the time of dense attention."""
     rng = np.random.default_rng(0)
     topics = rng.standard_normal((40, KV_HEADS, DIM))
-    room = n_tokens + n_steps
-    key, value = np.zeros((2, 1, room, KV_HEADS, DIM), np.float32)
+    capacity = n_tokens + n_steps
+    key, value = np.zeros((2, 1, capacity, KV_HEADS, DIM), np.float32)
     key[:, :n_tokens], value[:, :n_tokens] = tokens(rng, n_tokens, topics)
 
     index = racecore.SocketIndex(

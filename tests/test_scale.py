@@ -75,17 +75,17 @@ def test_wrong_rows_are_seen(monkeypatch, capsys):
 
 
 def test_rows_that_were_never_written_are_wrong():
-    places, exact = np.array([0, 5]), np.ones((2, 3))
-    never = scale_rows.SampledRows((10, 1, 3), np.dtype(np.float32), places).rows[:, 0]
-    assert scale_rows.largest_error(never, exact, places, False) == np.inf
-    assert scale_rows.largest_error(exact, exact, places, True) == 0
+    positions, exact = np.array([0, 5]), np.ones((2, 3))
+    never = scale_rows.SampledRows((10, 1, 3), np.dtype(np.float32), positions).rows[:, 0]
+    assert scale_rows.largest_error(never, exact, positions, False) == np.inf
+    assert scale_rows.largest_error(exact, exact, positions, True) == 0
 
 
 def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
     checked, begins = [], set()
     genuine, take = scale_rows.sample_tokens, scale_rows.SampledRows.__setitem__
 
-    def places(*arguments):
+    def positions(*arguments):
         checked.extend(genuine(*arguments).tolist())
         return np.array(checked)
 
@@ -94,7 +94,7 @@ def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
             begins.add(tokens.start)
         take(self, tokens, rows)
 
-    monkeypatch.setattr(scale_rows, "sample_tokens", places)
+    monkeypatch.setattr(scale_rows, "sample_tokens", positions)
     monkeypatch.setattr(scale_rows.SampledRows, "__setitem__", note)
     assert main([*SMALL, "--memory-limit", "2MB"]) == 0
     cuts = sorted(begins - {0})
@@ -106,11 +106,11 @@ def test_both_sides_of_cuts_between_chunks_are_checked(monkeypatch, capsys):
     ("tokens", "chunk"), [(1, 1024), (1024, 1024), (1025, 1024), (75_000_000, 16_384)]
 )
 def test_places_are_rows(tokens, chunk):
-    places = scale_rows.sample_tokens(tokens, chunk, 0)
-    assert (places[0], places[-1]) == (0, tokens - 1)
-    assert (np.diff(places) > 0).all()
-    assert len(places) <= scale_rows.N_ROWS
-    assert (tokens <= chunk) or {chunk - 1, chunk} <= set(places.tolist())
+    positions = scale_rows.sample_tokens(tokens, chunk, 0)
+    assert (positions[0], positions[-1]) == (0, tokens - 1)
+    assert (np.diff(positions) > 0).all()
+    assert len(positions) <= scale_rows.N_ROWS
+    assert (tokens <= chunk) or {chunk - 1, chunk} <= set(positions.tolist())
 
 
 def test_in_words(capsys):
