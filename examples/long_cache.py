@@ -86,9 +86,7 @@ def decode(
         token = int(rng.integers(index.n_tokens))
         query = (
             3
-            * made_up(index.n_tokens)[0][token : token + 1].repeat(HEADS // KV_HEADS, axis=1)[
-                None
-            ]
+            * made_up(index.n_tokens)[0][token : token + 1].repeat(HEADS // KV_HEADS, axis=1)[None]
         )  # [1, 1, H, D]
         before, started = in_memory(key).sum() + in_memory(value).sum(), time.perf_counter()
         racecore.sparse_attention(query, key, value, index, **CHOICE)
