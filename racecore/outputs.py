@@ -29,11 +29,7 @@ def result_array(
     expected = shape if query.had_batch else shape[1:]
     result = check_out(out, "out", expected, query.dtype, sources, on_device)
     rows = result if query.had_batch else result[None]
-    return result, rows, query.way_back() if out is None else _itself
-
-
-def _itself(result: Any) -> Any:
-    return result
+    return result, rows, query.way_back() if out is None else arrays.result_itself
 
 
 def check_out(
